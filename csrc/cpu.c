@@ -1,0 +1,109 @@
+/* CPUID leaves 1, 7.0 and 7.1 (Intel SDM volume 2A), and XCR0 for the register state that the system saves. */
+#include "cpu.h"
+
+#include <stdint.h>
+#include <stdio.h>
+
+#include "phi.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define PHI_X86 1
+#ifdef _MSC_VER
+#include <intrin.h>
+#else
+#include <cpuid.h>
+#endif
+#endif
+
+#ifdef PHI_X86
+typedef struct {
+    uint32_t eax, ebx, ecx, edx;
+} cpuid_result;
+
+static cpuid_result cpuid(uint32_t leaf, uint32_t subleaf) {
+    cpuid_result r = {0, 0, 0, 0};
+#ifdef _MSC_VER
+    int regs[4];
+    __cpuidex(regs, 0, 0);
+    if ((uint32_t)regs[0] < leaf) return r;
+    __cpuidex(regs, (int)leaf, (int)subleaf);
+    r = (cpuid_result){(uint32_t)regs[0], (uint32_t)regs[1], (uint32_t)regs[2], (uint32_t)regs[3]};
+#else
+    __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);
+#endif
+    return r;
+}
+
+static uint64_t read_xcr0(void) {
+#ifdef _MSC_VER
+    return _xgetbv(0);
+#else
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (uint64_t)high << 32 | low;
+#endif
+}
+
+static bool bit(uint32_t word, int index) { return word >> index & 1u; }
+
+static void detect(phi_cpu *cpu) {
+    const cpuid_result leaf1 = cpuid(1, 0), leaf7 = cpuid(7, 0), leaf7_1 = cpuid(7, 1);
+    if (!bit(leaf1.ecx, 27)) return; /* OSXSAVE: without it XCR0 cannot be read, and nothing wider than SSE is saved */
+    const uint64_t xcr0 = read_xcr0();
+    const bool ymm = (xcr0 & 0x6) == 0x6, zmm = (xcr0 & 0xe6) == 0xe6, tiles = (xcr0 & 0x60000) == 0x60000;
+    cpu->f16c = ymm && bit(leaf1.ecx, 29);
+    cpu->fma = ymm && bit(leaf1.ecx, 12);
+    cpu->avx2 = ymm && bit(leaf7.ebx, 5);
+    cpu->avxvnni = ymm && bit(leaf7_1.eax, 4);
+    cpu->avx512f = zmm && bit(leaf7.ebx, 16);
+    cpu->avx512dq = zmm && bit(leaf7.ebx, 17);
+    cpu->avx512bw = zmm && bit(leaf7.ebx, 30);
+    cpu->avx512vl = zmm && bit(leaf7.ebx, 31);
+    cpu->avx512vbmi = zmm && bit(leaf7.ecx, 1);
+    cpu->avx512vnni = zmm && bit(leaf7.ecx, 11);
+    cpu->avx512bf16 = zmm && bit(leaf7_1.eax, 5);
+    cpu->amx_bf16 = tiles && bit(leaf7.edx, 22);
+    cpu->amx_tile = tiles && bit(leaf7.edx, 24);
+    cpu->amx_int8 = tiles && bit(leaf7.edx, 25);
+}
+#else
+static void detect(phi_cpu *cpu) {
+#ifdef __aarch64__
+    cpu->neon = true; /* part of the base architecture */
+#else
+    (void)cpu;
+#endif
+}
+#endif
+
+const phi_cpu *phi_cpu_detect(void) {
+    static phi_cpu cpu;
+    static bool detected;
+    if (!detected) {
+        detect(&cpu);
+        detected = true;
+    }
+    return &cpu;
+}
+
+const char *phi_cpu_features(void) {
+    static char text[256];
+    const phi_cpu *c = phi_cpu_detect();
+    const struct {
+        bool has;
+        const char *name;
+    } features[] = {
+        {c->avx2, "avx2"},           {c->fma, "fma"},             {c->f16c, "f16c"},
+        {c->avxvnni, "avxvnni"},     {c->avx512f, "avx512f"},     {c->avx512bw, "avx512bw"},
+        {c->avx512vl, "avx512vl"},   {c->avx512dq, "avx512dq"},   {c->avx512vnni, "avx512vnni"},
+        {c->avx512vbmi, "avx512vbmi"}, {c->avx512bf16, "avx512bf16"}, {c->amx_tile, "amx_tile"},
+        {c->amx_int8, "amx_int8"},   {c->amx_bf16, "amx_bf16"},   {c->neon, "neon"},
+    };
+    size_t used = 0;
+    text[0] = '\0';
+    for (size_t i = 0; i < sizeof features / sizeof features[0]; i++) {
+        if (!features[i].has) continue;
+        used += (size_t)snprintf(text + used, sizeof text - used, "%s%s", used ? "," : "", features[i].name);
+    }
+    return text;
+}

@@ -1,0 +1,16 @@
+/* What the CPU can do and the operating system lets us use. */
+#ifndef PHI_CPU_H
+#define PHI_CPU_H
+
+#include <stdbool.h>
+
+typedef struct {
+    bool avx2, fma, f16c, avxvnni;
+    bool avx512f, avx512bw, avx512vl, avx512dq, avx512vnni, avx512vbmi, avx512bf16;
+    bool amx_tile, amx_int8, amx_bf16;
+    bool neon;
+} phi_cpu;
+
+const phi_cpu *phi_cpu_detect(void);
+
+#endif

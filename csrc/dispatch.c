@@ -1,0 +1,97 @@
+/* The tiers in order, and the table that each resolves to: a slot that a tier leaves NULL comes from the tier below. */
+#include "dispatch.h"
+
+#include <string.h>
+
+#include "cpu.h"
+
+static bool scalar_available(void) { return true; }
+#ifdef PHI_HAVE_AVX2
+static bool avx2_available(void) {
+    const phi_cpu *c = phi_cpu_detect();
+    return c->avx2 && c->fma && c->f16c;
+}
+#endif
+
+typedef struct {
+    const phi_kernels *own;
+    bool (*available)(void);
+} tier;
+
+static const tier tiers[] = {
+    {&phi_kernels_scalar, scalar_available},
+#ifdef PHI_HAVE_AVX2
+    {&phi_kernels_avx2, avx2_available},
+#endif
+};
+enum { N_TIERS = sizeof tiers / sizeof tiers[0] };
+
+const phi_type_traits phi_types[PHI_N_TYPES] = {
+#define PHI_TYPE(name, gguf_id, block_elements, block_bytes, activation) \
+    {#name, gguf_id, block_elements, block_bytes, activation},
+#include "tensor_types.def"
+#undef PHI_TYPE
+};
+
+const char *const *phi_tier_names(void) {
+    static const char *names[N_TIERS + 1];
+    for (int i = 0; i < N_TIERS; i++) names[i] = tiers[i].own->name;
+    return names;
+}
+
+static int find_tier(const char *name) {
+    for (int i = 0; i < N_TIERS; i++) {
+        if (strcmp(tiers[i].own->name, name) == 0) return i;
+    }
+    return -1;
+}
+
+bool phi_tier_available(const char *name) {
+    const int i = find_tier(name);
+    return i >= 0 && tiers[i].available();
+}
+
+#define INHERIT(slot) \
+    if (own->slot) table->slot = own->slot
+
+static void resolve(int last, phi_kernels *table) {
+    *table = *tiers[0].own;
+    for (int i = 1; i <= last; i++) {
+        const phi_kernels *own = tiers[i].own;
+        table->name = own->name;
+        for (int t = 0; t < PHI_N_TYPES; t++) {
+            INHERIT(dequantize[t]);
+            INHERIT(matmul[t]);
+        }
+        INHERIT(quantize_q8);
+        INHERIT(rms_norm);
+        INHERIT(rope[PHI_ROPE_NEOX]);
+        INHERIT(rope[PHI_ROPE_NORM]);
+        INHERIT(silu_mul);
+        INHERIT(add);
+        INHERIT(store_kv);
+        INHERIT(attention);
+    }
+}
+
+phi_status phi_select_kernels(const char *name, const phi_kernels **kernels) {
+    static phi_kernels tables[N_TIERS];
+    int i = N_TIERS - 1;
+    if (name) {
+        i = find_tier(name);
+        if (i < 0 || !tiers[i].available()) return PHI_NO_SUCH_TIER;
+    } else {
+        while (!tiers[i].available()) i--; /* scalar always is */
+    }
+    /* Filled anew at every call with the same values: no state, nothing to initialise. */
+    resolve(i, &tables[i]);
+    *kernels = &tables[i];
+    return PHI_OK;
+}
+
+const char *phi_matmul_tier(const char *name, phi_type type) {
+    for (int i = find_tier(name); i >= 0; i--) {
+        if (tiers[i].own->matmul[type]) return tiers[i].own->name;
+    }
+    return NULL;
+}

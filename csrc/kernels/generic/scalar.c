@@ -1,0 +1,143 @@
+/* The scalar tier: portable C, readable, the oracle that every other tier is tested against.
+ * Sums are kept in double, so that an error seen against it is the other tier's. */
+#include <string.h>
+
+#include "../../half.h"
+#include "quantised.h"
+
+static void phi_dequantize_f32_scalar(const void *row, size_t n, float *y) { memcpy(y, row, n * sizeof *y); }
+
+static uint16_t load_u16(const uint8_t *bytes) {
+    uint16_t value;
+    memcpy(&value, bytes, sizeof value); /* rows of a file may be unaligned */
+    return value;
+}
+
+static void phi_dequantize_f16_scalar(const void *row, size_t n, float *y) {
+    for (size_t i = 0; i < n; i++) y[i] = phi_half_to_float(load_u16((const uint8_t *)row + 2 * i));
+}
+
+static void phi_dequantize_bf16_scalar(const void *row, size_t n, float *y) {
+    for (size_t i = 0; i < n; i++) y[i] = phi_bf16_to_float(load_u16((const uint8_t *)row + 2 * i));
+}
+
+typedef void (*dequantize_fn)(const void *row, size_t n, float *y);
+
+static void matmul_float(dequantize_fn dequantize, size_t element_bytes, const phi_matmul *m) {
+    float w[256];
+    for (int r = 0; r < m->n_rows; r++) {
+        const uint8_t *row = m->rows + (size_t)r * m->row_bytes;
+        for (int t = 0; t < m->n_tokens; t++) {
+            const float *x = m->x->f32 + (size_t)(m->first_token + t) * (size_t)m->n_cols;
+            double total = 0.0;
+            for (size_t i = 0; i < (size_t)m->n_cols; i += 256) {
+                const size_t n = (size_t)m->n_cols - i < 256 ? (size_t)m->n_cols - i : 256;
+                dequantize(row + i * element_bytes, n, w);
+                for (size_t k = 0; k < n; k++) total += (double)w[k] * (double)x[i + k];
+            }
+            m->out[(size_t)t * m->out_stride + (size_t)r] = (float)total;
+        }
+    }
+}
+
+static void phi_matmul_f32_scalar(const phi_matmul *m) { matmul_float(phi_dequantize_f32_scalar, 4, m); }
+static void phi_matmul_f16_scalar(const phi_matmul *m) { matmul_float(phi_dequantize_f16_scalar, 2, m); }
+static void phi_matmul_bf16_scalar(const phi_matmul *m) { matmul_float(phi_dequantize_bf16_scalar, 2, m); }
+
+static void phi_rms_norm_scalar(const float *x, const float *weight, size_t n, float eps, float *y) {
+    double squares = 0.0;
+    for (size_t i = 0; i < n; i++) squares += (double)x[i] * (double)x[i];
+    const float inverse = (float)(1.0 / sqrt(squares / (double)n + (double)eps));
+    for (size_t i = 0; i < n; i++) y[i] = x[i] * inverse * weight[i];
+}
+
+static inline void rotate(float *a, float *b, float cos, float sin) {
+    const float x = *a, y = *b;
+    *a = x * cos - y * sin;
+    *b = y * cos + x * sin;
+}
+
+static void phi_rope_neox_scalar(float *x, int rope_dims, const float *cos, const float *sin) {
+    for (int i = 0; i < rope_dims / 2; i++) rotate(x + i, x + i + rope_dims / 2, cos[i], sin[i]);
+}
+
+static void phi_rope_norm_scalar(float *x, int rope_dims, const float *cos, const float *sin) {
+    for (int i = 0; i < rope_dims / 2; i++) rotate(x + 2 * i, x + 2 * i + 1, cos[i], sin[i]);
+}
+
+static void phi_silu_mul_scalar(const float *gate, const float *up, size_t n, float *y) {
+    for (size_t i = 0; i < n; i++) y[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+}
+
+static void phi_add_scalar(const float *x, size_t n, float *y) {
+    for (size_t i = 0; i < n; i++) y[i] += x[i];
+}
+
+static void phi_store_kv_scalar(const float *k, const float *v, int head_dim, int slot, uint16_t *page_head) {
+    uint16_t *keys = page_head + (size_t)(slot / PHI_KV_GROUP) * (size_t)head_dim * PHI_KV_GROUP + slot % PHI_KV_GROUP;
+    uint16_t *values = page_head + (size_t)(PHI_PAGE_TOKENS + slot) * (size_t)head_dim;
+    for (int d = 0; d < head_dim; d++) {
+        keys[(size_t)d * PHI_KV_GROUP] = phi_float_to_half(k[d]);
+        values[d] = phi_float_to_half(v[d]);
+    }
+}
+
+static const uint16_t *page_of(const phi_attention *a, int position) {
+    return (const uint16_t *)(const void *)(a->pages + (size_t)a->page_table[position / PHI_PAGE_TOKENS] * a->page_bytes);
+}
+
+static void attend(const phi_attention *a, const float *q, float *scores, float *out) {
+    const size_t head_dim = (size_t)a->head_dim;
+    float largest = -INFINITY;
+    for (int p = a->first; p <= a->last; p++) {
+        const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
+        const uint16_t *keys = page_of(a, p) + slot / PHI_KV_GROUP * head_dim * PHI_KV_GROUP + slot % PHI_KV_GROUP;
+        double dot = 0.0;
+        for (size_t d = 0; d < head_dim; d++) dot += (double)q[d] * (double)phi_half_to_float(keys[d * PHI_KV_GROUP]);
+        scores[p - a->first] = (float)dot * a->scale;
+        largest = fmaxf(largest, scores[p - a->first]);
+    }
+    double total = 0.0;
+    for (size_t d = 0; d < head_dim; d++) out[d] = 0.0f;
+    for (int p = a->first; p <= a->last; p++) {
+        const float weight = expf(scores[p - a->first] - largest);
+        const uint16_t *values = page_of(a, p) + (size_t)(PHI_PAGE_TOKENS + p % PHI_PAGE_TOKENS) * head_dim;
+        total += (double)weight;
+        for (size_t d = 0; d < head_dim; d++) out[d] += weight * phi_half_to_float(values[d]);
+    }
+    for (size_t d = 0; d < head_dim; d++) out[d] = (float)((double)out[d] / total);
+}
+
+static void phi_attention_scalar(const phi_attention *a) {
+    for (int i = 0; i < a->n_queries; i++) {
+        const size_t at = (size_t)i * (size_t)a->head_dim;
+        attend(a, a->q + at, a->scores + (size_t)i * a->scores_stride, a->out + at);
+    }
+}
+
+#define PHI_SLOTS(UPPER, lower) \
+    .dequantize[PHI_TYPE_##UPPER] = phi_dequantize_##lower##_scalar, .matmul[PHI_TYPE_##UPPER] = phi_matmul_##lower##_scalar
+
+const phi_kernels phi_kernels_scalar = {
+    .name = "scalar",
+    PHI_SLOTS(F32, f32),
+    PHI_SLOTS(F16, f16),
+    PHI_SLOTS(BF16, bf16),
+    PHI_SLOTS(Q4_0, q4_0),
+    PHI_SLOTS(Q4_1, q4_1),
+    PHI_SLOTS(Q5_0, q5_0),
+    PHI_SLOTS(Q5_1, q5_1),
+    PHI_SLOTS(Q8_0, q8_0),
+    PHI_SLOTS(Q2_K, q2_k),
+    PHI_SLOTS(Q3_K, q3_k),
+    PHI_SLOTS(Q4_K, q4_k),
+    PHI_SLOTS(Q5_K, q5_k),
+    PHI_SLOTS(Q6_K, q6_k),
+    .quantize_q8 = phi_quantize_q8_scalar,
+    .rms_norm = phi_rms_norm_scalar,
+    .rope = {phi_rope_neox_scalar, phi_rope_norm_scalar},
+    .silu_mul = phi_silu_mul_scalar,
+    .add = phi_add_scalar,
+    .store_kv = phi_store_kv_scalar,
+    .attention = phi_attention_scalar,
+};

@@ -1,0 +1,38 @@
+#include "kv_cache.h"
+
+#include <stdlib.h>
+
+#include "memory.h"
+
+struct phi_kv {
+    uint8_t *pages; /* [n_pages, n_layers, n_kv_heads, phi_page_head_bytes] */
+    size_t n_bytes;
+};
+
+size_t phi_kv_page_bytes(const phi_model *model) {
+    return (size_t)model->n_layers * (size_t)model->n_kv_heads * phi_page_head_bytes(model->head_dim);
+}
+
+phi_status phi_kv_create(const phi_model *model, int n_pages, phi_kv **kv) {
+    phi_kv *k = calloc(1, sizeof *k);
+    if (!k) return PHI_OUT_OF_MEMORY;
+    k->n_bytes = (size_t)n_pages * phi_kv_page_bytes(model);
+    k->pages = phi_map(k->n_bytes);
+    if (!k->pages) {
+        free(k);
+        return PHI_OUT_OF_MEMORY;
+    }
+    *kv = k;
+    return PHI_OK;
+}
+
+void phi_kv_free(phi_kv *kv) {
+    if (!kv) return;
+    phi_unmap(kv->pages, kv->n_bytes);
+    free(kv);
+}
+
+uint8_t *phi_kv_head(const phi_model *model, const phi_kv *kv, int layer, int kv_head) {
+    const size_t head = (size_t)layer * (size_t)model->n_kv_heads + (size_t)kv_head;
+    return kv->pages + head * phi_page_head_bytes(model->head_dim);
+}

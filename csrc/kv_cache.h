@@ -1,0 +1,10 @@
+/* Where a head's keys and values lie: pages [page][layer][kv head][phi_page_head_bytes]. */
+#ifndef PHI_KV_CACHE_H
+#define PHI_KV_CACHE_H
+
+#include "kernels.h"
+
+/* A head's part of page 0; page p is p * phi_kv_page_bytes further. */
+uint8_t *phi_kv_head(const phi_model *model, const phi_kv *kv, int layer, int kv_head);
+
+#endif

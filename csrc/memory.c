@@ -1,0 +1,24 @@
+#define _DEFAULT_SOURCE /* MAP_ANONYMOUS, madvise */
+#include "memory.h"
+
+#ifdef _WIN32
+#include <windows.h>
+
+void *phi_map(size_t n_bytes) { return VirtualAlloc(NULL, n_bytes, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE); }
+void phi_unmap(void *memory, size_t n_bytes) {
+    (void)n_bytes;
+    VirtualFree(memory, 0, MEM_RELEASE);
+}
+#else
+#include <sys/mman.h>
+
+void *phi_map(size_t n_bytes) {
+    void *memory = mmap(NULL, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) return NULL;
+#ifdef MADV_HUGEPAGE
+    madvise(memory, n_bytes, MADV_HUGEPAGE); /* advice only: a refusal costs speed, nothing else */
+#endif
+    return memory;
+}
+void phi_unmap(void *memory, size_t n_bytes) { munmap(memory, n_bytes); }
+#endif

@@ -1,0 +1,144 @@
+/* phi-c's C API: a model, its KV cache, and one call that runs a batch of tokens through the model.
+ *
+ * Shapes are written [slowest, ..., fastest]; matrices are row-major with quantised blocks along the columns.
+ * Everything is validated by the caller (the Python edge): what this API returns is a status, and an assert that
+ * fails in it is our bug. Nothing here is freed behind the caller's back: a model borrows its weights. */
+#ifndef PHI_H
+#define PHI_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+typedef enum {
+    PHI_OK = 0,
+    PHI_CANCELLED,     /* the batch's poll function asked to stop; the KV cache rows of the batch are undefined */
+    PHI_OUT_OF_MEMORY, /* an allocation failed */
+    PHI_NO_SUCH_TIER,  /* the instruction-set tier is unknown, or this machine lacks it */
+} phi_status;
+
+/* ---- tensor types ---- */
+
+typedef enum {
+    PHI_ACT_F32, /* products with this type take float activations */
+    PHI_ACT_Q8,  /* ... int8 activations with a float scale per 32 */
+} phi_activation;
+
+typedef enum {
+#define PHI_TYPE(name, gguf_id, block_elements, block_bytes, activation) PHI_TYPE_##name,
+#include "tensor_types.def"
+#undef PHI_TYPE
+    PHI_N_TYPES
+} phi_type;
+
+typedef struct {
+    const char *name;
+    int gguf_id;        /* the number that stands for the type in a GGUF file */
+    int block_elements; /* elements a block */
+    int block_bytes;
+    phi_activation activation;
+} phi_type_traits;
+
+extern const phi_type_traits phi_types[PHI_N_TYPES];
+
+static inline size_t phi_row_bytes(phi_type type, size_t n_cols) {
+    return n_cols / (size_t)phi_types[type].block_elements * (size_t)phi_types[type].block_bytes;
+}
+
+/* ---- machine ---- */
+
+typedef struct phi_kernels phi_kernels;
+
+/* The tiers that this build knows, worst first, NULL-terminated; available: this CPU and system can run it. */
+const char *const *phi_tier_names(void);
+bool phi_tier_available(const char *tier);
+/* The table of a tier, the best available one for NULL. */
+phi_status phi_select_kernels(const char *tier, const phi_kernels **kernels);
+/* Comma-separated instruction sets that detection found. */
+const char *phi_cpu_features(void);
+
+typedef struct phi_pool phi_pool;
+/* A pool of n_threads, the calling thread among them: n_threads - 1 workers are started, asleep between runs. */
+phi_status phi_pool_create(int n_threads, phi_pool **pool);
+void phi_pool_free(phi_pool *pool);
+
+/* Reads a buffer of n_bytes with every thread of the pool; bytes per second, the best of n_runs. 0 when out of memory. */
+double phi_read_bandwidth(phi_pool *pool, size_t n_bytes, int n_runs);
+
+/* ---- model ---- */
+
+typedef struct {
+    phi_type type;
+    int n_rows, n_cols;
+    const void *data; /* [n_rows, phi_row_bytes(type, n_cols)] bytes, borrowed; may be unaligned */
+} phi_matrix;
+
+typedef struct {
+    const float *attn_norm;     /* [n_embd] */
+    phi_matrix wq;              /* [n_heads * head_dim, n_embd] */
+    phi_matrix wk, wv;          /* [n_kv_heads * head_dim, n_embd] */
+    phi_matrix wo;              /* [n_embd, n_heads * head_dim] */
+    const float *ffn_norm;      /* [n_embd] */
+    phi_matrix gate, up;        /* [n_ffn, n_embd] */
+    phi_matrix down;            /* [n_embd, n_ffn] */
+} phi_layer;
+
+typedef enum {
+    PHI_ROPE_NEOX, /* rotates dimension i with i + rope_dims / 2 (Hugging Face) */
+    PHI_ROPE_NORM, /* rotates dimension 2i with 2i + 1 (GGUF `llama` files, whose q and k rows are permuted) */
+} phi_rope_style;
+
+typedef struct {
+    int n_layers, n_embd, n_ffn, n_heads, n_kv_heads, head_dim, n_vocab;
+    int rope_dims;                      /* the first rope_dims of head_dim are rotated */
+    phi_rope_style rope_style;
+    const float *rope_inv_freq;         /* [rope_dims / 2] radians per position */
+    const float *rope_inv_freq_long;    /* the same beyond the original context (LongRoPE) */
+    float rope_attn_factor;             /* multiplies cos and sin (LongRoPE) */
+    float rms_eps;
+    int window;                         /* positions that a token sees, itself included; 0: all */
+    phi_matrix token_embd;              /* [n_vocab, n_embd] */
+    const float *output_norm;           /* [n_embd] */
+    phi_matrix output;                  /* [n_vocab, n_embd] */
+    const phi_layer *layers;            /* [n_layers] */
+    const phi_kernels *kernels;
+    phi_pool *pool;
+} phi_model;
+
+/* ---- KV cache ---- */
+
+enum { PHI_PAGE_TOKENS = 32 }; /* positions a page */
+
+/* Pages of keys and values in half precision. Which page belongs to whom is the caller's business. */
+typedef struct phi_kv phi_kv;
+size_t phi_kv_page_bytes(const phi_model *model);
+phi_status phi_kv_create(const phi_model *model, int n_pages, phi_kv **kv);
+void phi_kv_free(phi_kv *kv);
+
+/* ---- forward ---- */
+
+typedef struct {
+    const int32_t *pages;  /* [pages in use]: position p lies in page pages[p / PHI_PAGE_TOKENS] */
+    bool long_rope;        /* rotate with rope_inv_freq_long */
+} phi_sequence;
+
+typedef struct {
+    int n_tokens;
+    const int32_t *tokens;     /* [n_tokens] vocabulary ids */
+    const int32_t *positions;  /* [n_tokens] ascending within a sequence */
+    const int32_t *sequences;  /* [n_tokens] index into seqs */
+    const phi_sequence *seqs;
+    int n_logit_rows;
+    const int32_t *logit_rows; /* [n_logit_rows] tokens of the batch whose logits are wanted */
+    float *logits;             /* out [n_logit_rows, n_vocab] */
+    bool (*poll)(void *);      /* asked between layers; true: stop. NULL: never */
+    void *poll_context;
+} phi_batch;
+
+/* Runs the batch: appends its keys and values to the cache and writes the logits asked for. A token sees the
+ * positions before it in its sequence, those of this batch included. A token's result does not depend on what else
+ * is in the batch: the bits are the same alone, in a chunk, or among other sequences. */
+phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batch);
+
+#endif

@@ -1,0 +1,212 @@
+/* Waiting is done in two steps: spin for some tens of microseconds, since the next phase of a forward pass is usually
+ * that near, then sleep, so that an idle or oversubscribed machine is not kept busy. */
+#include "threads.h"
+
+#include <stdlib.h>
+
+#ifdef _WIN32
+#include <windows.h>
+typedef HANDLE thread_handle;
+typedef SRWLOCK lock_t;
+typedef CONDITION_VARIABLE condition_t;
+#define lock_init(l) InitializeSRWLock(l)
+#define lock_take(l) AcquireSRWLockExclusive(l)
+#define lock_release(l) ReleaseSRWLockExclusive(l)
+#define condition_init(c) InitializeConditionVariable(c)
+#define condition_wait(c, l) SleepConditionVariableSRW(c, l, INFINITE, 0)
+#define condition_wake_all(c) WakeAllConditionVariable(c)
+#else
+#include <pthread.h>
+#include <signal.h>
+#include <unistd.h>
+typedef pthread_t thread_handle;
+typedef pthread_mutex_t lock_t;
+typedef pthread_cond_t condition_t;
+#define lock_init(l) pthread_mutex_init(l, NULL)
+#define lock_take(l) pthread_mutex_lock(l)
+#define lock_release(l) pthread_mutex_unlock(l)
+#define condition_init(c) pthread_cond_init(c, NULL)
+#define condition_wait(c, l) pthread_cond_wait(c, l)
+#define condition_wake_all(c) pthread_cond_broadcast(c)
+#endif
+
+enum { SPINS = 2000 }; /* with a pause of 40 to 140 cycles each: 20 to 80 microseconds */
+
+typedef struct {
+    phi_pool *pool;
+    int thread;
+} worker_argument;
+
+struct phi_pool {
+    int n_threads;
+    thread_handle *workers;      /* [n_threads - 1] */
+    worker_argument *arguments;  /* [n_threads - 1] */
+    phi_task task;
+    void *context;
+    bool stop;
+    atomic_uint run;             /* counts runs */
+    atomic_uint meeting;         /* counts barriers passed */
+    atomic_int arrived;          /* threads at the current barrier */
+    atomic_int sleepers;
+    lock_t lock;
+    condition_t wake;
+#ifndef _WIN32
+    pid_t process;               /* whose threads the workers are */
+#endif
+};
+
+static inline void relax(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__) && defined(__GNUC__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static void wait_for_change(phi_pool *pool, atomic_uint *counter, unsigned seen) {
+    for (int i = 0; i < SPINS; i++) {
+        if (atomic_load(counter) != seen) return;
+        relax();
+    }
+    lock_take(&pool->lock);
+    /* Counted before the counter is read again: advance() either sees the sleeper or was seen by it. */
+    atomic_fetch_add(&pool->sleepers, 1);
+    while (atomic_load(counter) == seen) condition_wait(&pool->wake, &pool->lock);
+    atomic_fetch_sub(&pool->sleepers, 1);
+    lock_release(&pool->lock);
+}
+
+static void advance(phi_pool *pool, atomic_uint *counter) {
+    atomic_fetch_add(counter, 1);
+    if (atomic_load(&pool->sleepers) > 0) {
+        lock_take(&pool->lock);
+        condition_wake_all(&pool->wake);
+        lock_release(&pool->lock);
+    }
+}
+
+void phi_pool_barrier(phi_pool *pool) {
+    const unsigned seen = atomic_load(&pool->meeting);
+    if (atomic_fetch_add(&pool->arrived, 1) + 1 == pool->n_threads) {
+        atomic_store(&pool->arrived, 0);
+        advance(pool, &pool->meeting);
+    } else {
+        wait_for_change(pool, &pool->meeting, seen);
+    }
+}
+
+static void work(worker_argument *argument) {
+    phi_pool *pool = argument->pool;
+    for (unsigned seen = 0;; seen++) {
+        wait_for_change(pool, &pool->run, seen);
+        if (pool->stop) return;
+        pool->task(pool->context, argument->thread);
+        phi_pool_barrier(pool);
+    }
+}
+
+#ifdef _WIN32
+static DWORD WINAPI thread_main(void *argument) {
+    work(argument);
+    return 0;
+}
+static bool thread_start(thread_handle *handle, worker_argument *argument) {
+    *handle = CreateThread(NULL, 0, thread_main, argument, 0, NULL);
+    return *handle != NULL;
+}
+static void thread_join(thread_handle handle) {
+    WaitForSingleObject(handle, INFINITE);
+    CloseHandle(handle);
+}
+#else
+static void *thread_main(void *argument) {
+    work(argument);
+    return NULL;
+}
+static bool thread_start(thread_handle *handle, worker_argument *argument) {
+    /* Signals belong to the program's own threads: Ctrl-C must interrupt Python, not a worker. */
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    const bool started = pthread_create(handle, NULL, thread_main, argument) == 0;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return started;
+}
+static void thread_join(thread_handle handle) { pthread_join(handle, NULL); }
+#endif
+
+static void stop_workers(phi_pool *pool, int n_started) {
+    pool->stop = true;
+    advance(pool, &pool->run);
+    for (int i = 0; i < n_started; i++) thread_join(pool->workers[i]);
+    pool->stop = false;
+}
+
+static phi_status start_workers(phi_pool *pool) {
+    lock_init(&pool->lock);
+    condition_init(&pool->wake);
+    atomic_store(&pool->run, 0);
+    atomic_store(&pool->meeting, 0);
+    atomic_store(&pool->arrived, 0);
+    atomic_store(&pool->sleepers, 0);
+    pool->stop = false;
+#ifndef _WIN32
+    pool->process = getpid();
+#endif
+    for (int i = 0; i < pool->n_threads - 1; i++) {
+        pool->arguments[i] = (worker_argument){pool, i + 1};
+        if (!thread_start(&pool->workers[i], &pool->arguments[i])) {
+            stop_workers(pool, i);
+            return PHI_OUT_OF_MEMORY;
+        }
+    }
+    return PHI_OK;
+}
+
+phi_status phi_pool_create(int n_threads, phi_pool **pool) {
+    phi_pool *p = calloc(1, sizeof *p);
+    if (!p) return PHI_OUT_OF_MEMORY;
+    p->n_threads = n_threads;
+    p->workers = calloc((size_t)n_threads, sizeof *p->workers);
+    p->arguments = calloc((size_t)n_threads, sizeof *p->arguments);
+    if (!p->workers || !p->arguments || start_workers(p) != PHI_OK) {
+        free(p->workers);
+        free(p->arguments);
+        free(p);
+        return PHI_OUT_OF_MEMORY;
+    }
+    *pool = p;
+    return PHI_OK;
+}
+
+static bool workers_live_here(const phi_pool *pool) {
+#ifdef _WIN32
+    (void)pool;
+    return true;
+#else
+    return pool->process == getpid();
+#endif
+}
+
+void phi_pool_free(phi_pool *pool) {
+    if (!pool) return;
+    if (workers_live_here(pool)) stop_workers(pool, pool->n_threads - 1);
+    free(pool->workers);
+    free(pool->arguments);
+    free(pool);
+}
+
+int phi_pool_size(const phi_pool *pool) { return pool->n_threads; }
+
+phi_status phi_pool_run(phi_pool *pool, phi_task task, void *context) {
+    if (!workers_live_here(pool)) {
+        const phi_status status = start_workers(pool);
+        if (status != PHI_OK) return status;
+    }
+    pool->task = task;
+    pool->context = context;
+    if (pool->n_threads > 1) advance(pool, &pool->run);
+    task(context, 0);
+    phi_pool_barrier(pool);
+    return PHI_OK;
+}

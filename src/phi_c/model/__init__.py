@@ -1,0 +1,1 @@
+"""Model files: the GGUF header, the configuration it describes and the weights it holds."""
