@@ -55,7 +55,7 @@ bool phi_tier_available(const char *name) {
     if (own->slot) table->slot = own->slot
 
 static void resolve(int last, phi_kernels *table) {
-    *table = *tiers[0].own;
+    *table = *tiers[0].own; /* complete */
     for (int i = 1; i <= last; i++) {
         const phi_kernels *own = tiers[i].own;
         table->name = own->name;
@@ -83,8 +83,8 @@ phi_status phi_select_kernels(const char *name, const phi_kernels **kernels) {
     } else {
         while (!tiers[i].available()) i--; /* scalar always is */
     }
-    /* Filled anew at every call with the same values: no state, nothing to initialise. */
-    resolve(i, &tables[i]);
+    /* Once: a model that is running reads its table. Callers hold the interpreter's lock. */
+    if (!tables[i].name) resolve(i, &tables[i]);
     *kernels = &tables[i];
     return PHI_OK;
 }

@@ -7,6 +7,8 @@
 struct phi_kv {
     uint8_t *pages; /* [n_pages, n_layers, n_kv_heads, phi_page_head_bytes] */
     size_t n_bytes;
+    uint8_t *scratch; /* [scratch_bytes] */
+    size_t scratch_bytes;
 };
 
 size_t phi_kv_page_bytes(const phi_model *model) {
@@ -29,10 +31,20 @@ phi_status phi_kv_create(const phi_model *model, int n_pages, phi_kv **kv) {
 void phi_kv_free(phi_kv *kv) {
     if (!kv) return;
     phi_unmap(kv->pages, kv->n_bytes);
+    if (kv->scratch) phi_unmap(kv->scratch, kv->scratch_bytes);
     free(kv);
 }
 
 uint8_t *phi_kv_head(const phi_model *model, const phi_kv *kv, int layer, int kv_head) {
     const size_t head = (size_t)layer * (size_t)model->n_kv_heads + (size_t)kv_head;
     return kv->pages + head * phi_page_head_bytes(model->head_dim);
+}
+
+uint8_t *phi_kv_scratch(phi_kv *kv, size_t n_bytes) {
+    if (n_bytes > kv->scratch_bytes) {
+        if (kv->scratch) phi_unmap(kv->scratch, kv->scratch_bytes);
+        kv->scratch = phi_map(n_bytes);
+        kv->scratch_bytes = kv->scratch ? n_bytes : 0;
+    }
+    return kv->scratch;
 }

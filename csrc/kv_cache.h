@@ -7,4 +7,7 @@
 /* A head's part of page 0; page p is p * phi_kv_page_bytes further. */
 uint8_t *phi_kv_head(const phi_model *model, const phi_kv *kv, int layer, int kv_head);
 
+/* Working memory of a forward pass, kept from call to call; its content is undefined. NULL when the system refuses. */
+uint8_t *phi_kv_scratch(phi_kv *kv, size_t n_bytes);
+
 #endif

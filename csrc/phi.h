@@ -63,6 +63,8 @@ typedef struct phi_pool phi_pool;
 phi_status phi_pool_create(int n_threads, phi_pool **pool);
 void phi_pool_free(phi_pool *pool);
 
+/* Seconds on the system's clock. */
+double phi_seconds(void);
 /* Reads a buffer of n_bytes with every thread of the pool; bytes per second, the best of n_runs. 0 when out of memory. */
 double phi_read_bandwidth(phi_pool *pool, size_t n_bytes, int n_runs);
 

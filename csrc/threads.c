@@ -1,3 +1,4 @@
+#define _DEFAULT_SOURCE /* sigset_t, pthread_sigmask */
 /* Waiting is done in two steps: spin for some tens of microseconds, since the next phase of a forward pass is usually
  * that near, then sleep, so that an idle or oversubscribed machine is not kept busy. */
 #include "threads.h"

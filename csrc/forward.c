@@ -1,0 +1,331 @@
+/* One forward pass of a batch: every thread of the pool walks through the same phases, takes tasks from a shared
+ * counter within each, and waits for the others before the next.
+ *
+ * A layer:   norm | q, k, v by head, rotated, keys and values stored | attention by token and head | quantise |
+ *            output projection | norm | gate, up and their product | down projection */
+#include "phi.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "kernels.h"
+#include "kv_cache.h"
+#include "threads.h"
+
+enum { CHUNK_ROWS = 64 }; /* rows of a weight matrix a task; a multiple of PHI_Q8_BLOCK */
+
+typedef struct {
+    const phi_model *model;
+    const phi_kv *kv;
+    const phi_batch *batch;
+    float *residual;          /* [n_tokens, n_embd] */
+    float *q;                 /* [n_tokens, n_heads * head_dim] */
+    float *cos, *sin;         /* [n_tokens, rope_dims / 2] */
+    phi_activations normed;   /* [n_tokens, n_embd] */
+    phi_activations attended; /* [n_tokens, n_heads * head_dim] */
+    phi_activations inner;    /* [n_tokens, n_ffn] */
+    float *scratch;           /* [n_threads, scratch_floats] */
+    size_t scratch_floats;
+    size_t scores_stride;     /* floats */
+    atomic_int next_task[3];  /* by phase modulo 3 */
+    atomic_bool stop;
+} forward;
+
+typedef struct {
+    forward *f;
+    int thread;
+    int phase;
+} worker;
+
+static int max_int(int a, int b) { return a > b ? a : b; }
+static int min_int(int a, int b) { return a < b ? a : b; }
+static int chunks(int n_rows) { return (n_rows + CHUNK_ROWS - 1) / CHUNK_ROWS; }
+static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+static int take_task(const worker *w) { return atomic_fetch_add(&w->f->next_task[w->phase % 3], 1); }
+
+#define FOR_EACH_TASK(w, task, n_tasks) for (int task; (task = take_task(w)) < (n_tasks);)
+
+static void end_phase(worker *w) {
+    /* The counter of the phase after the next: its last users passed the barrier before this one. */
+    if (w->thread == 0) atomic_store(&w->f->next_task[(w->phase + 2) % 3], 0);
+    phi_pool_barrier(w->f->model->pool);
+    w->phase++;
+}
+
+/* Rows of n_cols as products take them: floats, and int8 where blocks fit (no quantised matrix exists where not). */
+static void quantize(const phi_kernels *k, const phi_activations *x, int token, size_t first_col, size_t n) {
+    const size_t n_cols = (size_t)x->n_cols, at = (size_t)token * n_cols + first_col;
+    if (n_cols % PHI_Q8_BLOCK != 0) return;
+    k->quantize_q8(x->f32 + at, n, x->q8 + at, x->scales + at / PHI_Q8_BLOCK, x->sums + at / PHI_SUM_BLOCK);
+}
+
+static void multiply(const forward *f, const phi_matrix *w, int first_row, int n_rows, const phi_activations *x,
+                     int n_tokens, float *out, size_t out_stride) {
+    const size_t row_bytes = phi_row_bytes(w->type, (size_t)w->n_cols);
+    const phi_matmul m = {
+        .rows = (const uint8_t *)w->data + (size_t)first_row * row_bytes,
+        .row_bytes = row_bytes,
+        .n_rows = n_rows,
+        .n_cols = w->n_cols,
+        .x = x,
+        .n_tokens = n_tokens,
+        .out = out,
+        .out_stride = out_stride,
+    };
+    f->model->kernels->matmul[w->type](&m);
+}
+
+/* ---- phases ---- */
+
+static void embed(worker *w) {
+    const forward *f = w->f;
+    const phi_model *model = f->model;
+    const phi_matrix *embd = &model->token_embd;
+    const size_t n_embd = (size_t)model->n_embd, n_freqs = (size_t)model->rope_dims / 2;
+    const size_t row_bytes = phi_row_bytes(embd->type, n_embd);
+    FOR_EACH_TASK(w, t, f->batch->n_tokens) {
+        const size_t token = (size_t)f->batch->tokens[t];
+        const uint8_t *row = (const uint8_t *)embd->data + token * row_bytes;
+        model->kernels->dequantize[embd->type](row, n_embd, f->residual + (size_t)t * n_embd);
+
+        const bool long_rope = f->batch->seqs[f->batch->sequences[t]].long_rope;
+        const float *inv_freq = long_rope ? model->rope_inv_freq_long : model->rope_inv_freq;
+        for (size_t i = 0; i < n_freqs; i++) {
+            const float angle = (float)f->batch->positions[t] * inv_freq[i]; /* float32, as transformers */
+            f->cos[(size_t)t * n_freqs + i] = (float)cos((double)angle) * model->rope_attn_factor;
+            f->sin[(size_t)t * n_freqs + i] = (float)sin((double)angle) * model->rope_attn_factor;
+        }
+    }
+    end_phase(w);
+}
+
+static void norm(worker *w, const float *weight) {
+    const forward *f = w->f;
+    const phi_model *model = f->model;
+    const size_t n_embd = (size_t)model->n_embd;
+    FOR_EACH_TASK(w, t, f->batch->n_tokens) {
+        model->kernels->rms_norm(f->residual + (size_t)t * n_embd, weight, n_embd, model->rms_eps,
+                                 f->normed.f32 + (size_t)t * n_embd);
+        quantize(model->kernels, &f->normed, t, 0, n_embd);
+    }
+    end_phase(w);
+}
+
+static void rotate(const forward *f, float *heads, size_t stride) {
+    const phi_model *model = f->model;
+    const size_t n_freqs = (size_t)model->rope_dims / 2;
+    for (int t = 0; t < f->batch->n_tokens; t++) {
+        model->kernels->rope[model->rope_style](heads + (size_t)t * stride, model->rope_dims,
+                                                f->cos + (size_t)t * n_freqs, f->sin + (size_t)t * n_freqs);
+    }
+}
+
+static void store(const forward *f, int layer, int kv_head, const float *k, const float *v) {
+    const phi_model *model = f->model;
+    const size_t page_bytes = phi_kv_page_bytes(model);
+    uint8_t *head = phi_kv_head(model, f->kv, layer, kv_head);
+    for (int t = 0; t < f->batch->n_tokens; t++) {
+        const int position = f->batch->positions[t];
+        const int32_t page = f->batch->seqs[f->batch->sequences[t]].pages[position / PHI_PAGE_TOKENS];
+        const size_t at = (size_t)t * (size_t)model->head_dim;
+        model->kernels->store_kv(k + at, v + at, model->head_dim, position % PHI_PAGE_TOKENS,
+                                 (uint16_t *)(void *)(head + (size_t)page * page_bytes));
+    }
+}
+
+static void project_heads(worker *w, int layer) {
+    const forward *f = w->f;
+    const phi_model *model = f->model;
+    const phi_layer *l = &model->layers[layer];
+    const int head_dim = model->head_dim, n_tokens = f->batch->n_tokens;
+    const size_t q_dim = (size_t)model->n_heads * (size_t)head_dim;
+    float *k = f->scratch + (size_t)w->thread * f->scratch_floats;
+    float *v = k + (size_t)n_tokens * (size_t)head_dim;
+    FOR_EACH_TASK(w, task, model->n_kv_heads + model->n_heads) {
+        if (task < model->n_kv_heads) {
+            multiply(f, &l->wk, task * head_dim, head_dim, &f->normed, n_tokens, k, (size_t)head_dim);
+            multiply(f, &l->wv, task * head_dim, head_dim, &f->normed, n_tokens, v, (size_t)head_dim);
+            rotate(f, k, (size_t)head_dim);
+            store(f, layer, task, k, v);
+        } else {
+            const int head = task - model->n_kv_heads;
+            float *q = f->q + (size_t)head * (size_t)head_dim;
+            multiply(f, &l->wq, head * head_dim, head_dim, &f->normed, n_tokens, q, q_dim);
+            rotate(f, q, q_dim);
+        }
+    }
+    end_phase(w);
+}
+
+static void attend(worker *w, int layer) {
+    const forward *f = w->f;
+    const phi_model *model = f->model;
+    const int n_queries = model->n_heads / model->n_kv_heads;
+    const size_t q_dim = (size_t)model->n_heads * (size_t)model->head_dim;
+    FOR_EACH_TASK(w, task, f->batch->n_tokens * model->n_kv_heads) {
+        const int t = task / model->n_kv_heads, kv_head = task % model->n_kv_heads;
+        const int last = f->batch->positions[t];
+        const size_t at = (size_t)t * q_dim + (size_t)(kv_head * n_queries) * (size_t)model->head_dim;
+        const phi_attention a = {
+            .q = f->q + at,
+            .n_queries = n_queries,
+            .head_dim = model->head_dim,
+            .pages = phi_kv_head(model, f->kv, layer, kv_head),
+            .page_bytes = phi_kv_page_bytes(model),
+            .page_table = f->batch->seqs[f->batch->sequences[t]].pages,
+            .first = model->window > 0 ? max_int(0, last + 1 - model->window) : 0,
+            .last = last,
+            .scale = 1.0f / sqrtf((float)model->head_dim),
+            .scores = f->scratch + (size_t)w->thread * f->scratch_floats,
+            .scores_stride = f->scores_stride,
+            .out = f->attended.f32 + at,
+        };
+        model->kernels->attention(&a);
+    }
+    end_phase(w);
+    FOR_EACH_TASK(w, t, f->batch->n_tokens) quantize(model->kernels, &f->attended, t, 0, q_dim);
+    end_phase(w);
+}
+
+/* residual += x @ matrix.T */
+static void project_back(worker *w, const phi_matrix *matrix, const phi_activations *x) {
+    const forward *f = w->f;
+    const size_t n_embd = (size_t)f->model->n_embd;
+    float *out = f->scratch + (size_t)w->thread * f->scratch_floats;
+    FOR_EACH_TASK(w, task, chunks(matrix->n_rows)) {
+        const int first = task * CHUNK_ROWS, n_rows = min_int(CHUNK_ROWS, matrix->n_rows - first);
+        multiply(f, matrix, first, n_rows, x, f->batch->n_tokens, out, CHUNK_ROWS);
+        for (int t = 0; t < f->batch->n_tokens; t++) {
+            f->model->kernels->add(out + (size_t)t * CHUNK_ROWS, (size_t)n_rows,
+                                   f->residual + (size_t)t * n_embd + (size_t)first);
+        }
+    }
+    end_phase(w);
+}
+
+/* inner = silu(gate) * up */
+static void gate(worker *w, const phi_layer *l) {
+    const forward *f = w->f;
+    const phi_kernels *kernels = f->model->kernels;
+    const int n_tokens = f->batch->n_tokens, n_ffn = f->model->n_ffn;
+    float *gates = f->scratch + (size_t)w->thread * f->scratch_floats;
+    float *ups = gates + (size_t)n_tokens * CHUNK_ROWS;
+    FOR_EACH_TASK(w, task, chunks(n_ffn)) {
+        const int first = task * CHUNK_ROWS, n_rows = min_int(CHUNK_ROWS, n_ffn - first);
+        multiply(f, &l->gate, first, n_rows, &f->normed, n_tokens, gates, CHUNK_ROWS);
+        multiply(f, &l->up, first, n_rows, &f->normed, n_tokens, ups, CHUNK_ROWS);
+        for (int t = 0; t < n_tokens; t++) {
+            const size_t at = (size_t)t * CHUNK_ROWS;
+            float *y = f->inner.f32 + (size_t)t * (size_t)n_ffn + (size_t)first;
+            kernels->silu_mul(gates + at, ups + at, (size_t)n_rows, y);
+            quantize(kernels, &f->inner, t, (size_t)first, (size_t)n_rows);
+        }
+    }
+    end_phase(w);
+}
+
+static void write_logits(worker *w) {
+    const forward *f = w->f;
+    const phi_model *model = f->model;
+    const phi_batch *batch = f->batch;
+    const size_t n_embd = (size_t)model->n_embd;
+    FOR_EACH_TASK(w, i, batch->n_logit_rows) {
+        model->kernels->rms_norm(f->residual + (size_t)batch->logit_rows[i] * n_embd, model->output_norm, n_embd,
+                                 model->rms_eps, f->normed.f32 + (size_t)i * n_embd);
+        quantize(model->kernels, &f->normed, i, 0, n_embd);
+    }
+    end_phase(w);
+    FOR_EACH_TASK(w, task, batch->n_logit_rows ? chunks(model->n_vocab) : 0) {
+        const int first = task * CHUNK_ROWS, n_rows = min_int(CHUNK_ROWS, model->n_vocab - first);
+        multiply(f, &model->output, first, n_rows, &f->normed, batch->n_logit_rows, batch->logits + first,
+                 (size_t)model->n_vocab);
+    }
+}
+
+static void run(void *context, int thread) {
+    forward *f = context;
+    const phi_model *model = f->model;
+    worker w = {.f = f, .thread = thread};
+    embed(&w);
+    for (int layer = 0; layer < model->n_layers; layer++) {
+        const phi_layer *l = &model->layers[layer];
+        norm(&w, l->attn_norm);
+        /* Read after a barrier that follows the write, so that all threads leave at the same place. */
+        if (atomic_load(&f->stop)) return;
+        project_heads(&w, layer);
+        attend(&w, layer);
+        project_back(&w, &l->wo, &f->attended);
+        norm(&w, l->ffn_norm);
+        gate(&w, l);
+        if (thread == 0 && f->batch->poll && f->batch->poll(f->batch->poll_context)) atomic_store(&f->stop, true);
+        project_back(&w, &l->down, &f->inner);
+    }
+    if (atomic_load(&f->stop)) return;
+    write_logits(&w);
+}
+
+/* ---- scratch memory ---- */
+
+typedef struct {
+    uint8_t *memory; /* NULL: only count */
+    size_t used;     /* bytes */
+} arena;
+
+static void *allot(arena *a, size_t n_bytes) {
+    void *p = a->memory ? a->memory + a->used : NULL;
+    a->used += round_up(n_bytes, PHI_ALIGN_BYTES);
+    return p;
+}
+
+static phi_activations allot_activations(arena *a, size_t n_tokens, int n_cols) {
+    const size_t n = n_tokens * (size_t)n_cols;
+    return (phi_activations){
+        .n_cols = n_cols,
+        .f32 = allot(a, n * sizeof(float)),
+        .q8 = allot(a, n),
+        .scales = allot(a, n / PHI_Q8_BLOCK * sizeof(float)),
+        .sums = allot(a, n / PHI_SUM_BLOCK * sizeof(float)),
+    };
+}
+
+/* Lays the buffers of a pass into an arena; called once to count and once to place. */
+static void lay_out(forward *f, arena *a) {
+    const phi_model *model = f->model;
+    const phi_batch *batch = f->batch;
+    /* The final norm reuses the activations of the batch for its logit rows, which may repeat a token. */
+    const size_t n_tokens = (size_t)max_int(batch->n_tokens, batch->n_logit_rows);
+    const int q_dim = model->n_heads * model->head_dim;
+
+    int longest = 0;
+    for (int t = 0; t < batch->n_tokens; t++) longest = max_int(longest, batch->positions[t] + 1);
+    if (model->window > 0) longest = min_int(longest, model->window);
+    /* A group before the first visible position may be read whole. */
+    f->scores_stride = round_up((size_t)longest + PHI_KV_GROUP, 2 * PHI_KV_GROUP);
+
+    const size_t scores = (size_t)(model->n_heads / model->n_kv_heads) * f->scores_stride;
+    const size_t products = 2 * n_tokens * (size_t)max_int(CHUNK_ROWS, model->head_dim);
+    f->scratch_floats = round_up(scores > products ? scores : products, PHI_ALIGN_BYTES / sizeof(float));
+
+    f->residual = allot(a, n_tokens * (size_t)model->n_embd * sizeof(float));
+    f->q = allot(a, n_tokens * (size_t)q_dim * sizeof(float));
+    f->cos = allot(a, n_tokens * (size_t)model->rope_dims / 2 * sizeof(float));
+    f->sin = allot(a, n_tokens * (size_t)model->rope_dims / 2 * sizeof(float));
+    f->normed = allot_activations(a, n_tokens, model->n_embd);
+    f->attended = allot_activations(a, n_tokens, q_dim);
+    f->inner = allot_activations(a, n_tokens, model->n_ffn);
+    f->scratch = allot(a, (size_t)phi_pool_size(model->pool) * f->scratch_floats * sizeof(float));
+}
+
+phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batch) {
+    forward f = {.model = model, .kv = kv, .batch = batch};
+    arena a = {NULL, 0};
+    lay_out(&f, &a);
+    a.memory = phi_kv_scratch(kv, a.used);
+    if (!a.memory) return PHI_OUT_OF_MEMORY;
+    a.used = 0;
+    lay_out(&f, &a);
+    const phi_status status = phi_pool_run(model->pool, run, &f);
+    if (status != PHI_OK) return status;
+    return atomic_load(&f.stop) ? PHI_CANCELLED : PHI_OK;
+}

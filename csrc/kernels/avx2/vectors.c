@@ -1,0 +1,82 @@
+/* What happens to activations between the products: norm, quantisation, SiLU, residual. Eight floats a step. */
+#include <float.h>
+#include <math.h>
+
+#include "avx2.h"
+#include "simd.h"
+
+void phi_quantize_q8_avx2(const float *x, size_t n, int8_t *q8, float *scales, float *sums) {
+    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    const __m256 limit = _mm256_set1_ps(127.0f);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    for (size_t b = 0; b < n / PHI_Q8_BLOCK; b++) {
+        const float *block = x + b * PHI_Q8_BLOCK;
+        __m256 v[4], largest = _mm256_setzero_ps();
+        for (int i = 0; i < 4; i++) {
+            v[i] = _mm256_loadu_ps(block + 8 * i);
+            largest = _mm256_max_ps(_mm256_and_ps(v[i], magnitude), largest);
+        }
+        const float scale = phi_hmax(largest) / 127.0f;
+        /* As the scalar kernel: below the smallest normal scale the block is zero. */
+        const __m256 inverse = _mm256_set1_ps(scale >= FLT_MIN ? 1.0f / scale : 0.0f);
+        __m256i q[4];
+        for (int i = 0; i < 4; i++) {
+            const __m256 clamped = _mm256_max_ps(_mm256_sub_ps(_mm256_setzero_ps(), limit),
+                                                 _mm256_min_ps(limit, _mm256_mul_ps(v[i], inverse)));
+            q[i] = _mm256_cvtps_epi32(clamped);
+        }
+        const __m256i low = _mm256_packs_epi32(q[0], q[1]), high = _mm256_packs_epi32(q[2], q[3]);
+        const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+        _mm256_storeu_si256((__m256i *)(void *)(q8 + b * PHI_Q8_BLOCK), bytes);
+        const __m256i first = _mm256_add_epi32(q[0], q[1]), second = _mm256_add_epi32(q[2], q[3]);
+        scales[b] = scale;
+        /* Sums of small integers are exact in float, in any order. */
+        sums[2 * b] = scale * phi_hsum(_mm256_cvtepi32_ps(first));
+        sums[2 * b + 1] = scale * phi_hsum(_mm256_cvtepi32_ps(second));
+    }
+}
+
+void phi_rms_norm_avx2(const float *x, const float *weight, size_t n, float eps, float *y) {
+    const size_t n8 = n / 8 * 8;
+    __m256d squares[2] = {_mm256_setzero_pd(), _mm256_setzero_pd()};
+    for (size_t i = 0; i < n8; i += 8) {
+        const __m256d a = _mm256_cvtps_pd(_mm_loadu_ps(x + i)), b = _mm256_cvtps_pd(_mm_loadu_ps(x + i + 4));
+        squares[0] = _mm256_fmadd_pd(a, a, squares[0]);
+        squares[1] = _mm256_fmadd_pd(b, b, squares[1]);
+    }
+    double lanes[4];
+    _mm256_storeu_pd(lanes, _mm256_add_pd(squares[0], squares[1]));
+    double total = lanes[0] + lanes[1] + lanes[2] + lanes[3];
+    for (size_t i = n8; i < n; i++) total += (double)x[i] * (double)x[i];
+
+    const float inverse = (float)(1.0 / sqrt(total / (double)n + (double)eps));
+    for (size_t i = 0; i < n8; i += 8) {
+        const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(inverse));
+        _mm256_storeu_ps(y + i, _mm256_mul_ps(scaled, _mm256_loadu_ps(weight + i)));
+    }
+    for (size_t i = n8; i < n; i++) y[i] = x[i] * inverse * weight[i];
+}
+
+PHI_INLINE __m256 silu_mul(__m256 gate, __m256 up) {
+    const __m256 one = _mm256_set1_ps(1.0f);
+    const __m256 e = phi_exp(_mm256_sub_ps(_mm256_setzero_ps(), gate));
+    return _mm256_mul_ps(_mm256_div_ps(gate, _mm256_add_ps(one, e)), up);
+}
+
+void phi_silu_mul_avx2(const float *gate, const float *up, size_t n, float *y) {
+    const size_t n8 = n / 8 * 8;
+    for (size_t i = 0; i < n8; i += 8) _mm256_storeu_ps(y + i, silu_mul(_mm256_loadu_ps(gate + i), _mm256_loadu_ps(up + i)));
+    if (n8 < n) { /* the tail by the same arithmetic */
+        float g[8] = {0}, u[8] = {0};
+        memcpy(g, gate + n8, (n - n8) * sizeof *g);
+        memcpy(u, up + n8, (n - n8) * sizeof *u);
+        _mm256_storeu_ps(g, silu_mul(_mm256_loadu_ps(g), _mm256_loadu_ps(u)));
+        memcpy(y + n8, g, (n - n8) * sizeof *g);
+    }
+}
+
+void phi_add_avx2(const float *x, size_t n, float *y) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(y + i, _mm256_add_ps(_mm256_loadu_ps(y + i), _mm256_loadu_ps(x + i)));
+    for (; i < n; i++) y[i] += x[i];
+}

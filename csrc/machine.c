@@ -1,0 +1,53 @@
+/* What the machine can do, measured. */
+#include "phi.h"
+
+#include "memory.h"
+#include "threads.h"
+
+#include <string.h>
+#include <time.h>
+
+typedef struct {
+    const uint64_t *words;
+    size_t n_words;
+    int n_threads;
+    atomic_ullong sink; /* keeps the reads from being optimised away */
+} reading;
+
+double phi_seconds(void) {
+    struct timespec t;
+    timespec_get(&t, TIME_UTC);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+static void read_part(void *context, int thread) {
+    reading *r = context;
+    const size_t part = r->n_words / (size_t)r->n_threads / 8 * 8;
+    const uint64_t *w = r->words + part * (size_t)thread;
+    uint64_t sum[8] = {0};
+    for (size_t i = 0; i < part; i += 8) {
+#if defined(__GNUC__)
+        __builtin_prefetch(w + i + 512); /* 4 KiB ahead: the hardware alone stops at page borders */
+#endif
+        for (int k = 0; k < 8; k++) sum[k] ^= w[i + (size_t)k];
+    }
+    uint64_t all = 0;
+    for (int k = 0; k < 8; k++) all ^= sum[k];
+    atomic_fetch_xor(&r->sink, all);
+}
+
+double phi_read_bandwidth(phi_pool *pool, size_t n_bytes, int n_runs) {
+    uint64_t *words = phi_map(n_bytes);
+    if (!words) return 0.0;
+    memset(words, 1, n_bytes);
+    reading r = {.words = words, .n_words = n_bytes / sizeof *words, .n_threads = phi_pool_size(pool)};
+    double best = 0.0;
+    for (int i = 0; i < n_runs; i++) {
+        const double start = phi_seconds();
+        if (phi_pool_run(pool, read_part, &r) != PHI_OK) break;
+        const double rate = (double)n_bytes / (phi_seconds() - start);
+        if (rate > best) best = rate;
+    }
+    phi_unmap(words, n_bytes);
+    return best;
+}

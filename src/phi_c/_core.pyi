@@ -1,0 +1,83 @@
+from mmap import mmap
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+class TensorType(NamedTuple):
+    name: str
+    type_id: int
+    block_elements: int
+    block_bytes: int
+    quantised_activations: bool
+
+TENSOR_TYPES: Final[dict[int, TensorType]]
+PAGE_TOKENS: Final[int]
+
+def tiers() -> list[str]: ...
+def kernel_table() -> dict[str, dict[str, str]]: ...
+def cpu_features() -> list[str]: ...
+def read_bandwidth(n_threads: int, n_bytes: int) -> float: ...
+def read_strings(buffer: bytes | mmap, offset: int, count: int) -> tuple[list[str], int]: ...
+def dequantize(
+    type_id: int, data: npt.NDArray[np.uint8], n_elements: int, tier: str | None = None
+) -> npt.NDArray[np.float32]: ...
+def quantize_q8(
+    x: npt.NDArray[np.float32], tier: str | None = None
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32], npt.NDArray[np.float32]]: ...
+def matmul(weights: Matrix, x: npt.NDArray[np.float32], tier: str | None = None) -> npt.NDArray[np.float32]: ...
+def rms_norm(
+    x: npt.NDArray[np.float32], weight: npt.NDArray[np.float32], eps: float, tier: str | None = None
+) -> npt.NDArray[np.float32]: ...
+def silu_mul(
+    gate: npt.NDArray[np.float32], up: npt.NDArray[np.float32], tier: str | None = None
+) -> npt.NDArray[np.float32]: ...
+def attention(
+    q: npt.NDArray[np.float32],
+    k: npt.NDArray[np.float32],
+    v: npt.NDArray[np.float32],
+    first: int,
+    last: int,
+    scale: float,
+    tier: str | None = None,
+) -> npt.NDArray[np.float32]: ...
+
+class Matrix:
+    def __init__(self, type_id: int, n_rows: int, n_cols: int, data: npt.NDArray[np.uint8]) -> None: ...
+    @property
+    def type_id(self) -> int: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+class Model:
+    # config: model.config.ModelConfig, weights: model.weights.Weights; named loosely, for imports go down
+    def __init__(self, config: Any, weights: Any, *, n_threads: int, tier: str | None = None) -> None: ...
+    @property
+    def tier(self) -> str: ...
+    @property
+    def n_threads(self) -> int: ...
+    def close(self) -> None: ...
+
+class KvCache:
+    def __init__(self, model: Model, n_pages: int) -> None: ...
+    @property
+    def n_pages(self) -> int: ...
+    @property
+    def page_bytes(self) -> int: ...
+
+class CancelFlag:
+    def set(self) -> None: ...
+    def clear(self) -> None: ...
+    def is_set(self) -> bool: ...
+
+def forward(
+    model: Model,
+    kv: KvCache,
+    tokens: npt.NDArray[np.int32],
+    positions: npt.NDArray[np.int32],
+    sequences: npt.NDArray[np.int32],
+    page_tables: list[npt.NDArray[np.int32]],
+    long_rope: list[bool],
+    logit_rows: npt.NDArray[np.int32],
+    cancel: CancelFlag | None = None,
+) -> npt.NDArray[np.float32]: ...

@@ -1,0 +1,648 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, freethreading_compatible=False
+"""The only boundary to C: buffers and sizes are checked here, then the engine in csrc/ trusts them."""
+
+import threading
+from typing import NamedTuple
+
+import numpy as np
+
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.unicode cimport PyUnicode_DecodeUTF8
+from libc.stddef cimport size_t
+from libc.stdint cimport int8_t, int32_t, uint8_t, uint16_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
+
+from phi_c.errors import Cancelled, ModelClosedError, OptionError
+
+cdef extern from "<stdbool.h>":
+    ctypedef bint c_bool "bool"
+
+cdef extern from "phi.h":
+    ctypedef enum phi_status:
+        PHI_OK
+        PHI_CANCELLED
+        PHI_OUT_OF_MEMORY
+        PHI_NO_SUCH_TIER
+    ctypedef enum phi_activation:
+        PHI_ACT_F32
+        PHI_ACT_Q8
+    ctypedef int phi_type
+    ctypedef struct phi_type_traits:
+        const char *name
+        int gguf_id
+        int block_elements
+        int block_bytes
+        phi_activation activation
+    const int PHI_N_TYPES
+    const int PHI_PAGE_TOKENS
+    const phi_type_traits phi_types[]
+    size_t phi_row_bytes(phi_type type, size_t n_cols) nogil
+
+    ctypedef struct phi_kernels:
+        const char *name
+        void (*dequantize[32])(const void *row, size_t n, float *y) noexcept nogil
+        void (*matmul[32])(const phi_matmul *m) noexcept nogil
+        void (*quantize_q8)(const float *x, size_t n, int8_t *q8, float *scales, float *sums) noexcept nogil
+        void (*rms_norm)(const float *x, const float *weight, size_t n, float eps, float *y) noexcept nogil
+        void (*silu_mul)(const float *gate, const float *up, size_t n, float *y) noexcept nogil
+        void (*store_kv)(const float *k, const float *v, int head_dim, int slot, uint16_t *page) noexcept nogil
+        void (*attention)(const phi_attention *a) noexcept nogil
+    const char *const *phi_tier_names()
+    c_bool phi_tier_available(const char *tier)
+    phi_status phi_select_kernels(const char *tier, const phi_kernels **kernels)
+    const char *phi_cpu_features()
+
+    ctypedef struct phi_pool:
+        pass
+    phi_status phi_pool_create(int n_threads, phi_pool **pool) nogil
+    void phi_pool_free(phi_pool *pool) nogil
+    double phi_seconds() nogil
+    double phi_read_bandwidth(phi_pool *pool, size_t n_bytes, int n_runs) nogil
+
+    ctypedef struct phi_matrix:
+        phi_type type
+        int n_rows, n_cols
+        const void *data
+    ctypedef struct phi_layer:
+        const float *attn_norm
+        phi_matrix wq, wk, wv, wo
+        const float *ffn_norm
+        phi_matrix gate, up, down
+    ctypedef enum phi_rope_style:
+        PHI_ROPE_NEOX
+        PHI_ROPE_NORM
+    ctypedef struct phi_model:
+        int n_layers, n_embd, n_ffn, n_heads, n_kv_heads, head_dim, n_vocab
+        int rope_dims
+        phi_rope_style rope_style
+        const float *rope_inv_freq
+        const float *rope_inv_freq_long
+        float rope_attn_factor
+        float rms_eps
+        int window
+        phi_matrix token_embd
+        const float *output_norm
+        phi_matrix output
+        const phi_layer *layers
+        const phi_kernels *kernels
+        phi_pool *pool
+
+    ctypedef struct phi_kv:
+        pass
+    size_t phi_kv_page_bytes(const phi_model *model) nogil
+    phi_status phi_kv_create(const phi_model *model, int n_pages, phi_kv **kv) nogil
+    void phi_kv_free(phi_kv *kv) nogil
+
+    ctypedef struct phi_sequence:
+        const int32_t *pages
+        c_bool long_rope
+    ctypedef struct phi_batch:
+        int n_tokens
+        const int32_t *tokens
+        const int32_t *positions
+        const int32_t *sequences
+        const phi_sequence *seqs
+        int n_logit_rows
+        const int32_t *logit_rows
+        float *logits
+        c_bool (*poll)(void *) noexcept nogil
+        void *poll_context
+    phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batch) nogil
+
+cdef extern from "kernels.h":
+    ctypedef struct phi_activations:
+        int n_cols
+        float *f32
+        int8_t *q8
+        float *scales
+        float *sums
+    ctypedef struct phi_matmul:
+        const uint8_t *rows
+        size_t row_bytes
+        int n_rows, n_cols
+        const phi_activations *x
+        int first_token, n_tokens
+        float *out
+        size_t out_stride
+    ctypedef struct phi_attention:
+        const float *q
+        int n_queries, head_dim
+        const uint8_t *pages
+        size_t page_bytes
+        const int32_t *page_table
+        int first, last
+        float scale
+        float *scores
+        size_t scores_stride
+        float *out
+    const int PHI_Q8_BLOCK
+    const int PHI_SUM_BLOCK
+    const int PHI_KV_GROUP
+    size_t phi_page_head_bytes(int head_dim)
+
+cdef extern from "dispatch.h":
+    const char *phi_matmul_tier(const char *tier, phi_type type)
+
+
+# ---- tensor types ----
+
+
+class TensorType(NamedTuple):
+    """One row of csrc/tensor_types.def."""
+
+    name: str
+    type_id: int
+    block_elements: int
+    block_bytes: int
+    quantised_activations: bool
+
+
+cdef dict _index_of_id = {phi_types[i].gguf_id: i for i in range(PHI_N_TYPES)}
+TENSOR_TYPES = {
+    phi_types[i].gguf_id: TensorType(
+        phi_types[i].name.decode(),
+        phi_types[i].gguf_id,
+        phi_types[i].block_elements,
+        phi_types[i].block_bytes,
+        phi_types[i].activation == PHI_ACT_Q8,
+    )
+    for i in range(PHI_N_TYPES)
+}
+PAGE_TOKENS = PHI_PAGE_TOKENS
+
+
+cdef int _type_index(int type_id) except -1:
+    if type_id not in _index_of_id:
+        raise ValueError(f"type {type_id} is unknown, expected one of {list(_index_of_id)}")
+    return _index_of_id[type_id]
+
+
+# ---- machine ----
+
+
+def tiers():
+    """Return the names of the instruction-set tiers that this machine runs, slowest first."""
+    names = []
+    cdef const char *const *name = phi_tier_names()
+    while name[0] != NULL:
+        if phi_tier_available(name[0]):
+            names.append(name[0].decode())
+        name += 1
+    return names
+
+
+def kernel_table():
+    """Return tier -> type name -> the tier whose product it runs: itself, or a slower one where inherited."""
+    return {
+        tier: {
+            traits.name: phi_matmul_tier(tier.encode(), _type_index(traits.type_id)).decode()
+            for traits in TENSOR_TYPES.values()
+        }
+        for tier in tiers()
+    }
+
+
+def cpu_features():
+    """Return the instruction sets that were found and that the system lets programs use."""
+    text = phi_cpu_features().decode()
+    return text.split(",") if text else []
+
+
+cdef const phi_kernels *_kernels(tier) except NULL:
+    cdef const phi_kernels *kernels = NULL
+    cdef bytes name
+    cdef phi_status status
+    if tier is None:
+        status = phi_select_kernels(NULL, &kernels)
+    else:
+        name = tier.encode()
+        status = phi_select_kernels(name, &kernels)
+    if status != PHI_OK:
+        raise OptionError(f"the tier {tier!r} is not available on this machine, expected one of {', '.join(tiers())}")
+    return kernels
+
+
+def read_bandwidth(int n_threads, size_t n_bytes):
+    """Return the rate, in bytes per second, at which n_threads read a buffer of n_bytes: the best of five runs."""
+    cdef phi_pool *pool = NULL
+    cdef double rate
+    if n_threads < 1 or n_bytes < 4096:
+        raise ValueError("expected at least one thread and 4096 bytes")
+    if phi_pool_create(n_threads, &pool) != PHI_OK:
+        raise MemoryError("the threads could not be started")
+    with nogil:
+        rate = phi_read_bandwidth(pool, n_bytes, 5)
+        phi_pool_free(pool)
+    if rate == 0:
+        raise MemoryError(f"{n_bytes} bytes could not be had")
+    return rate
+
+
+def read_strings(const uint8_t[::1] buffer not None, size_t offset, size_t count):
+    """Read a GGUF string array: `count` times a length (uint64, little endian) and UTF-8 bytes.
+
+    Returns the strings and the offset behind them. Raises ValueError when they leave the buffer or are not UTF-8.
+    """
+    cdef size_t size = buffer.shape[0]
+    cdef uint64_t length
+    cdef size_t i
+    cdef list strings = []
+    for i in range(count):
+        if offset > size or size - offset < 8:
+            raise ValueError(f"string {i} begins at offset {offset}, the file ends at {size}")
+        memcpy(&length, &buffer[offset], 8)
+        offset += 8
+        if length > size - offset:
+            raise ValueError(f"string {i} takes {length} bytes at offset {offset}, the file ends at {size}")
+        try:
+            strings.append(
+                PyUnicode_DecodeUTF8(<const char *>&buffer[offset], <Py_ssize_t>length, NULL) if length else ""
+            )
+        except UnicodeDecodeError:
+            raise ValueError(f"string {i} at offset {offset} is not UTF-8 text") from None
+        offset += length
+    return strings, offset
+
+
+# ---- kernels, one by one: for tests, benchmarks and converters ----
+
+
+def dequantize(int type_id, const uint8_t[::1] data not None, size_t n_elements, tier=None):
+    """Return float32 [n_elements] of a row of blocks. Raises ValueError when the sizes do not fit."""
+    cdef int index = _type_index(type_id)
+    cdef const phi_kernels *kernels = _kernels(tier)
+    if n_elements % phi_types[index].block_elements or phi_row_bytes(index, n_elements) != <size_t>data.shape[0]:
+        raise ValueError(f"{n_elements} elements of type {type_id} do not take {data.shape[0]} bytes")
+    y = np.empty(n_elements, np.float32)
+    cdef float[::1] view = y
+    if n_elements:
+        with nogil:
+            kernels.dequantize[index](&data[0], n_elements, &view[0])
+    return y
+
+
+def quantize_q8(const float[::1] x not None, tier=None):
+    """Return (int8 [n], scales float32 [n / 32], sums float32 [n / 16]) as products take their activations."""
+    cdef const phi_kernels *kernels = _kernels(tier)
+    cdef size_t n = x.shape[0]
+    if n == 0 or n % PHI_Q8_BLOCK:
+        raise ValueError(f"{n} activations, expected a positive multiple of {PHI_Q8_BLOCK}")
+    q8, scales, sums = np.empty(n, np.int8), np.empty(n // PHI_Q8_BLOCK, np.float32), np.empty(n // PHI_SUM_BLOCK, np.float32)
+    cdef int8_t[::1] q8_view = q8
+    cdef float[::1] scales_view = scales, sums_view = sums
+    kernels.quantize_q8(&x[0], n, &q8_view[0], &scales_view[0], &sums_view[0])
+    return q8, scales, sums
+
+
+def matmul(Matrix weights not None, const float[:, ::1] x not None, tier=None):
+    """Return x @ weights.T, float32 [n_tokens, n_rows], on one thread; x is [n_tokens, n_cols]."""
+    cdef const phi_kernels *kernels = _kernels(tier)
+    cdef int n_tokens = <int>x.shape[0], n_cols = weights.matrix.n_cols, n_rows = weights.matrix.n_rows
+    if x.shape[1] != n_cols or n_tokens == 0:
+        raise ValueError(f"x is {n_tokens} x {x.shape[1]}, expected rows of {n_cols}")
+    q8, scales, sums = quantize_q8(np.asarray(x).reshape(-1), tier) if n_cols % PHI_Q8_BLOCK == 0 else (None, None, None)
+    cdef int8_t[::1] q8_view = q8
+    cdef float[::1] scales_view = scales, sums_view = sums
+    cdef phi_activations a
+    a.n_cols = n_cols
+    a.f32 = <float *>&x[0, 0]
+    a.q8 = &q8_view[0] if q8 is not None else NULL
+    a.scales = &scales_view[0] if q8 is not None else NULL
+    a.sums = &sums_view[0] if q8 is not None else NULL
+    y = np.empty((n_tokens, n_rows), np.float32)
+    cdef float[:, ::1] out = y
+    cdef phi_matmul m
+    m.rows = <const uint8_t *>weights.matrix.data
+    m.row_bytes = phi_row_bytes(weights.matrix.type, n_cols)
+    m.n_rows, m.n_cols = n_rows, n_cols
+    m.x = &a
+    m.first_token, m.n_tokens = 0, n_tokens
+    m.out = &out[0, 0]
+    m.out_stride = n_rows
+    with nogil:
+        kernels.matmul[weights.matrix.type](&m)
+    return y
+
+
+def rms_norm(const float[::1] x not None, const float[::1] weight not None, float eps, tier=None):
+    """Return x / sqrt(mean(x^2) + eps) * weight, float32 [n]."""
+    cdef const phi_kernels *kernels = _kernels(tier)
+    if x.shape[0] != weight.shape[0] or x.shape[0] == 0:
+        raise ValueError("x and weight differ in length, or are empty")
+    y = np.empty(x.shape[0], np.float32)
+    cdef float[::1] view = y
+    kernels.rms_norm(&x[0], &weight[0], x.shape[0], eps, &view[0])
+    return y
+
+
+def silu_mul(const float[::1] gate not None, const float[::1] up not None, tier=None):
+    """Return silu(gate) * up, float32 [n]."""
+    cdef const phi_kernels *kernels = _kernels(tier)
+    if gate.shape[0] != up.shape[0] or gate.shape[0] == 0:
+        raise ValueError("gate and up differ in length, or are empty")
+    y = np.empty(gate.shape[0], np.float32)
+    cdef float[::1] view = y
+    kernels.silu_mul(&gate[0], &up[0], gate.shape[0], &view[0])
+    return y
+
+
+def attention(const float[:, ::1] q not None, const float[:, ::1] k not None, const float[:, ::1] v not None,
+              int first, int last, float scale, tier=None):
+    """Return softmax(scale * q @ k[first..last].T) @ v[first..last], float32 [n_queries, head_dim].
+
+    q is [n_queries, head_dim], k and v are [n_positions, head_dim]: one key/value head, stored in half precision
+    in pages that lie in reverse order.
+    """
+    cdef const phi_kernels *kernels = _kernels(tier)
+    cdef int n = <int>k.shape[0], head_dim = <int>k.shape[1], n_pages = (n + PHI_PAGE_TOKENS - 1) // PHI_PAGE_TOKENS
+    if not (0 <= first <= last < n and q.shape[0] > 0 and q.shape[1] == v.shape[1] == head_dim and v.shape[0] == n
+            and head_dim > 0 and head_dim % 2 == 0):
+        raise ValueError("the shapes of q, k and v do not fit")
+    cdef size_t page_bytes = phi_page_head_bytes(head_dim), stride = (n // 32 + 2) * 32
+    cdef uint8_t[::1] pages = np.full(n_pages * page_bytes, 0xff, np.uint8)  # NaN wherever nothing is stored
+    cdef int32_t[::1] table = np.arange(n_pages - 1, -1, -1, dtype=np.int32)
+    cdef int p
+    for p in range(n):
+        kernels.store_kv(&k[p, 0], &v[p, 0], head_dim, p % PHI_PAGE_TOKENS,
+                         <uint16_t *>&pages[table[p // PHI_PAGE_TOKENS] * page_bytes])
+    y = np.empty((q.shape[0], head_dim), np.float32)
+    cdef float[:, ::1] out = y
+    cdef float[::1] scores = np.empty(q.shape[0] * stride, np.float32)
+    cdef phi_attention a
+    a.q = &q[0, 0]
+    a.n_queries, a.head_dim = <int>q.shape[0], head_dim
+    a.pages = &pages[0]
+    a.page_bytes = page_bytes
+    a.page_table = &table[0]
+    a.first, a.last, a.scale = first, last, scale
+    a.scores = &scores[0]
+    a.scores_stride = stride
+    a.out = &out[0, 0]
+    with nogil:
+        kernels.attention(&a)
+    return y
+
+
+# ---- model ----
+
+
+cdef class Matrix:
+    """A weight matrix [n_rows, n_cols] in a GGUF type: a view of its bytes, which it keeps alive."""
+
+    cdef phi_matrix matrix
+    cdef const uint8_t[::1] data
+
+    def __init__(self, int type_id, int n_rows, int n_cols, const uint8_t[::1] data not None):
+        cdef int index = _type_index(type_id)
+        if n_rows < 1 or n_cols < 1 or n_cols % phi_types[index].block_elements:
+            raise ValueError(f"{n_rows} x {n_cols} is no shape for type {phi_types[index].name.decode()}")
+        if <size_t>data.shape[0] != <size_t>n_rows * phi_row_bytes(index, n_cols):
+            raise ValueError(f"{n_rows} x {n_cols} of type {phi_types[index].name.decode()} "
+                             f"take {n_rows * phi_row_bytes(index, n_cols)} bytes, found {data.shape[0]}")
+        self.data = data
+        self.matrix.type = index
+        self.matrix.n_rows = n_rows
+        self.matrix.n_cols = n_cols
+        self.matrix.data = &data[0]
+
+    @property
+    def type_id(self):
+        return phi_types[self.matrix.type].gguf_id
+
+    @property
+    def shape(self):
+        return self.matrix.n_rows, self.matrix.n_cols
+
+
+cdef class Model:
+    """A model ready to run: sizes from a ModelConfig, borrowed weights, a tier, a pool of threads.
+
+    Raises OptionError for a tier that this machine lacks, ValueError for weights that do not fit the config.
+    """
+
+    cdef phi_model model
+    cdef phi_layer *layers
+    cdef list keep  # what the C structs point into
+    cdef object lock
+    cdef readonly str tier
+    cdef readonly int n_threads
+
+    def __init__(self, config, weights, *, int n_threads, tier=None):
+        cdef phi_model *m = &self.model
+        if n_threads < 1:
+            raise OptionError(f"n_threads is {n_threads}, expected at least 1")
+        self.lock = threading.Lock()
+        self.keep = []
+        m.kernels = _kernels(tier)
+        self.tier = m.kernels.name.decode()
+        self.n_threads = n_threads
+        m.n_layers, m.n_embd, m.n_ffn = config.n_layers, config.n_embd, config.n_ffn
+        m.n_heads, m.n_kv_heads, m.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        m.n_vocab, m.rope_dims = config.n_vocab, config.rope_dims
+        m.rope_style = PHI_ROPE_NEOX if config.rope_style == "neox" else PHI_ROPE_NORM
+        m.rope_attn_factor, m.rms_eps = config.rope_attn_factor, config.rms_eps
+        m.window = config.window or 0
+        m.rope_inv_freq = self._floats(weights.rope_inv_freq, m.rope_dims // 2)
+        m.rope_inv_freq_long = self._floats(weights.rope_inv_freq_long, m.rope_dims // 2)
+        m.output_norm = self._floats(weights.output_norm, m.n_embd)
+        m.token_embd = self._matrix(weights.token_embd, m.n_vocab, m.n_embd)
+        m.output = self._matrix(weights.output, m.n_vocab, m.n_embd)
+        if len(weights.layers) != m.n_layers or m.n_layers < 1:
+            raise ValueError(f"{len(weights.layers)} layers, expected {m.n_layers}")
+        self.layers = <phi_layer *>calloc(m.n_layers, sizeof(phi_layer))
+        if self.layers == NULL:
+            raise MemoryError
+        m.layers = self.layers
+        cdef int q_dim = m.n_heads * m.head_dim, kv_dim = m.n_kv_heads * m.head_dim
+        cdef phi_layer *layer
+        for i, w in enumerate(weights.layers):
+            layer = self.layers + <int>i
+            layer.attn_norm = self._floats(w.attn_norm, m.n_embd)
+            layer.ffn_norm = self._floats(w.ffn_norm, m.n_embd)
+            layer.wq = self._matrix(w.wq, q_dim, m.n_embd)
+            layer.wk = self._matrix(w.wk, kv_dim, m.n_embd)
+            layer.wv = self._matrix(w.wv, kv_dim, m.n_embd)
+            layer.wo = self._matrix(w.wo, m.n_embd, q_dim)
+            layer.gate = self._matrix(w.gate, m.n_ffn, m.n_embd)
+            layer.up = self._matrix(w.up, m.n_ffn, m.n_embd)
+            layer.down = self._matrix(w.down, m.n_embd, m.n_ffn)
+        if phi_pool_create(n_threads, &m.pool) != PHI_OK:
+            raise MemoryError(f"{n_threads} threads could not be started")
+
+    cdef const float *_floats(self, values, int n) except NULL:
+        array = np.array(values, np.float32)  # a copy: 4-byte aligned, whatever the file does
+        if array.shape != (n,):
+            raise ValueError(f"a vector of shape {array.shape}, expected ({n},)")
+        self.keep.append(array)
+        cdef float[::1] view = array
+        return &view[0]
+
+    cdef phi_matrix _matrix(self, Matrix matrix, int n_rows, int n_cols) except *:
+        if matrix.matrix.n_rows != n_rows or matrix.matrix.n_cols != n_cols:
+            raise ValueError(f"a matrix of shape {matrix.shape}, expected ({n_rows}, {n_cols})")
+        self.keep.append(matrix)
+        return matrix.matrix
+
+    def close(self):
+        """Stop the threads; running the model afterwards raises ModelClosedError."""
+        with self.lock:
+            phi_pool_free(self.model.pool)
+            self.model.pool = NULL
+            self.keep = []
+
+    def __dealloc__(self):
+        phi_pool_free(self.model.pool)
+        free(self.layers)
+
+
+cdef class KvCache:
+    """Pages of keys and values for one model, PAGE_TOKENS positions each, in half precision.
+
+    Memory is taken from the system as pages are first written. Raises MemoryError when it is refused.
+    """
+
+    cdef phi_kv *kv
+    cdef Model model
+    cdef readonly int n_pages
+    cdef readonly size_t page_bytes
+
+    def __init__(self, Model model not None, int n_pages):
+        if n_pages < 1:
+            raise ValueError(f"{n_pages} pages, expected at least 1")
+        self.model = model
+        self.n_pages = n_pages
+        self.page_bytes = phi_kv_page_bytes(&model.model)
+        if phi_kv_create(&model.model, n_pages, &self.kv) != PHI_OK:
+            raise MemoryError(f"the KV cache of {n_pages * self.page_bytes} bytes could not be had")
+
+    def __dealloc__(self):
+        phi_kv_free(self.kv)
+
+
+cdef class CancelFlag:
+    """Stops a running `forward` from another thread."""
+
+    cdef volatile int flag
+
+    def set(self):
+        """Ask the call that watches this flag to stop."""
+        self.flag = 1
+
+    def clear(self):
+        """Make the flag usable again."""
+        self.flag = 0
+
+    def is_set(self):
+        """Return whether `set` was called."""
+        return self.flag != 0
+
+
+cdef struct _Watch:  # what a running forward pass asks between layers
+    const volatile int *flag  # of a CancelFlag, or NULL
+    double asked  # phi_seconds() at the last look at Python's signals
+    void *errors  # the list that takes what a signal handler raised
+
+
+cdef c_bool _poll(void *context) noexcept nogil:
+    cdef _Watch *watch = <_Watch *>context
+    cdef double now = phi_seconds()
+    if watch.flag != NULL and watch.flag[0]:
+        return True
+    if 0 <= now - watch.asked < 0.1:
+        return False
+    watch.asked = now
+    return _handle_signals(watch)
+
+
+cdef c_bool _handle_signals(_Watch *watch) noexcept with gil:
+    try:
+        PyErr_CheckSignals()
+    except BaseException as error:
+        (<list>watch.errors).append(error)
+        return True
+    return False
+
+
+cdef int _check(const int32_t[::1] values, int low, int high, what) except -1:
+    cdef Py_ssize_t i
+    for i in range(values.shape[0]):
+        if not low <= values[i] < high:
+            raise ValueError(f"{what} is {values[i]}, expected {low} to {high - 1}")
+    return 0
+
+
+def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens not None,
+            const int32_t[::1] positions not None, const int32_t[::1] sequences not None,
+            list page_tables not None, list long_rope not None, const int32_t[::1] logit_rows not None,
+            CancelFlag cancel=None):
+    """Run a batch of tokens and return the logits asked for: float32 [n_logit_rows, n_vocab].
+
+    tokens, positions, sequences: int32 [n_tokens]; token i is at a position of sequence sequences[i], whose position
+    p lies in KV page page_tables[s][p // PAGE_TOKENS] (int32) and which rotates by the long factors if long_rope[s].
+    logit_rows: int32, tokens of the batch. Positions ascend within a sequence, and the cache holds those before.
+
+    Raises ValueError for indices out of range, ModelClosedError, Cancelled when the flag was set; an interrupt
+    (Ctrl-C) passes through within a layer's time.
+    """
+    cdef int n_tokens = <int>tokens.shape[0], n_sequences = <int>len(page_tables), i
+    cdef int n_logit_rows = <int>logit_rows.shape[0]
+    if n_tokens == 0 or positions.shape[0] != n_tokens or sequences.shape[0] != n_tokens or len(long_rope) != n_sequences:
+        raise ValueError("tokens, positions and sequences differ in length or are empty")
+    if kv.model is not model:
+        raise ValueError("the KV cache belongs to another model")
+    _check(tokens, 0, model.model.n_vocab, "a token id")
+    _check(sequences, 0, n_sequences, "a sequence index")
+    _check(logit_rows, 0, n_tokens, "a logit row")
+    tables = [np.ascontiguousarray(table, np.int32) for table in page_tables]
+    cdef const int32_t[::1] table
+    cdef phi_sequence *seqs = <phi_sequence *>calloc(n_sequences, sizeof(phi_sequence))
+    if seqs == NULL:
+        raise MemoryError
+    cdef phi_batch batch
+    cdef phi_status status
+    cdef list errors = []
+    cdef _Watch watch
+    watch.flag = &cancel.flag if cancel is not None else NULL
+    watch.asked = phi_seconds()
+    watch.errors = <void *>errors
+    try:
+        for i in range(n_sequences):
+            table = tables[i]
+            _check(table, 0, kv.n_pages, "a page")
+            seqs[i].pages = &table[0] if table.shape[0] else NULL
+            seqs[i].long_rope = bool(long_rope[i])
+        for i in range(n_tokens):
+            if not 0 <= positions[i] < len(tables[sequences[i]]) * PHI_PAGE_TOKENS:
+                raise ValueError(f"position {positions[i]} is outside the pages of its sequence")
+        logits = np.empty((n_logit_rows, model.model.n_vocab), np.float32)
+        batch.n_tokens = n_tokens
+        batch.tokens = &tokens[0]
+        batch.positions = &positions[0]
+        batch.sequences = &sequences[0]
+        batch.seqs = seqs
+        batch.n_logit_rows = n_logit_rows
+        batch.logit_rows = &logit_rows[0] if n_logit_rows else NULL
+        batch.logits = NULL
+        if n_logit_rows:
+            batch.logits = _data(logits)
+        batch.poll = _poll
+        batch.poll_context = &watch
+        with model.lock:  # one run at a time on a pool
+            if model.model.pool == NULL:
+                raise ModelClosedError("the model was closed")
+            with nogil:
+                status = phi_forward(&model.model, kv.kv, &batch)
+    finally:
+        free(seqs)
+    if errors:
+        raise errors[0]
+    if status == PHI_CANCELLED:
+        raise Cancelled("the call was cancelled")
+    if status != PHI_OK:
+        raise MemoryError("the working memory of a forward pass could not be had")
+    return logits
+
+
+cdef float *_data(float[:, ::1] array) noexcept:
+    return &array[0, 0]

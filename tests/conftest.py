@@ -1,0 +1,28 @@
+"""Files that several tests need: the real vocabulary of Phi-3, and a small model with real weights."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from phi_c.errors import DownloadError
+from phi_c.hub import resolve
+
+
+@pytest.fixture(scope="session")
+def phi3_vocab() -> Path:
+    """Return a GGUF file with Phi-3's vocabulary and no tensors (ggml-vocab-phi-3.gguf of llama.cpp)."""
+    beside = Path(__file__).parents[2] / "shared/data/ggml-vocab-phi-3.gguf"
+    path = Path(os.environ.get("PHI_C_TEST_VOCAB", beside))
+    if not path.is_file():
+        pytest.skip("no Phi-3 vocabulary: PHI_C_TEST_VOCAB=path/to/ggml-vocab-phi-3.gguf names one")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """Return SmolLM2-135M-Instruct in Q4_1: 93 MB, downloaded once into the user's cache."""
+    try:
+        return resolve("smollm2")
+    except DownloadError as error:
+        pytest.skip(f"no network and no smollm2 in the cache: {error}")
