@@ -39,7 +39,7 @@ typedef struct { /* 16 sub-blocks of 16: w = d * (scale & 15) * q - dmin * (scal
     uint16_t d, dmin;
 } phi_block_q2_k;
 
-typedef struct { /* 16 sub-blocks of 16: w = d * (scale - 32) * (q - 4) */
+typedef struct {       /* 16 sub-blocks of 16: w = d * (scale - 32) * (q - 4) */
     uint8_t hmask[32]; /* bit 4h + j: third bit of elements 128h + 32j + 0..31 */
     uint8_t qs[64];
     uint8_t scales[12]; /* 6-bit scales */
@@ -59,7 +59,7 @@ typedef struct { /* as Q4_K with a fifth bit */
     uint8_t qs[128];
 } phi_block_q5_k;
 
-typedef struct { /* 16 sub-blocks of 16: w = d * scale * (q - 32) */
+typedef struct {     /* 16 sub-blocks of 16: w = d * scale * (q - 32) */
     uint8_t ql[128]; /* half h: 64 bytes, low nibbles 128h + 0..63, high nibbles 128h + 64..127 */
     uint8_t qh[64];  /* half h: 32 bytes, bits 2j: elements 128h + 32j + 0..31 */
     int8_t scales[16];

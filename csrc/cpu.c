@@ -93,11 +93,21 @@ const char *phi_cpu_features(void) {
         bool has;
         const char *name;
     } features[] = {
-        {c->avx2, "avx2"},           {c->fma, "fma"},             {c->f16c, "f16c"},
-        {c->avxvnni, "avxvnni"},     {c->avx512f, "avx512f"},     {c->avx512bw, "avx512bw"},
-        {c->avx512vl, "avx512vl"},   {c->avx512dq, "avx512dq"},   {c->avx512vnni, "avx512vnni"},
-        {c->avx512vbmi, "avx512vbmi"}, {c->avx512bf16, "avx512bf16"}, {c->amx_tile, "amx_tile"},
-        {c->amx_int8, "amx_int8"},   {c->amx_bf16, "amx_bf16"},   {c->neon, "neon"},
+        {c->avx2, "avx2"},
+        {c->fma, "fma"},
+        {c->f16c, "f16c"},
+        {c->avxvnni, "avxvnni"},
+        {c->avx512f, "avx512f"},
+        {c->avx512bw, "avx512bw"},
+        {c->avx512vl, "avx512vl"},
+        {c->avx512dq, "avx512dq"},
+        {c->avx512vnni, "avx512vnni"},
+        {c->avx512vbmi, "avx512vbmi"},
+        {c->avx512bf16, "avx512bf16"},
+        {c->amx_tile, "amx_tile"},
+        {c->amx_int8, "amx_int8"},
+        {c->amx_bf16, "amx_bf16"},
+        {c->neon, "neon"},
     };
     size_t used = 0;
     text[0] = '\0';

@@ -26,8 +26,8 @@ typedef struct {
     phi_activations inner;    /* [n_tokens, n_ffn] */
     float *scratch;           /* [n_threads, scratch_floats] */
     size_t scratch_floats;
-    size_t scores_stride;     /* floats */
-    atomic_int next_task[3];  /* by phase modulo 3 */
+    size_t scores_stride;    /* floats */
+    atomic_int next_task[3]; /* by phase modulo 3 */
     atomic_bool stop;
 } forward;
 

@@ -10,44 +10,44 @@
 #include "phi.h"
 
 enum {
-    PHI_Q8_BLOCK = 32,     /* activations that share a scale */
-    PHI_SUM_BLOCK = 16,    /* activations whose sum is kept: the smallest sub-block of a weight type */
-    PHI_KV_GROUP = 16,     /* positions that lie side by side in a key page */
+    PHI_Q8_BLOCK = 32,  /* activations that share a scale */
+    PHI_SUM_BLOCK = 16, /* activations whose sum is kept: the smallest sub-block of a weight type */
+    PHI_KV_GROUP = 16,  /* positions that lie side by side in a key page */
     PHI_ALIGN_BYTES = 64,
 };
 
 /* Activations of n_tokens tokens; q8, scales and sums are there for PHI_ACT_Q8 products only. */
 typedef struct {
     int n_cols;
-    float *f32;     /* [n_tokens, n_cols] */
-    int8_t *q8;     /* [n_tokens, n_cols], -127..127 */
-    float *scales;  /* [n_tokens, n_cols / PHI_Q8_BLOCK]: x = scale * q8 */
-    float *sums;    /* [n_tokens, n_cols / PHI_SUM_BLOCK]: scale * sum of q8 over the sub-block */
+    float *f32;    /* [n_tokens, n_cols] */
+    int8_t *q8;    /* [n_tokens, n_cols], -127..127 */
+    float *scales; /* [n_tokens, n_cols / PHI_Q8_BLOCK]: x = scale * q8 */
+    float *sums;   /* [n_tokens, n_cols / PHI_SUM_BLOCK]: scale * sum of q8 over the sub-block */
 } phi_activations;
 
 /* out[t, r] = dot(row r of the weights, activations of token t) */
 typedef struct {
-    const uint8_t *rows;        /* [n_rows, row_bytes] */
+    const uint8_t *rows; /* [n_rows, row_bytes] */
     size_t row_bytes;
     int n_rows, n_cols;
-    const phi_activations *x;   /* of tokens first_token .. first_token + n_tokens - 1 */
+    const phi_activations *x; /* of tokens first_token .. first_token + n_tokens - 1 */
     int first_token, n_tokens;
-    float *out;                 /* [n_tokens, out_stride], row r in column r */
-    size_t out_stride;          /* floats */
+    float *out;        /* [n_tokens, out_stride], row r in column r */
+    size_t out_stride; /* floats */
 } phi_matmul;
 
 /* One token's attention for the query heads that share a key/value head. */
 typedef struct {
-    const float *q;               /* [n_queries, head_dim] */
+    const float *q; /* [n_queries, head_dim] */
     int n_queries, head_dim;
-    const uint8_t *pages;         /* the head's keys and values in page 0 */
-    size_t page_bytes;            /* from a page to the next */
+    const uint8_t *pages; /* the head's keys and values in page 0 */
+    size_t page_bytes;    /* from a page to the next */
     const int32_t *page_table;
-    int first, last;              /* positions seen, both included */
-    float scale;                  /* multiplies the scores */
-    float *scores;                /* scratch [n_queries, scores_stride] */
-    size_t scores_stride;         /* at least last + 1 - first, rounded up by 2 * PHI_KV_GROUP */
-    float *out;                   /* [n_queries, head_dim] */
+    int first, last;      /* positions seen, both included */
+    float scale;          /* multiplies the scores */
+    float *scores;        /* scratch [n_queries, scores_stride] */
+    size_t scores_stride; /* at least last + 1 - first, rounded up by 2 * PHI_KV_GROUP */
+    float *out;           /* [n_queries, head_dim] */
 } phi_attention;
 
 struct phi_kernels {
@@ -74,7 +74,7 @@ extern const phi_kernels phi_kernels_scalar;
 extern const phi_kernels phi_kernels_avx2;
 #endif
 
-/* Bytes of one head's keys and values in a page: k [PHI_PAGE_TOKENS / 16, head_dim, 16], then v [PHI_PAGE_TOKENS, head_dim]. */
+/* Bytes of one head in a page: k [PHI_PAGE_TOKENS / 16, head_dim, 16], then v [PHI_PAGE_TOKENS, head_dim]. */
 static inline size_t phi_page_head_bytes(int head_dim) {
     return (size_t)PHI_PAGE_TOKENS * (size_t)head_dim * 2 * sizeof(uint16_t);
 }

@@ -65,7 +65,8 @@ void phi_pool_free(phi_pool *pool);
 
 /* Seconds on the system's clock. */
 double phi_seconds(void);
-/* Reads a buffer of n_bytes with every thread of the pool; bytes per second, the best of n_runs. 0 when out of memory. */
+/* Reads a buffer of n_bytes with every thread of the pool; bytes per second, the best of n_runs. 0 when out of memory.
+ */
 double phi_read_bandwidth(phi_pool *pool, size_t n_bytes, int n_runs);
 
 /* ---- model ---- */
@@ -77,13 +78,13 @@ typedef struct {
 } phi_matrix;
 
 typedef struct {
-    const float *attn_norm;     /* [n_embd] */
-    phi_matrix wq;              /* [n_heads * head_dim, n_embd] */
-    phi_matrix wk, wv;          /* [n_kv_heads * head_dim, n_embd] */
-    phi_matrix wo;              /* [n_embd, n_heads * head_dim] */
-    const float *ffn_norm;      /* [n_embd] */
-    phi_matrix gate, up;        /* [n_ffn, n_embd] */
-    phi_matrix down;            /* [n_embd, n_ffn] */
+    const float *attn_norm; /* [n_embd] */
+    phi_matrix wq;          /* [n_heads * head_dim, n_embd] */
+    phi_matrix wk, wv;      /* [n_kv_heads * head_dim, n_embd] */
+    phi_matrix wo;          /* [n_embd, n_heads * head_dim] */
+    const float *ffn_norm;  /* [n_embd] */
+    phi_matrix gate, up;    /* [n_ffn, n_embd] */
+    phi_matrix down;        /* [n_embd, n_ffn] */
 } phi_layer;
 
 typedef enum {
@@ -93,17 +94,17 @@ typedef enum {
 
 typedef struct {
     int n_layers, n_embd, n_ffn, n_heads, n_kv_heads, head_dim, n_vocab;
-    int rope_dims;                      /* the first rope_dims of head_dim are rotated */
+    int rope_dims; /* the first rope_dims of head_dim are rotated */
     phi_rope_style rope_style;
-    const float *rope_inv_freq;         /* [rope_dims / 2] radians per position */
-    const float *rope_inv_freq_long;    /* the same beyond the original context (LongRoPE) */
-    float rope_attn_factor;             /* multiplies cos and sin (LongRoPE) */
+    const float *rope_inv_freq;      /* [rope_dims / 2] radians per position */
+    const float *rope_inv_freq_long; /* the same beyond the original context (LongRoPE) */
+    float rope_attn_factor;          /* multiplies cos and sin (LongRoPE) */
     float rms_eps;
-    int window;                         /* positions that a token sees, itself included; 0: all */
-    phi_matrix token_embd;              /* [n_vocab, n_embd] */
-    const float *output_norm;           /* [n_embd] */
-    phi_matrix output;                  /* [n_vocab, n_embd] */
-    const phi_layer *layers;            /* [n_layers] */
+    int window;               /* positions that a token sees, itself included; 0: all */
+    phi_matrix token_embd;    /* [n_vocab, n_embd] */
+    const float *output_norm; /* [n_embd] */
+    phi_matrix output;        /* [n_vocab, n_embd] */
+    const phi_layer *layers;  /* [n_layers] */
     const phi_kernels *kernels;
     phi_pool *pool;
 } phi_model;
@@ -121,15 +122,15 @@ void phi_kv_free(phi_kv *kv);
 /* ---- forward ---- */
 
 typedef struct {
-    const int32_t *pages;  /* [pages in use]: position p lies in page pages[p / PHI_PAGE_TOKENS] */
-    bool long_rope;        /* rotate with rope_inv_freq_long */
+    const int32_t *pages; /* [pages in use]: position p lies in page pages[p / PHI_PAGE_TOKENS] */
+    bool long_rope;       /* rotate with rope_inv_freq_long */
 } phi_sequence;
 
 typedef struct {
     int n_tokens;
-    const int32_t *tokens;     /* [n_tokens] vocabulary ids */
-    const int32_t *positions;  /* [n_tokens] ascending within a sequence */
-    const int32_t *sequences;  /* [n_tokens] index into seqs */
+    const int32_t *tokens;    /* [n_tokens] vocabulary ids */
+    const int32_t *positions; /* [n_tokens] ascending within a sequence */
+    const int32_t *sequences; /* [n_tokens] index into seqs */
     const phi_sequence *seqs;
     int n_logit_rows;
     const int32_t *logit_rows; /* [n_logit_rows] tokens of the batch whose logits are wanted */

@@ -40,19 +40,19 @@ typedef struct {
 
 struct phi_pool {
     int n_threads;
-    thread_handle *workers;      /* [n_threads - 1] */
-    worker_argument *arguments;  /* [n_threads - 1] */
+    thread_handle *workers;     /* [n_threads - 1] */
+    worker_argument *arguments; /* [n_threads - 1] */
     phi_task task;
     void *context;
     bool stop;
-    atomic_uint run;             /* counts runs */
-    atomic_uint meeting;         /* counts barriers passed */
-    atomic_int arrived;          /* threads at the current barrier */
+    atomic_uint run;     /* counts runs */
+    atomic_uint meeting; /* counts barriers passed */
+    atomic_int arrived;  /* threads at the current barrier */
     atomic_int sleepers;
     lock_t lock;
     condition_t wake;
 #ifndef _WIN32
-    pid_t process;               /* whose threads the workers are */
+    pid_t process; /* whose threads the workers are */
 #endif
 };
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from phi_c.errors import DownloadError
-from phi_c.hub import resolve
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +21,8 @@ def phi3_vocab() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """Return SmolLM2-135M-Instruct in Q4_1: 93 MB, downloaded once into the user's cache."""
+    from phi_c.hub import resolve
+
     try:
         return resolve("smollm2")
     except DownloadError as error:

@@ -8,7 +8,8 @@
 #include "simd.h"
 
 static const uint16_t *page_of(const phi_attention *a, int position) {
-    return (const uint16_t *)(const void *)(a->pages + (size_t)a->page_table[position / PHI_PAGE_TOKENS] * a->page_bytes);
+    return (const uint16_t *)(const void *)(a->pages +
+                                            (size_t)a->page_table[position / PHI_PAGE_TOKENS] * a->page_bytes);
 }
 
 /* Scores of the 16 positions from group_start on. */
@@ -40,25 +41,22 @@ static float exponentiate(float *scores, size_t n) {
     return phi_hsum(total);
 }
 
-/* out[0..n-1] = sum of weights[p] * values[p][0..n-1], n = 8 * N_VECTORS */
-#define PHI_DEFINE_WEIGH(N_VECTORS)                                                                       \
-    static void weigh_##N_VECTORS(const phi_attention *a, const float *weights, size_t first_dim, float *out) { \
-        __m256 sum[N_VECTORS];                                                                            \
-        for (int i = 0; i < N_VECTORS; i++) sum[i] = _mm256_setzero_ps();                                 \
-        for (int p = a->first; p <= a->last;) {                                                           \
-            const int end = p / PHI_PAGE_TOKENS * PHI_PAGE_TOKENS + PHI_PAGE_TOKENS - 1;                  \
-            const uint16_t *values = page_of(a, p) + (size_t)PHI_PAGE_TOKENS * (size_t)a->head_dim + first_dim; \
-            for (; p <= a->last && p <= end; p++) {                                                       \
-                const uint16_t *row = values + (size_t)(p % PHI_PAGE_TOKENS) * (size_t)a->head_dim;       \
-                const __m256 weight = _mm256_broadcast_ss(weights + (p - a->first));                      \
-                for (int i = 0; i < N_VECTORS; i++) sum[i] = _mm256_fmadd_ps(weight, phi_load_half(row + 8 * i), sum[i]); \
-            }                                                                                             \
-        }                                                                                                 \
-        for (int i = 0; i < N_VECTORS; i++) _mm256_storeu_ps(out + 8 * i, sum[i]);                        \
+/* out[0 .. 8 * n_vectors - 1] = the same dimensions of sum of weights[p] * values[p]; n_vectors, at most 8, is a
+ * constant where this is inlined. */
+PHI_INLINE void weigh(const phi_attention *a, const float *weights, size_t first_dim, int n_vectors, float *out) {
+    __m256 sum[8];
+    for (int i = 0; i < n_vectors; i++) sum[i] = _mm256_setzero_ps();
+    for (int p = a->first; p <= a->last;) {
+        const int end = p / PHI_PAGE_TOKENS * PHI_PAGE_TOKENS + PHI_PAGE_TOKENS - 1;
+        const uint16_t *values = page_of(a, p) + (size_t)PHI_PAGE_TOKENS * (size_t)a->head_dim + first_dim;
+        for (; p <= a->last && p <= end; p++) {
+            const uint16_t *row = values + (size_t)(p % PHI_PAGE_TOKENS) * (size_t)a->head_dim;
+            const __m256 weight = _mm256_broadcast_ss(weights + (p - a->first));
+            for (int i = 0; i < n_vectors; i++) sum[i] = _mm256_fmadd_ps(weight, phi_load_half(row + 8 * i), sum[i]);
+        }
     }
-PHI_DEFINE_WEIGH(8)
-PHI_DEFINE_WEIGH(4)
-PHI_DEFINE_WEIGH(1)
+    for (int i = 0; i < n_vectors; i++) _mm256_storeu_ps(out + 8 * i, sum[i]);
+}
 
 static void weigh_one(const phi_attention *a, const float *weights, size_t dim, float *out) {
     float sum = 0.0f;
@@ -83,9 +81,9 @@ static void attend(const phi_attention *a, const float *q, float *scores, float 
     const float inverse = 1.0f / exponentiate(scores, padded);
 
     size_t d = 0;
-    for (; d + 64 <= head_dim; d += 64) weigh_8(a, weights, d, out + d);
-    for (; d + 32 <= head_dim; d += 32) weigh_4(a, weights, d, out + d);
-    for (; d + 8 <= head_dim; d += 8) weigh_1(a, weights, d, out + d);
+    for (; d + 64 <= head_dim; d += 64) weigh(a, weights, d, 8, out + d);
+    for (; d + 32 <= head_dim; d += 32) weigh(a, weights, d, 4, out + d);
+    for (; d + 8 <= head_dim; d += 8) weigh(a, weights, d, 1, out + d);
     for (; d < head_dim; d++) weigh_one(a, weights, d, out + d);
     for (size_t i = 0; i < head_dim; i++) out[i] *= inverse;
 }

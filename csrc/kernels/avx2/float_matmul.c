@@ -10,8 +10,12 @@ enum { MAX_TOKENS = 4 };
 typedef __m256 (*load_fn)(const uint8_t *row, size_t i);
 typedef float (*load_one_fn)(const uint8_t *row, size_t i);
 
-PHI_INLINE __m256 load_f32(const uint8_t *row, size_t i) { return _mm256_loadu_ps((const float *)(const void *)(row + 4 * i)); }
-PHI_INLINE __m256 load_f16(const uint8_t *row, size_t i) { return phi_load_half((const uint16_t *)(const void *)(row + 2 * i)); }
+PHI_INLINE __m256 load_f32(const uint8_t *row, size_t i) {
+    return _mm256_loadu_ps((const float *)(const void *)(row + 4 * i));
+}
+PHI_INLINE __m256 load_f16(const uint8_t *row, size_t i) {
+    return phi_load_half((const uint16_t *)(const void *)(row + 2 * i));
+}
 PHI_INLINE __m256 load_bf16(const uint8_t *row, size_t i) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(row + 2 * i)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
@@ -30,7 +34,8 @@ PHI_INLINE float load_one_f16(const uint8_t *row, size_t i) { return phi_half(lo
 PHI_INLINE float load_one_bf16(const uint8_t *row, size_t i) { return phi_bf16_to_float(load_one_16(row, i)); }
 
 /* One row and n_tokens (a constant where this is inlined) tokens from `token` on. */
-PHI_INLINE void dot(load_fn load, load_one_fn load_one, const phi_matmul *m, const uint8_t *row, int token, int n_tokens, float *out) {
+PHI_INLINE void dot(load_fn load, load_one_fn load_one, const phi_matmul *m, const uint8_t *row, int token,
+                    int n_tokens, float *out) {
     const size_t n = (size_t)m->n_cols, n16 = n / 16 * 16;
     const float *x = m->x->f32 + (size_t)(m->first_token + token) * n;
     __m256 sum[MAX_TOKENS][2];

@@ -20,7 +20,7 @@ typedef struct {
 
 typedef void (*unpack_fn)(const uint8_t *block, unpacked *u);
 
-/* 16 scales of 16 weights each, as 8 vectors and, times `unit`, as minima. */
+/* 16 scales of 16 weights each. */
 PHI_INLINE void spread_scales_16(__m128i scales_i8, unpacked *u) {
     const __m256i scales = _mm256_cvtepi8_epi16(scales_i8);
     int16_t s[16];
@@ -30,6 +30,7 @@ PHI_INLINE void spread_scales_16(__m128i scales_i8, unpacked *u) {
     }
 }
 
+/* What 16 small integers, times `unit`, take away. */
 PHI_INLINE void minima_16(__m128i i8, float unit, unpacked *u) {
     const __m256 factor = _mm256_set1_ps(unit);
     u->min[0] = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(i8)), factor);
@@ -131,16 +132,21 @@ PHI_INLINE void unpack_q6_k(const uint8_t *block, unpacked *u) {
     spread_scales_16(scales, u);
     minima_16(scales, u->d * 32.0f, u);
     for (int h = 0; h < 2; h++) {
-        const __m256i first = phi_load(b->ql + 64 * h), second = phi_load(b->ql + 64 * h + 32), high = phi_load(b->qh + 32 * h);
-        u->q[4 * h] = _mm256_or_si256(_mm256_and_si256(first, low4), _mm256_and_si256(_mm256_slli_epi16(high, 4), bits45));
-        u->q[4 * h + 1] = _mm256_or_si256(_mm256_and_si256(second, low4), _mm256_and_si256(_mm256_slli_epi16(high, 2), bits45));
-        u->q[4 * h + 2] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(first, 4), low4), _mm256_and_si256(high, bits45));
+        const __m256i first = phi_load(b->ql + 64 * h), second = phi_load(b->ql + 64 * h + 32),
+                      high = phi_load(b->qh + 32 * h);
+        u->q[4 * h] =
+            _mm256_or_si256(_mm256_and_si256(first, low4), _mm256_and_si256(_mm256_slli_epi16(high, 4), bits45));
+        u->q[4 * h + 1] =
+            _mm256_or_si256(_mm256_and_si256(second, low4), _mm256_and_si256(_mm256_slli_epi16(high, 2), bits45));
+        u->q[4 * h + 2] =
+            _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(first, 4), low4), _mm256_and_si256(high, bits45));
         u->q[4 * h + 3] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(second, 4), low4),
                                           _mm256_and_si256(_mm256_srli_epi16(high, 2), bits45));
     }
 }
 
-PHI_INLINE void dot(unpack_fn unpack, size_t block_bytes, const phi_matmul *m, const uint8_t *row, int token, int n_tokens, float *out) {
+PHI_INLINE void dot(unpack_fn unpack, size_t block_bytes, const phi_matmul *m, const uint8_t *row, int token,
+                    int n_tokens, float *out) {
     const size_t n = (size_t)m->n_cols, first = (size_t)(m->first_token + token) * n;
     const int8_t *x = m->x->q8 + first;
     const float *scales = m->x->scales + first / PHI_Q8_BLOCK, *sums = m->x->sums + first / PHI_SUM_BLOCK;
@@ -151,7 +157,8 @@ PHI_INLINE void dot(unpack_fn unpack, size_t block_bytes, const phi_matmul *m, c
         unpack(row + i / BLOCK * block_bytes, &u);
         for (int t = 0; t < n_tokens; t++) {
             const int8_t *xt = x + (size_t)t * n + i;
-            const float *st = scales + ((size_t)t * n + i) / PHI_Q8_BLOCK, *sum = sums + ((size_t)t * n + i) / PHI_SUM_BLOCK;
+            const float *st = scales + ((size_t)t * n + i) / PHI_Q8_BLOCK,
+                        *sum = sums + ((size_t)t * n + i) / PHI_SUM_BLOCK;
             __m256 block = _mm256_setzero_ps();
             for (int j = 0; j < SUB_BLOCKS; j++) {
                 const __m256i pairs = _mm256_maddubs_epi16(u.q[j], phi_load(xt + 32 * j));
@@ -163,7 +170,8 @@ PHI_INLINE void dot(unpack_fn unpack, size_t block_bytes, const phi_matmul *m, c
             minus[t] = _mm256_fmadd_ps(u.min[1], _mm256_loadu_ps(sum + 8), minus[t]);
         }
     }
-    for (int t = 0; t < n_tokens; t++) out[(size_t)(token + t) * m->out_stride] = phi_hsum(_mm256_sub_ps(total[t], minus[t]));
+    for (int t = 0; t < n_tokens; t++)
+        out[(size_t)(token + t) * m->out_stride] = phi_hsum(_mm256_sub_ps(total[t], minus[t]));
 }
 
 PHI_INLINE void matmul(unpack_fn unpack, size_t block_bytes, const phi_matmul *m) {

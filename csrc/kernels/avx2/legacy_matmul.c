@@ -59,8 +59,8 @@ PHI_INLINE void unpack_q8_0(const uint8_t *block, unpacked *u) {
 }
 
 /* has_min: q is without sign and w = d * q + m; else q has one and w = d * q. Both constants where this is inlined. */
-PHI_INLINE void dot(unpack_fn unpack, size_t block_bytes, int has_min, const phi_matmul *m, const uint8_t *row, int token,
-                    int n_tokens, float *out) {
+PHI_INLINE void dot(unpack_fn unpack, size_t block_bytes, int has_min, const phi_matmul *m, const uint8_t *row,
+                    int token, int n_tokens, float *out) {
     const size_t n = (size_t)m->n_cols, first = (size_t)(m->first_token + token) * n;
     const int8_t *x = m->x->q8 + first;
     const float *scales = m->x->scales + first / PHI_Q8_BLOCK, *sums = m->x->sums + first / PHI_SUM_BLOCK;

@@ -5,8 +5,7 @@
 
 const phi_kernels phi_kernels_avx2 = {
     .name = "avx2",
-    PHI_AVX2_TYPES(PHI_SLOT)
-    .quantize_q8 = phi_quantize_q8_avx2,
+    PHI_AVX2_TYPES(PHI_SLOT).quantize_q8 = phi_quantize_q8_avx2,
     .rms_norm = phi_rms_norm_avx2,
     .silu_mul = phi_silu_mul_avx2,
     .add = phi_add_avx2,

@@ -65,7 +65,8 @@ PHI_INLINE __m256 silu_mul(__m256 gate, __m256 up) {
 
 void phi_silu_mul_avx2(const float *gate, const float *up, size_t n, float *y) {
     const size_t n8 = n / 8 * 8;
-    for (size_t i = 0; i < n8; i += 8) _mm256_storeu_ps(y + i, silu_mul(_mm256_loadu_ps(gate + i), _mm256_loadu_ps(up + i)));
+    for (size_t i = 0; i < n8; i += 8)
+        _mm256_storeu_ps(y + i, silu_mul(_mm256_loadu_ps(gate + i), _mm256_loadu_ps(up + i)));
     if (n8 < n) { /* the tail by the same arithmetic */
         float g[8] = {0}, u[8] = {0};
         memcpy(g, gate + n8, (n - n8) * sizeof *g);

@@ -44,12 +44,12 @@ static inline void matmul(unpack_fn unpack, size_t block_bytes, size_t block, co
     }
 }
 
-#define PHI_DEFINE(type, block)                                                           \
-    void phi_dequantize_##type##_scalar(const void *row, size_t n, float *y) {            \
-        dequantize(phi_unpack_##type, sizeof(phi_block_##type), block, row, n, y);        \
-    }                                                                                     \
-    void phi_matmul_##type##_scalar(const phi_matmul *m) {                                \
-        matmul(phi_unpack_##type, sizeof(phi_block_##type), block, m);                    \
+#define PHI_DEFINE(type, block)                                                    \
+    void phi_dequantize_##type##_scalar(const void *row, size_t n, float *y) {     \
+        dequantize(phi_unpack_##type, sizeof(phi_block_##type), block, row, n, y); \
+    }                                                                              \
+    void phi_matmul_##type##_scalar(const phi_matmul *m) {                         \
+        matmul(phi_unpack_##type, sizeof(phi_block_##type), block, m);             \
     }
 PHI_QUANTISED_TYPES(PHI_DEFINE)
 

@@ -19,7 +19,7 @@
     X(q5_k, 256)               \
     X(q6_k, 256)
 
-#define PHI_DECLARE(type, block)                                                \
+#define PHI_DECLARE(type, block)                                              \
     void phi_dequantize_##type##_scalar(const void *row, size_t n, float *y); \
     void phi_matmul_##type##_scalar(const phi_matmul *m);
 PHI_QUANTISED_TYPES(PHI_DECLARE)

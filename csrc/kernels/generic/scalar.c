@@ -83,7 +83,8 @@ static void phi_store_kv_scalar(const float *k, const float *v, int head_dim, in
 }
 
 static const uint16_t *page_of(const phi_attention *a, int position) {
-    return (const uint16_t *)(const void *)(a->pages + (size_t)a->page_table[position / PHI_PAGE_TOKENS] * a->page_bytes);
+    return (const uint16_t *)(const void *)(a->pages +
+                                            (size_t)a->page_table[position / PHI_PAGE_TOKENS] * a->page_bytes);
 }
 
 static void attend(const phi_attention *a, const float *q, float *scores, float *out) {
@@ -115,8 +116,9 @@ static void phi_attention_scalar(const phi_attention *a) {
     }
 }
 
-#define PHI_SLOTS(UPPER, lower) \
-    .dequantize[PHI_TYPE_##UPPER] = phi_dequantize_##lower##_scalar, .matmul[PHI_TYPE_##UPPER] = phi_matmul_##lower##_scalar
+#define PHI_SLOTS(UPPER, lower)                                      \
+    .dequantize[PHI_TYPE_##UPPER] = phi_dequantize_##lower##_scalar, \
+    .matmul[PHI_TYPE_##UPPER] = phi_matmul_##lower##_scalar
 
 const phi_kernels phi_kernels_scalar = {
     .name = "scalar",

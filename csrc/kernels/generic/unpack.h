@@ -1,6 +1,6 @@
 /* What every quantised type reduces to: small integers, and a scale and a minimum per 16 of them: w = scale * q - min.
- * One function a type; dequantisation and the scalar products are both made of it. Integer-free types have no part here.
- * The order of the float operations is that of ggml's reference, so that dequantised values agree bit for bit. */
+ * One function a type; dequantisation and the scalar products are both made of it. Integer-free types have no part
+ * here. The order of the float operations is that of ggml's reference, so that dequantised values agree bit for bit. */
 #ifndef PHI_UNPACK_H
 #define PHI_UNPACK_H
 

@@ -1,0 +1,133 @@
+# What _core.pyx uses of csrc/; the headers say what each part means.
+
+from libc.stddef cimport size_t
+from libc.stdint cimport int8_t, int32_t, uint8_t, uint16_t
+
+cdef extern from "<stdbool.h>":
+    ctypedef bint c_bool "bool"
+
+cdef extern from "phi.h":
+    ctypedef enum phi_status:
+        PHI_OK
+        PHI_CANCELLED
+        PHI_OUT_OF_MEMORY
+        PHI_NO_SUCH_TIER
+    ctypedef enum phi_activation:
+        PHI_ACT_F32
+        PHI_ACT_Q8
+    ctypedef int phi_type
+    ctypedef struct phi_type_traits:
+        const char *name
+        int gguf_id
+        int block_elements
+        int block_bytes
+        phi_activation activation
+    const int PHI_N_TYPES
+    const int PHI_PAGE_TOKENS
+    const phi_type_traits phi_types[]
+    size_t phi_row_bytes(phi_type type, size_t n_cols) nogil
+
+    ctypedef struct phi_kernels:
+        const char *name
+        void (*dequantize[32])(const void *row, size_t n, float *y) noexcept nogil
+        void (*matmul[32])(const phi_matmul *m) noexcept nogil
+        void (*quantize_q8)(const float *x, size_t n, int8_t *q8, float *scales, float *sums) noexcept nogil
+        void (*rms_norm)(const float *x, const float *weight, size_t n, float eps, float *y) noexcept nogil
+        void (*silu_mul)(const float *gate, const float *up, size_t n, float *y) noexcept nogil
+        void (*store_kv)(const float *k, const float *v, int head_dim, int slot, uint16_t *page) noexcept nogil
+        void (*attention)(const phi_attention *a) noexcept nogil
+    const char *const *phi_tier_names()
+    c_bool phi_tier_available(const char *tier)
+    phi_status phi_select_kernels(const char *tier, const phi_kernels **kernels)
+    const char *phi_cpu_features()
+
+    ctypedef struct phi_pool:
+        pass
+    phi_status phi_pool_create(int n_threads, phi_pool **pool) nogil
+    void phi_pool_free(phi_pool *pool) nogil
+    double phi_seconds() nogil
+    double phi_read_bandwidth(phi_pool *pool, size_t n_bytes, int n_runs) nogil
+
+    ctypedef struct phi_matrix:
+        phi_type type
+        int n_rows, n_cols
+        const void *data
+    ctypedef struct phi_layer:
+        const float *attn_norm
+        phi_matrix wq, wk, wv, wo
+        const float *ffn_norm
+        phi_matrix gate, up, down
+    ctypedef enum phi_rope_style:
+        PHI_ROPE_NEOX
+        PHI_ROPE_NORM
+    ctypedef struct phi_model:
+        int n_layers, n_embd, n_ffn, n_heads, n_kv_heads, head_dim, n_vocab
+        int rope_dims
+        phi_rope_style rope_style
+        const float *rope_inv_freq
+        const float *rope_inv_freq_long
+        float rope_attn_factor
+        float rms_eps
+        int window
+        phi_matrix token_embd
+        const float *output_norm
+        phi_matrix output
+        const phi_layer *layers
+        const phi_kernels *kernels
+        phi_pool *pool
+
+    ctypedef struct phi_kv:
+        pass
+    size_t phi_kv_page_bytes(const phi_model *model) nogil
+    phi_status phi_kv_create(const phi_model *model, int n_pages, phi_kv **kv) nogil
+    void phi_kv_free(phi_kv *kv) nogil
+
+    ctypedef struct phi_sequence:
+        const int32_t *pages
+        c_bool long_rope
+    ctypedef struct phi_batch:
+        int n_tokens
+        const int32_t *tokens
+        const int32_t *positions
+        const int32_t *sequences
+        const phi_sequence *seqs
+        int n_logit_rows
+        const int32_t *logit_rows
+        float *logits
+        c_bool (*poll)(void *) noexcept nogil
+        void *poll_context
+    phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batch) nogil
+
+cdef extern from "kernels.h":
+    ctypedef struct phi_activations:
+        int n_cols
+        float *f32
+        int8_t *q8
+        float *scales
+        float *sums
+    ctypedef struct phi_matmul:
+        const uint8_t *rows
+        size_t row_bytes
+        int n_rows, n_cols
+        const phi_activations *x
+        int first_token, n_tokens
+        float *out
+        size_t out_stride
+    ctypedef struct phi_attention:
+        const float *q
+        int n_queries, head_dim
+        const uint8_t *pages
+        size_t page_bytes
+        const int32_t *page_table
+        int first, last
+        float scale
+        float *scores
+        size_t scores_stride
+        float *out
+    const int PHI_Q8_BLOCK
+    const int PHI_SUM_BLOCK
+    const int PHI_KV_GROUP
+    size_t phi_page_head_bytes(int head_dim)
+
+cdef extern from "dispatch.h":
+    const char *phi_matmul_tier(const char *tier, phi_type type)

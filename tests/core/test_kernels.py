@@ -1,0 +1,208 @@
+"""Every kernel of every tier against the scalar tier or float64, on random and adversarial inputs."""
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import pytest
+from blocks import QUANTISED, TYPES, extreme_rows, random_rows, set_scales
+from gguf.constants import GGMLQuantizationType
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phi_c import _core
+
+TIERS = _core.tiers()
+FAST_TIERS = TIERS[1:] or TIERS
+Floats = npt.NDArray[np.float32]
+
+
+def reference_values(name: str, rows: npt.NDArray[np.uint8]) -> Floats:
+    """Return the weights as the gguf package dequantises them."""
+    return gguf.quants.dequantize(rows, GGMLQuantizationType[name])
+
+
+def matrix(name: str, rows: npt.NDArray[np.uint8]) -> _core.Matrix:
+    kind = TYPES[name]
+    n_cols = rows.shape[1] // kind.block_bytes * kind.block_elements
+    return _core.Matrix(kind.type_id, rows.shape[0], n_cols, rows.reshape(-1))
+
+
+def spiky(n_tokens: int, n_cols: int, rng: np.random.Generator) -> Floats:
+    """Return activations as models make them: mostly small, a few channels a hundred times larger."""
+    x = rng.normal(size=(n_tokens, n_cols)).astype(np.float32)
+    x[:, rng.integers(0, n_cols, max(1, n_cols // 100))] *= 100
+    return x
+
+
+def check_product(name: str, rows: npt.NDArray[np.uint8], x: Floats, tier: str) -> None:
+    """Compare with float64 on the int8 activations of the same tier: what is left is float32 summation."""
+    weights = reference_values(name, rows).astype(np.float64)
+    if TYPES[name].quantised_activations:
+        q8, scales, _ = _core.quantize_q8(x.reshape(-1), tier)
+        x64 = (q8.reshape(-1, 32) * scales.astype(np.float64)[:, None]).reshape(x.shape)
+    else:
+        x64 = x.astype(np.float64)
+    exact = x64 @ weights.T
+    # Relative to the sum of magnitudes: a product that cancels has no digits of its own.
+    magnitude = np.abs(x64) @ np.abs(weights).T
+    got = _core.matmul(matrix(name, rows), x, tier)
+    assert np.isfinite(got).all()
+    # A minimum is subtracted whole, so its size counts with the weights' own.
+    if name in {"Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K", "Q3_K", "Q6_K"}:
+        magnitude = magnitude + np.abs(x64).sum(1, keepdims=True) * np.abs(weights).max(1)
+    assert (np.abs(got - exact) <= 2e-6 * magnitude + 1e-12).all()
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("name", TYPES)
+def test_dequantize_is_bit_exact(name: str, tier: str) -> None:
+    rng = np.random.default_rng(1)
+    rows = random_rows(name, 16, 1024, rng)
+    got = _core.dequantize(TYPES[name].type_id, rows.reshape(-1), 16 * 1024, tier)
+    assert np.array_equal(got.view(np.uint32), reference_values(name, rows).reshape(-1).view(np.uint32))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("name", QUANTISED)
+def test_dequantize_extreme_blocks(name: str, tier: str) -> None:
+    rows = extreme_rows(name, 512)
+    got = _core.dequantize(TYPES[name].type_id, rows.reshape(-1), rows.shape[0] * 512, tier)
+    assert np.array_equal(got, reference_values(name, rows).reshape(-1))
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_dequantize_every_half_precision_scale(name: str) -> None:
+    """Subnormal, infinite and NaN scales included."""
+    rng = np.random.default_rng(2)
+    kind = TYPES[name]
+    scales = np.arange(65536, dtype=np.uint16).view(np.float16)[None, :]
+    rows = rng.integers(0, 256, (1, 65536 * kind.block_bytes), dtype=np.uint8)
+    set_scales(rows, kind, scales)
+    n = 65536 * kind.block_elements
+    got = _core.dequantize(kind.type_id, rows.reshape(-1), n)
+    with np.errstate(invalid="ignore"):
+        assert np.array_equal(got, reference_values(name, rows).reshape(-1), equal_nan=True)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("n_tokens", [1, 2, 4, 5, 33])
+@pytest.mark.parametrize("n_rows", [1, 2, 15, 16, 17, 33])
+@pytest.mark.parametrize("name", TYPES)
+def test_matmul(name: str, n_rows: int, n_tokens: int, tier: str) -> None:
+    rng = np.random.default_rng([n_rows, n_tokens])
+    n_cols = 768
+    check_product(name, random_rows(name, n_rows, n_cols, rng), spiky(n_tokens, n_cols, rng), tier)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("name", TYPES)
+def test_matmul_of_a_batch_is_the_matmul_of_each(name: str, tier: str) -> None:
+    rng = np.random.default_rng(3)
+    weights = matrix(name, random_rows(name, 19, 512, rng))
+    x = spiky(23, 512, rng)
+    alone = np.concatenate([_core.matmul(weights, x[i : i + 1], tier) for i in range(len(x))])
+    assert np.array_equal(_core.matmul(weights, x, tier), alone)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("name", QUANTISED)
+def test_matmul_extreme_blocks(name: str, tier: str) -> None:
+    """The largest quants against activations of +-127: sums of pairs must not saturate."""
+    rows = extreme_rows(name, 512)
+    ones = np.ones((4, 512), np.float32)
+    ones[1] *= -1
+    ones[2, ::2] *= -1
+    ones[3] *= np.float32(1e-30)
+    check_product(name, rows, ones, tier)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F32", "F16", "BF16"])
+def test_matmul_of_short_rows(name: str, tier: str) -> None:
+    rng = np.random.default_rng(4)
+    for n_cols in (32, 96, 160) if TYPES[name].block_elements == 32 else (1, 7, 8, 15, 17, 100):
+        check_product(name, random_rows(name, 3, n_cols, rng), spiky(5, n_cols, rng), tier)
+
+
+@pytest.mark.parametrize("tier", FAST_TIERS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_matmul_of_any_blocks(tier: str, data: st.DataObject) -> None:
+    """Blocks of arbitrary bytes; the scales are kept finite, for infinities hide every other error."""
+    name = data.draw(st.sampled_from(QUANTISED))
+    kind = TYPES[name]
+    n_blocks = 512 // kind.block_elements
+    size = n_blocks * kind.block_bytes
+    rows = np.frombuffer(data.draw(st.binary(min_size=size, max_size=size)), np.uint8).reshape(1, -1).copy()
+    set_scales(rows, kind, np.float16(data.draw(st.floats(-1, 1, width=16))))
+    seed = data.draw(st.integers(0, 2**32 - 1))
+    check_product(name, rows, spiky(3, 512, np.random.default_rng(seed)), tier)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_quantize_q8(tier: str) -> None:
+    rng = np.random.default_rng(5)
+    x = spiky(8, 256, rng)
+    x[0] = 0
+    x[1] = 1e-42  # subnormal: flushed to zero rather than divided by
+    x[2] = 1e37  # its sums still fit
+    x[3, ::32] = 1.0
+    x[3, 1::32] = 0.5 / 127  # a tie: to even
+    q8, scales, sums = _core.quantize_q8(x.reshape(-1), tier)
+    blocks = x.reshape(-1, 32)
+    assert np.array_equal(scales, np.abs(blocks).max(1) / np.float32(127))
+    assert np.abs(q8.astype(int)).max() == 127
+    error = np.abs(q8.reshape(-1, 32) * scales[:, None].astype(np.float64) - blocks)
+    assert (error <= 0.5001 * scales[:, None] + 1e-40).all()
+    assert np.array_equal(sums, (q8.reshape(-1, 2, 16).sum(2) * scales[:, None]).astype(np.float32).reshape(-1))
+    for got, scalar in zip((q8, scales, sums), _core.quantize_q8(x.reshape(-1), "scalar"), strict=True):
+        assert np.array_equal(got, scalar)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("n", [2, 7, 8, 64, 100, 3072])
+def test_rms_norm(n: int, tier: str) -> None:
+    rng = np.random.default_rng(n)
+    x, weight = spiky(1, n, rng)[0], rng.normal(size=n).astype(np.float32)
+    exact = x / np.sqrt((x.astype(np.float64) ** 2).mean() + 1e-5) * weight
+    np.testing.assert_allclose(_core.rms_norm(x, weight, 1e-5, tier), exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("n", [1, 8, 13, 1000])
+def test_silu_mul(n: int, tier: str) -> None:
+    rng = np.random.default_rng(n)
+    gate = (rng.normal(size=n) * 20).astype(np.float32)
+    gate[0] = -85
+    up = rng.normal(size=n).astype(np.float32)
+    exact = gate / (1 + np.exp(-gate.astype(np.float64))) * up
+    np.testing.assert_allclose(_core.silu_mul(gate, up, tier), exact, rtol=2e-6)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("head_dim", [2, 20, 64, 96, 128])
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (0, 31), (0, 32), (5, 5), (17, 70), (31, 99)])
+def test_attention(first: int, last: int, head_dim: int, tier: str) -> None:
+    """Positions before and behind those seen hold NaN, as freed pages may."""
+    rng = np.random.default_rng([first, last, head_dim])
+    q = rng.normal(size=(3, head_dim)).astype(np.float32)
+    k, v = rng.normal(size=(2, last + 5, head_dim)).astype(np.float16).astype(np.float32)
+    k[:first] = v[:first] = k[last + 1 :] = v[last + 1 :] = np.nan
+    scale = head_dim**-0.5
+    scores = q.astype(np.float64) @ k[first : last + 1].T * scale
+    weights = np.exp(scores - scores.max(1, keepdims=True))
+    exact = weights @ v[first : last + 1] / weights.sum(1, keepdims=True)
+    np.testing.assert_allclose(_core.attention(q, k, v, first, last, scale, tier), exact, rtol=2e-5, atol=2e-6)
+
+
+def test_a_tier_that_is_missing_is_refused() -> None:
+    with pytest.raises(ValueError, match="'avx9' is not available on this machine, expected one of scalar"):
+        _core.quantize_q8(np.ones(32, np.float32), "avx9")
+
+
+def test_kernel_table_names_a_provider_for_every_slot() -> None:
+    table = _core.kernel_table()
+    assert list(table) == TIERS
+    for tier, row in table.items():
+        assert set(row) == set(TYPES)
+        assert all(TIERS.index(provider) <= TIERS.index(tier) for provider in row.values())
