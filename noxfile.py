@@ -1,0 +1,61 @@
+"""What a change must pass: `nox` runs all of it, `nox -s lint` one part."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = ["lint", "types", "tests", "sanitize"]
+nox.options.default_venv_backend = "venv"
+C_SOURCES = sorted(str(p) for p in Path("csrc").rglob("*.[ch]"))
+PYTHON = ["src", "tests", "benchmarks", "noxfile.py"]
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style of Python and C, and the direction of imports."""
+    session.install(".[dev]")
+    session.run("ruff", "check", *PYTHON)
+    session.run("ruff", "format", "--check", *PYTHON)
+    session.run("clang-format", "--dry-run", "-Werror", *C_SOURCES)
+    session.run("lint-imports")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types of the package, and of the stub against the compiled module."""
+    session.install(".[dev]")
+    session.run("mypy")
+    session.run("python", "-m", "mypy.stubtest", "phi_c._core", "--allowlist", "tests/stubtest_allowlist.txt")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The tests on a build whose compiler warnings are errors."""
+    session.install("-C", "cmake.define.PHI_WARNINGS_AS_ERRORS=ON", ".[test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def sanitize(session: nox.Session) -> None:
+    """Kernels, forward passes and damaged files under the address and undefined-behaviour sanitizers (gcc)."""
+    session.install("-C", "cmake.define.PHI_SANITIZE=ON", "-C", "cmake.build-type=RelWithDebInfo", ".[test]")
+    libraries = [
+        subprocess.run(
+            ["gcc", f"-print-file-name={name}"], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    session.run(
+        "pytest",
+        *(session.posargs or ["tests/core", "tests/model", "-k", "not smollm2"]),
+        env={
+            "LD_PRELOAD": " ".join(libraries),
+            # The interpreter keeps memory until it exits: leaks are not ours to report.
+            "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
+            "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+            "PYTHONMALLOC": "malloc",
+            "PATH": os.environ["PATH"],
+        },
+    )
