@@ -39,7 +39,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def sanitize(session: nox.Session) -> None:
-    """Kernels, forward passes and damaged files under the address and undefined-behaviour sanitizers (gcc)."""
+    """Kernels, forward passes and damaged files under ASan and UBSan (gcc)."""
     session.install("-C", "cmake.define.PHI_SANITIZE=ON", "-C", "cmake.build-type=RelWithDebInfo", ".[test]")
     libraries = [
         subprocess.run(

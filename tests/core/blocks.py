@@ -26,7 +26,7 @@ SCALE_OFFSETS = {
 
 
 def set_scales(rows: Bytes, kind: TensorType, scales: npt.NDArray[np.float16]) -> Bytes:
-    """Overwrite the scales of every block; rows is [n_rows, row_bytes], scales broadcasts to [n_rows, n_blocks]."""
+    """Overwrite every block's scales: rows [n_rows, row_bytes], scales broadcast to [n_rows, n_blocks]."""
     blocks = rows.reshape(rows.shape[0], -1, kind.block_bytes)
     raw = np.ascontiguousarray(np.broadcast_to(scales, blocks.shape[:2])).view(np.uint8)
     for offset in SCALE_OFFSETS[kind.name]:
