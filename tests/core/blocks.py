@@ -54,8 +54,6 @@ def extreme_rows(name: str, n_cols: int) -> Bytes:
     """Return one row for each repeated byte that stretches a field to its end, with scales of both signs."""
     kind = TYPES[name]
     row_bytes = n_cols // kind.block_elements * kind.block_bytes
-    rows = np.repeat(np.array([0x00, 0xFF, 0x0F, 0xF0, 0x80, 0x7F, 0x55, 0xAA], np.uint8), row_bytes).reshape(
-        8, -1
-    )
+    rows = np.repeat(np.array([0x00, 0xFF, 0x0F, 0xF0, 0x80, 0x7F, 0x55, 0xAA], np.uint8), row_bytes).reshape(8, -1)
     signs = np.where(np.arange(8) % 2, -1.0, 1.0).astype(np.float16)[:, None]
     return set_scales(rows, kind, signs * np.float16(0.5))

@@ -154,9 +154,7 @@ def test_quantize_q8(tier: str) -> None:
     assert np.abs(q8.astype(int)).max() == 127
     error = np.abs(q8.reshape(-1, 32) * scales[:, None].astype(np.float64) - blocks)
     assert (error <= 0.5001 * scales[:, None] + 1e-40).all()
-    assert np.array_equal(
-        sums, (q8.reshape(-1, 2, 16).sum(2) * scales[:, None]).astype(np.float32).reshape(-1)
-    )
+    assert np.array_equal(sums, (q8.reshape(-1, 2, 16).sum(2) * scales[:, None]).astype(np.float32).reshape(-1))
     for got, scalar in zip((q8, scales, sums), _core.quantize_q8(x.reshape(-1), "scalar"), strict=True):
         assert np.array_equal(got, scalar)
 
@@ -194,9 +192,7 @@ def test_attention(first: int, last: int, head_dim: int, tier: str) -> None:
     scores = q.astype(np.float64) @ k[first : last + 1].T * scale
     weights = np.exp(scores - scores.max(1, keepdims=True))
     exact = weights @ v[first : last + 1] / weights.sum(1, keepdims=True)
-    np.testing.assert_allclose(
-        _core.attention(q, k, v, first, last, scale, tier), exact, rtol=2e-5, atol=2e-6
-    )
+    np.testing.assert_allclose(_core.attention(q, k, v, first, last, scale, tier), exact, rtol=2e-5, atol=2e-6)
 
 
 def test_a_tier_that_is_missing_is_refused() -> None:

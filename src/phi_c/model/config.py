@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from phi_c._core import TENSOR_TYPES
+from phi_c._core import TENSOR_TYPES, dequantize
 from phi_c.errors import ModelFileError, UnsupportedModelError
 from phi_c.model.gguf_file import GGUFFile, MetadataValue, short
 
@@ -54,6 +54,7 @@ class ModelConfig:
     n_vocab: int  # rows of the embedding: the tokenizer may name fewer
     n_ctx_train: int  # positions
     n_ctx_orig: int  # positions up to which LongRoPE's short factors hold
+    long_rope: bool  # has factors of its own for longer sequences
     rms_eps: float
     rope_style: RopeStyle
     rope_freq_base: float
@@ -103,6 +104,9 @@ _NEUTRAL_VALUES: dict[str, bool | float] = {
 # Keys that are refused whatever their value.
 _REFUSED_KEYS = ("attention.scale", "attention.sliding_window_pattern", "rope.dimension_sections")
 
+# Frequencies in float32 stay far from 0 and infinity while what scales them lies between these.
+_FACTORS = (1e-6, 1e6)
+
 _MAX_INT = 2**31 - 1  # positions and row numbers are 32-bit integers in the kernels
 
 
@@ -120,8 +124,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
     declared_embd = _integer(file, prefix + "embedding_length", n_embd)
     if declared_embd != n_embd:
         raise ModelFileError(
-            f"{file.path}: {prefix}embedding_length is {declared_embd}, "
-            f"but token_embd.weight has {n_embd} columns"
+            f"{file.path}: {prefix}embedding_length is {declared_embd}, but token_embd.weight has {n_embd} columns"
         )
     n_heads = _integer(file, prefix + "attention.head_count")
     head_dim = _head_dim(file, prefix, n_embd, n_heads)
@@ -140,9 +143,10 @@ def read_config(file: GGUFFile) -> ModelConfig:
         n_vocab=n_vocab,
         n_ctx_train=n_ctx_train,
         n_ctx_orig=n_ctx_orig,
-        rms_eps=_number(file, prefix + "attention.layer_norm_rms_epsilon", 1e-5),
+        long_rope=ROPE_LONG in file.tensors,
+        rms_eps=_number(file, prefix + "attention.layer_norm_rms_epsilon", 1e-30, 1.0, default=1e-5),
         rope_style=row.rope_style,
-        rope_freq_base=_number(file, prefix + "rope.freq_base", 10000.0),
+        rope_freq_base=_number(file, prefix + "rope.freq_base", 1.0, 1e15, default=10000.0),
         rope_attn_factor=_attn_factor(file, prefix, n_ctx_train, n_ctx_orig),
         window=_window(file, prefix, n_embd, n_vocab, n_ctx_train),
         rope_scale=_rope_scale(file, prefix),
@@ -194,8 +198,7 @@ def _architecture(file: GGUFFile) -> Architecture:
     row = ARCHITECTURES.get(name)
     if row is None:
         raise UnsupportedModelError(
-            f"{file.path}: the architecture {short(name)} is not supported, expected one of "
-            f"{', '.join(ARCHITECTURES)}"
+            f"{file.path}: the architecture {short(name)} is not supported, expected one of {', '.join(ARCHITECTURES)}"
         )
     return row
 
@@ -211,8 +214,7 @@ def _refuse_foreign_keys(file: GGUFFile, architecture: str) -> None:
     for name in _REFUSED_KEYS:
         if f"{architecture}.{name}" in file.metadata:
             raise UnsupportedModelError(
-                f"{file.path}: the metadata key {architecture}.{name} asks for a computation "
-                "that phi-c does not do"
+                f"{file.path}: the metadata key {architecture}.{name} asks for a computation that phi-c does not do"
             )
 
 
@@ -222,10 +224,8 @@ def _embedding_shape(file: GGUFFile) -> tuple[int, int]:
     info = file.tensors.get("token_embd.weight")
     if info is None:
         raise ModelFileError(f"{file.path}: the file has no tensor 'token_embd.weight'")
-    if len(info.shape) != 2 or max(info.shape) > _MAX_INT:
-        raise ModelFileError(
-            f"{file.path}: token_embd.weight has the shape {info.shape}, expected (n_vocab, n_embd)"
-        )
+    if len(info.shape) != 2:
+        raise ModelFileError(f"{file.path}: token_embd.weight has the shape {info.shape}, expected (n_vocab, n_embd)")
     return info.shape[0], info.shape[1]
 
 
@@ -253,7 +253,7 @@ def _attn_factor(file: GGUFFile, prefix: str, n_ctx_train: int, n_ctx_orig: int)
     """
     key = prefix + "rope.scaling.attn_factor"
     if key in file.metadata:
-        return _number(file, key)
+        return _number(file, key, *_FACTORS)
     if ROPE_LONG not in file.tensors or n_ctx_train <= n_ctx_orig or n_ctx_orig == 1:
         return 1.0
     return math.sqrt(1.0 + math.log(n_ctx_train / n_ctx_orig) / math.log(n_ctx_orig))
@@ -267,13 +267,12 @@ def _rope_scale(file: GGUFFile, prefix: str) -> float:
         for key in (prefix + "rope.scaling.factor", prefix + "rope.scale_linear"):
             value = file.metadata.get(key, 0)
             if not isinstance(value, int | float) or value != 0:
-                return _number(file, key)
+                return _number(file, key, *_FACTORS)
         return 1.0
     if kind == "longrope":
         if not has_factors:
             raise ModelFileError(
-                f"{file.path}: {prefix}rope.scaling.type is longrope, "
-                f"but the file lacks {ROPE_LONG} or {ROPE_SHORT}"
+                f"{file.path}: {prefix}rope.scaling.type is longrope, but the file lacks {ROPE_LONG} or {ROPE_SHORT}"
             )
         return 1.0
     if kind == "none":
@@ -321,8 +320,7 @@ def _check_sizes(file: GGUFFile, config: ModelConfig) -> None:
     n_tokens = _n_tokens(file.metadata)
     if n_tokens > config.n_vocab:
         raise ModelFileError(
-            f"{file.path}: the tokenizer has {n_tokens} tokens, "
-            f"but token_embd.weight has {config.n_vocab} rows"
+            f"{file.path}: the tokenizer has {n_tokens} tokens, but token_embd.weight has {config.n_vocab} rows"
         )
 
 
@@ -345,14 +343,15 @@ def _check_tensors(file: GGUFFile, config: ModelConfig) -> None:
             raise ModelFileError(f"{file.path}: the file has no tensor {name!r}")
     for name, info in file.tensors.items():
         if info.shape != known[name]:
-            raise ModelFileError(
-                f"{file.path}: tensor {name!r} has the shape {info.shape}, expected {known[name]}"
+            raise ModelFileError(f"{file.path}: tensor {name!r} has the shape {info.shape}, expected {known[name]}")
+        if max(info.shape) > _MAX_INT:
+            raise UnsupportedModelError(
+                f"{file.path}: tensor {name!r} has the shape {info.shape}, expected at most {_MAX_INT} a side"
             )
         type_name = TENSOR_TYPES[info.type_id].name
         if len(info.shape) == 1 and type_name not in _VECTOR_TYPES:
             raise UnsupportedModelError(
-                f"{file.path}: tensor {name!r} is of type {type_name}, "
-                f"expected one of {', '.join(_VECTOR_TYPES)}"
+                f"{file.path}: tensor {name!r} is of type {type_name}, expected one of {', '.join(_VECTOR_TYPES)}"
             )
     _check_rope_tensors(file, config)
 
@@ -368,6 +367,16 @@ def _check_rope_tensors(file: GGUFFile, config: ModelConfig) -> None:
     if has_long and key not in file.metadata:
         # Guessing would choose the wrong factors in silence.
         raise ModelFileError(f"{file.path}: {key} is missing, expected with {ROPE_LONG}")
+    low, high = _FACTORS
+    for name in (ROPE_LONG, ROPE_SHORT, ROPE_FREQS):
+        if name not in file.tensors:
+            continue
+        factors = dequantize(file.tensors[name].type_id, file.data(name), config.rope_dims // 2)
+        outside = factors[~((factors >= low) & (factors <= high))]  # NaN is outside as well
+        if outside.size:
+            raise ModelFileError(
+                f"{file.path}: tensor {name!r} holds {outside[0]}, expected numbers from {low:g} to {high:g}"
+            )
 
 
 def _integer(file: GGUFFile, key: str, default: int | None = None, *, at_least: int = 1) -> int:
@@ -380,22 +389,18 @@ def _integer(file: GGUFFile, key: str, default: int | None = None, *, at_least: 
     if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size > 0:
         if (value != value[0]).any():
             raise UnsupportedModelError(
-                f"{file.path}: {key} differs between layers ({value.min()} to {value.max()}), "
-                "expected one value"
+                f"{file.path}: {key} differs between layers ({value.min()} to {value.max()}), expected one value"
             )
         value = int(value[0])
     if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value <= _MAX_INT:
-        raise ModelFileError(
-            f"{file.path}: {key} is {short(value)}, expected an integer from {at_least} to {_MAX_INT}"
-        )
+        raise ModelFileError(f"{file.path}: {key} is {short(value)}, expected an integer from {at_least} to {_MAX_INT}")
     return value
 
 
-def _number(file: GGUFFile, key: str, default: float | None = None) -> float:
+def _number(file: GGUFFile, key: str, low: float, high: float, default: float | None = None) -> float:
     value = file.metadata.get(key, default)
-    # float32 in the kernels: what it cannot hold, or holds as 0, is as wrong as infinity.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-30 < value < 1e30:
-        raise ModelFileError(f"{file.path}: {key} is {short(value)}, expected a positive finite number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ModelFileError(f"{file.path}: {key} is {short(value)}, expected a number from {low:g} to {high:g}")
     return float(value)
 
 

@@ -188,9 +188,7 @@ class _Cursor:
             text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
             where = self.offset + error.start
-            raise self.error(
-                f"{what} is not UTF-8 text: byte {raw[error.start]:#04x} at offset {where}"
-            ) from None
+            raise self.error(f"{what} is not UTF-8 text: byte {raw[error.start]:#04x} at offset {where}") from None
         self.offset += n_bytes
         return text
 
@@ -224,9 +222,7 @@ class _Cursor:
         dtype = _DTYPES[type_id]
         n_items = self.count(counted, dtype.itemsize, _MAX_ITEMS)
         # A copy, for a view would keep the mapping open for as long as the metadata lives.
-        values = (
-            np.frombuffer(self.buffer, dtype, n_items, self.offset).copy() if n_items else np.empty(0, dtype)
-        )
+        values = np.frombuffer(self.buffer, dtype, n_items, self.offset).copy() if n_items else np.empty(0, dtype)
         if type_id == _BOOL:
             if n_items and values.max() > 1:
                 raise self.error(f"{what} holds bools, expected bytes 0 or 1, found {values.max()}")
@@ -278,8 +274,7 @@ def _read_version(cursor: _Cursor) -> int:
                 "convert it with gguf-convert-endian"
             )
         raise UnsupportedModelError(
-            f"{cursor.path}: GGUF version {version} is not supported, "
-            f"expected {' or '.join(map(str, VERSIONS))}"
+            f"{cursor.path}: GGUF version {version} is not supported, expected {' or '.join(map(str, VERSIONS))}"
         )
     return version
 
@@ -288,6 +283,8 @@ def _read_metadata(cursor: _Cursor, n_keys: int) -> dict[str, MetadataValue]:
     metadata: dict[str, MetadataValue] = {}
     for i in range(n_keys):
         key = cursor.string(f"the name of metadata key {i}")
+        if not key:  # what a wrong count finds in the padding
+            raise cursor.error(f"the name of metadata key {i} is empty")
         if key in metadata:
             raise cursor.error(f"the metadata key {short(key)} appears twice")
         metadata[key] = cursor.value(f"the metadata key {short(key)}")
@@ -298,9 +295,7 @@ def _alignment(metadata: dict[str, MetadataValue], path: Path) -> int:
     value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     # 8: what the specification asks for, and what the kernels' loads of 4-byte floats rely on.
     if isinstance(value, bool) or not isinstance(value, int) or value < 8 or value & (value - 1):
-        raise ModelFileError(
-            f"{path}: general.alignment is {short(value)}, expected a power of two of at least 8"
-        )
+        raise ModelFileError(f"{path}: general.alignment is {short(value)}, expected a power of two of at least 8")
     return value
 
 
@@ -316,6 +311,8 @@ def _refuse_split(metadata: dict[str, MetadataValue], path: Path) -> None:
 def _read_tensor_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     """Read one entry of the tensor table: name, shape (row-major), type id, offset in the data section."""
     name = cursor.string("the name of a tensor")
+    if not name:
+        raise cursor.error("the name of a tensor is empty")
     n_dims = cursor.unpack(_U32, f"the dimension count of tensor {short(name)}")
     if not 1 <= n_dims <= MAX_DIMS:
         raise cursor.error(f"tensor {short(name)} has {n_dims} dimensions, expected 1 to {MAX_DIMS}")

@@ -106,4 +106,5 @@ def _inv_freq(file: GGUFFile, config: ModelConfig, factors: str) -> Floats:
     for name in (factors, ROPE_FREQS):
         if name in file.tensors:
             inv_freq /= _vector(file, name)
-    return (inv_freq / np.float32(config.rope_scale)).astype(np.float32)
+    scaled: Floats = inv_freq / np.float32(config.rope_scale)
+    return scaled

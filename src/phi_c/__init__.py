@@ -1,0 +1,29 @@
+"""Microsoft's Phi models on a CPU: GGUF files, compiled kernels, one call.
+
+>>> import phi_c
+>>> llm = phi_c.load("smollm2")
+>>> print(llm.generate("Write a haiku about ice hockey").text)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from phi_c._core import CancelFlag
+    from phi_c.errors import PhiError
+    from phi_c.llm import LLM, Completion, Piece, Usage, load
+
+__all__ = ["LLM", "CancelFlag", "Completion", "PhiError", "Piece", "Usage", "load"]
+
+_HOMES = {"CancelFlag": "phi_c._core", "PhiError": "phi_c.errors"}
+
+
+def __getattr__(name: str) -> Any:
+    # `phi-c --help` has no use for numpy and tokenizers: names are fetched when they are first used.
+    if name in __all__:
+        return getattr(importlib.import_module(_HOMES.get(name, "phi_c.llm")), name)
+    raise AttributeError(f"module 'phi_c' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,162 @@
+"""`phi-c doctor`: what phi-c finds on this machine, and how fast its memory is."""
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from phi_c import _core, hub, machine
+from phi_c.errors import OptionError, PhiError
+
+TIER_VARIABLE = "PHI_C_ISA"
+
+_MAX_READ_BYTES = 512 << 20  # above the caches of most machines
+_MIN_READ_BYTES = 16 << 20
+
+_EPILOG = """\b
+Examples:
+  phi-c doctor
+  phi-c doctor --json > machine.json
+  PHI_C_ISA=scalar phi-c doctor
+"""
+
+
+@click.command("doctor", epilog=_EPILOG)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(as_json: bool) -> None:
+    """Show CPU, cores, memory with its measured speed, and the model cache.
+
+    Exit code 2 when PHI_C_ISA asks for instructions that this machine lacks, 1 for another fault.
+    """
+    report, faults = examine()
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    else:
+        Console(highlight=False).print(_table(report))
+    if faults:
+        raise faults[0]
+
+
+def examine() -> tuple[dict[str, Any], list[PhiError]]:
+    """Return what the command prints, ready for JSON, and the faults found; None: not to be had."""
+    faults: list[PhiError] = []
+    tier: str | None = None
+    cache: dict[str, Any] = {"folder": None, "models": []}
+    try:
+        tier = chosen_tier(os.environ)
+    except PhiError as error:
+        faults.append(error)
+    try:
+        cache["folder"] = str(hub.cache_dir())
+        cache["models"] = [
+            {"name": m.name, "source": m.source, "path": str(m.path), "n_bytes": m.n_bytes} for m in hub.cached()
+        ]
+    except PhiError as error:
+        faults.append(error)
+    n_threads = machine.default_threads()
+    report = {
+        "version": _version(),
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "system": platform.platform(),
+        "cpu": {
+            "name": machine.cpu_name(),
+            "features": _core.cpu_features(),
+            "tiers": _core.tiers(),
+            "tier": tier,
+            "forced": bool(os.environ.get(TIER_VARIABLE)),
+        },
+        "cores": {
+            "affinity": len(machine.affinity_cpus()),
+            "cgroup": machine.cgroup_cores(),
+            "physical": machine.physical_cores(),
+            "default_threads": n_threads,
+        },
+        "memory": {
+            "total_bytes": _known(machine.memory_total()),
+            "available_bytes": _known(machine.memory_available()),
+            "read_bytes_per_second": {str(n): read_rate(n) for n in sorted({1, n_threads})},
+        },
+        "cache": cache,
+        "errors": [str(fault) for fault in faults],
+    }
+    return report, faults
+
+
+def chosen_tier(environment: Mapping[str, str]) -> str:
+    """Return the tier that models run on: the fastest, or the one that PHI_C_ISA names.
+
+    Raises OptionError when this machine lacks it.
+    """
+    tiers = _core.tiers()
+    wanted = environment.get(TIER_VARIABLE) or tiers[-1]
+    if wanted not in tiers:
+        raise OptionError(f"{TIER_VARIABLE} is {wanted!r}, expected one that this machine runs: {', '.join(tiers)}")
+    return wanted
+
+
+def read_rate(n_threads: int) -> float | None:
+    """Return the bytes per second that n_threads read from memory, or None when there is no room to try."""
+    n_bytes = min(_MAX_READ_BYTES, machine.memory_available() // 4)
+    if n_bytes < _MIN_READ_BYTES:
+        return None
+    try:
+        return _core.read_bandwidth(n_threads, n_bytes)
+    except MemoryError:
+        return None
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("phi-c")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def _known(n_bytes: int) -> int | None:
+    return None if n_bytes == machine.UNKNOWN_BYTES else n_bytes
+
+
+def _table(report: Mapping[str, Any]) -> Table:
+    cpu, cores, memory, cache = (report[part] for part in ("cpu", "cores", "memory", "cache"))
+    quota = "none" if cores["cgroup"] is None else f"{cores['cgroup']:g} cores"
+    rates = [
+        f"{n} thread{'s' if n != '1' else ''}: {_size(rate)}{'/s' if rate else ''}"
+        for n, rate in memory["read_bytes_per_second"].items()
+    ]
+    models = [f"{model['name']} ({_size(model['n_bytes'])})" for model in cache["models"]]
+    tier = f"{cpu['tier'] or 'none'}{f' (forced by {TIER_VARIABLE})' if cpu['forced'] else ''}"
+    rows = [
+        ("phi-c", report["version"]),
+        ("python", report["python"]),
+        ("system", report["system"]),
+        ("CPU", cpu["name"]),
+        ("features", ", ".join(cpu["features"]) or "none that phi-c uses"),
+        ("tier", f"{tier}, of {', '.join(cpu['tiers'])}"),
+        (
+            "cores",
+            f"{cores['physical']} physical, {cores['affinity']} by affinity, control-group quota {quota}",
+        ),
+        ("threads", f"{cores['default_threads']} by default"),
+        ("memory", f"{_size(memory['total_bytes'])}, {_size(memory['available_bytes'])} available"),
+        ("read rate", "; ".join(rates)),
+        ("cache", cache["folder"] or "unknown"),
+        ("models", "\n".join(models) or "none"),
+    ]
+    table = Table(box=None, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in rows:
+        table.add_row(name, Text(text))
+    return table
+
+
+def _size(n_bytes: float | None) -> str:
+    return "unknown" if n_bytes is None else decimal(int(n_bytes))

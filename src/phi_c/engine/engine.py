@@ -1,0 +1,143 @@
+"""One step at a time: schedule, forward, sample, emit."""
+
+import threading
+
+import numpy as np
+import numpy.typing as npt
+
+from phi_c._core import KvCache, Model, forward
+from phi_c.engine.pages import PagePool
+from phi_c.engine.scheduler import Scheduler, Work, pages_for
+from phi_c.engine.sequence import Finish, Sequence
+from phi_c.errors import Cancelled, MemoryLimitError, ModelClosedError
+from phi_c.sampling.sampler import logprob
+
+Floats = npt.NDArray[np.float32]
+
+
+class Engine:
+    """Runs sequences on one model and one KV cache; safe to call from several threads.
+
+    n_ctx: positions that all running sequences share; n_ctx_orig: see Scheduler.
+    """
+
+    def __init__(self, model: Model, n_ctx: int, n_batch: int, n_ctx_orig: int | None = None) -> None:
+        self.model = model
+        self.kv = KvCache(model, pages_for(n_ctx))
+        self.scheduler = Scheduler(PagePool(self.kv.n_pages), n_batch, n_ctx_orig)
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; raises ModelClosedError."""
+        with self._lock:
+            self._check_open()
+            self.scheduler.add(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Let a sequence go; harmless when it is gone."""
+        with self._lock:
+            self.scheduler.remove(sequence)
+
+    def step(self, watched: Sequence) -> None:
+        """Run one step for every sequence, unless another thread has just finished the watched one.
+
+        Whoever waits for a sequence drives all of them. Raises what made the watched one fail, and KeyboardInterrupt.
+        """
+        with self._lock:
+            self._check_open()
+            if not watched.is_done:
+                self._step(watched)
+        if watched.error is not None:
+            raise watched.error
+
+    def logits(self, tokens: list[int], long_rope: bool, n_batch: int) -> Floats:
+        """Return float32 [n_tokens, n_vocab], computed on pages of its own that are given back."""
+        with self._lock:
+            self._check_open()
+            pool = self.scheduler.pool
+            if pages_for(len(tokens)) > self.scheduler.n_unpromised:
+                raise MemoryLimitError(f"{len(tokens)} tokens do not fit beside the calls that are running")
+            pages = [pool.take() for _ in range(pages_for(len(tokens)))]
+            try:
+                parts = []
+                for start in range(0, len(tokens), n_batch):
+                    part = np.asarray(tokens[start : start + n_batch], np.int32)
+                    n = len(part)
+                    positions = np.arange(start, start + n, dtype=np.int32)
+                    rows, sequences = np.arange(n, dtype=np.int32), np.zeros(n, np.int32)
+                    table = [np.asarray(pages, np.int32)]
+                    parts.append(forward(self.model, self.kv, part, positions, sequences, table, [long_rope], rows))
+                return np.concatenate(parts)
+            finally:
+                for page in pages:
+                    pool.release(page)
+
+    def close(self) -> None:
+        """Stop; sequences that still run get ModelClosedError."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+                self._fail(sequence, ModelClosedError("the model was closed"))
+        self.model.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ModelClosedError("the model was closed")
+
+    def _step(self, watched: Sequence) -> None:
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+            if sequence.cancel is not None and sequence.cancel.is_set():
+                self._finish(sequence, Finish.CANCELLED)
+        work = self.scheduler.schedule()
+        if not work:
+            return
+        try:
+            logits = self._forward(work, watched)
+        except Cancelled:
+            return  # what was cancelled is taken out at the next step, the others go on
+        wanting = [w.sequence for w in work if w.wants_logits]
+        for w in work:
+            self.scheduler.computed(w)
+        for sequence, row in zip(wanting, logits, strict=True):
+            try:
+                self._emit(sequence, row)
+            except Exception as error:  # one request's fault is not the others'
+                self._fail(sequence, error)
+
+    def _forward(self, work: list[Work], watched: Sequence) -> Floats:
+        counts = [w.n_tokens for w in work]
+        starts = [w.sequence.n_computed for w in work]
+        tokens = [w.sequence.tokens[start : start + n] for w, start, n in zip(work, starts, counts, strict=True)]
+        ends = np.cumsum(counts)
+        return forward(
+            self.model,
+            self.kv,
+            np.concatenate([np.asarray(t, np.int32) for t in tokens]),
+            np.concatenate([np.arange(s, s + n, dtype=np.int32) for s, n in zip(starts, counts, strict=True)]),
+            np.repeat(np.arange(len(work), dtype=np.int32), counts),
+            [np.asarray(w.sequence.pages, np.int32) for w in work],
+            [w.sequence.long_rope for w in work],
+            np.asarray([end - 1 for w, end in zip(work, ends, strict=True) if w.wants_logits], np.int32),
+            watched.cancel,
+        )
+
+    def _emit(self, sequence: Sequence, logits: Floats) -> None:
+        token = sequence.sampler.sample(logits, sequence.generated)
+        if sequence.n_top_logprobs is not None:
+            sequence.logprobs.append(logprob(logits, token, sequence.n_top_logprobs))
+        sequence.tokens.append(token)
+        if token in sequence.eog_ids or not sequence.accept(token):
+            self._finish(sequence, Finish.STOP)
+        elif len(sequence.tokens) - sequence.n_prompt >= sequence.max_tokens:
+            self._finish(sequence, Finish.LENGTH)
+
+    def _finish(self, sequence: Sequence, finish: Finish) -> None:
+        sequence.finish = finish
+        self.scheduler.remove(sequence)
+
+    def _fail(self, sequence: Sequence, error: BaseException) -> None:
+        sequence.error = error
+        self.scheduler.remove(sequence)

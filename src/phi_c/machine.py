@@ -1,0 +1,317 @@
+"""What this machine offers: the CPU's name, cores that may be used, memory that can be had.
+
+Containers are respected: on Linux the scheduler affinity and the limits of control groups (versions 1 and 2)
+bound the figures. Nothing here raises: what cannot be found out has a fallback. Functions that take `root`
+read Linux's /proc and /sys below it; without it they ask the system they run on.
+"""
+
+import contextlib
+import ctypes
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+UNKNOWN_BYTES = sys.maxsize  # what the memory functions return where no figure can be had: no known limit
+
+_ROOT = Path("/")
+_GROUPS = Path("sys/fs/cgroup")
+_T = TypeVar("_T")
+
+
+def cpu_name(root: Path | None = None) -> str:
+    """Return the marketing name of the CPU, or its architecture where the system does not tell."""
+    if root is None and sys.platform == "darwin":
+        name = _sysctl("machdep.cpu.brand_string")
+    elif root is None and sys.platform == "win32":
+        name = _windows_cpu_name()
+    else:
+        name = _linux_cpu_name(root or _ROOT)
+    return " ".join(name.split()) or platform.processor() or platform.machine() or "unknown"
+
+
+def affinity_cpus() -> frozenset[int]:
+    """Return the numbers of the logical CPUs that the scheduler may run this process on."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            return frozenset(os.sched_getaffinity(0))
+    if sys.platform == "win32":
+        mask = _attempt(_windows_affinity_mask, 0)
+        if mask:
+            return frozenset(i for i in range(mask.bit_length()) if mask >> i & 1)
+    return frozenset(range(os.cpu_count() or 1))
+
+
+def cgroup_cores(root: Path = _ROOT) -> float | None:
+    """Return the CPU time that the control groups grant, in cores (1.5 is possible); None: no quota."""
+    quotas = []
+    for folder in _group_folders(root, "cpu"):
+        fields = _read(folder / "cpu.max").split()  # version 2: "QUOTA PERIOD" or "max PERIOD", microseconds
+        if len(fields) != 2:
+            fields = [_read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")]
+        quota, period = map(_integer, fields)
+        if quota is not None and period is not None and quota > 0 and period > 0:  # -1: no quota
+            quotas.append(quota / period)
+    return min(quotas, default=None)
+
+
+def physical_cores(cpus: Iterable[int] | None = None, root: Path | None = None) -> int:
+    """Return how many physical cores the logical CPUs `cpus` (None: those of the affinity) belong to."""
+    chosen = affinity_cpus() if cpus is None else frozenset(cpus)
+    n_cpus = max(1, len(chosen))
+    if root is None and sys.platform == "darwin":
+        return min(n_cpus, _integer(_sysctl("hw.physicalcpu")) or n_cpus)
+    if root is None and sys.platform == "win32":
+        return min(n_cpus, _attempt(lambda: _windows_physical_cores(chosen), 0) or n_cpus)
+    return max(1, len({_siblings(root or _ROOT, cpu) for cpu in chosen}))
+
+
+def usable_cores(cpus: Iterable[int] | None = None, root: Path | None = None) -> int:
+    """Return how many physical cores this process can keep busy: at least 1.
+
+    The affinity and the control groups' quota bound it. A quota is rounded down: a thread more than the quota
+    feeds is stopped for the rest of each period, and the others wait for it.
+    """
+    cores = physical_cores(cpus, root)
+    quota = cgroup_cores(root or _ROOT)
+    return cores if quota is None else max(1, min(cores, math.floor(quota)))
+
+
+def default_threads() -> int:
+    """Return the number of threads to compute with when nobody says: one a usable core."""
+    return usable_cores()
+
+
+def memory_total(root: Path | None = None) -> int:
+    """Return the bytes of memory that this process could have at best: RAM, or its control group's limit."""
+    if root is None and sys.platform == "darwin":
+        total = _integer(_sysctl("hw.memsize"))
+    elif root is None and sys.platform == "win32":
+        total = _attempt(lambda: _windows_memory()[0], None)
+    else:
+        total = _meminfo(root or _ROOT).get("MemTotal")
+        limits = [limit for limit, _ in _group_memory(root or _ROOT)]
+        total = min([*limits, total if total is not None else _pages("SC_PHYS_PAGES")])
+    return total or _pages("SC_PHYS_PAGES")
+
+
+def memory_available(root: Path | None = None) -> int:
+    """Return the bytes of memory that can be taken now without swapping.
+
+    Files in the page cache count as available: the system drops them when memory is asked for.
+    """
+    if root is None and sys.platform == "darwin":
+        available = _darwin_available()
+    elif root is None and sys.platform == "win32":
+        available = _attempt(lambda: _windows_memory()[1], None)
+    else:
+        info = _meminfo(root or _ROOT)
+        available = info.get("MemAvailable")
+        if available is None and "MemFree" in info:  # kernels before 3.14
+            available = info["MemFree"] + info.get("Buffers", 0) + info.get("Cached", 0)
+        if available is None:
+            available = _pages("SC_AVPHYS_PAGES")
+        return min([available, *(max(0, limit - used) for limit, used in _group_memory(root or _ROOT))])
+    return memory_total() if available is None else available
+
+
+def _linux_cpu_name(root: Path) -> str:
+    fields = _fields(_read(root / "proc/cpuinfo"))
+    for key in ("model name", "Hardware", "cpu model", "cpu"):  # x86; some ARM; MIPS; POWER
+        if fields.get(key):
+            return fields[key]
+    return _read(root / "proc/device-tree/model").rstrip("\0")
+
+
+def _siblings(root: Path, cpu: int) -> str:
+    """Return what names the physical core of a logical CPU: the list of the CPUs that share it."""
+    topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+    siblings = _read(topology / "core_cpus_list") or _read(topology / "thread_siblings_list")
+    return siblings or f"cpu {cpu}"
+
+
+def _meminfo(root: Path) -> dict[str, int]:
+    info = {}
+    for key, value in _fields(_read(root / "proc/meminfo")).items():
+        kibibytes = _integer(value.removesuffix("kB"))
+        if kibibytes is not None:
+            info[key] = kibibytes * 1024
+    return info
+
+
+def _group_memory(root: Path) -> Iterator[tuple[int, int]]:
+    """Yield (limit, bytes in use that cannot be dropped) of each control group that limits this process."""
+    for folder in _group_folders(root, "memory"):
+        limit = _integer(_read(folder / "memory.max"))  # version 2; "max": none
+        used = _integer(_read(folder / "memory.current"))
+        if limit is None:
+            limit = _integer(_read(folder / "memory.limit_in_bytes"))  # without a limit: far above any RAM
+            used = _integer(_read(folder / "memory.usage_in_bytes"))
+        if limit is None:
+            continue
+        stat = _fields(_read(folder / "memory.stat"), separator=None)
+        files = 0
+        for kind in ("inactive_file", "active_file"):  # the total_ ones of version 1 include the children
+            files += _integer(stat.get("total_" + kind, stat.get(kind, ""))) or 0
+        yield limit, max(0, (used or 0) - files)
+
+
+def _group_folders(root: Path, controller: str) -> Iterator[Path]:
+    """Yield the folders of the control groups that this process is in, itself and its ancestors.
+
+    /proc/self/cgroup may name a path that a container does not see; its own group is then the mount's root.
+    """
+    mount = root / _GROUPS
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers == "":
+            bases = [mount]
+        elif controller in controllers.split(","):
+            bases = [mount / controllers, mount / controller]
+        else:
+            continue
+        base = next((base for base in bases if base.is_dir()), bases[0])
+        parts = [part for part in path.split("/") if part not in ("", ".", "..")]
+        for n in range(len(parts), -1, -1):
+            yield base.joinpath(*parts[:n])
+
+
+def _pages(name: str) -> int:
+    if sys.platform != "win32":
+        with contextlib.suppress(ValueError, OSError):
+            n_bytes = os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")
+            if n_bytes > 0:
+                return n_bytes
+    return UNKNOWN_BYTES
+
+
+def _sysctl(name: str) -> str:
+    return _output("/usr/sbin/sysctl", "-n", name)
+
+
+def _darwin_available(report: str | None = None) -> int | None:
+    """Return the bytes that vm_stat calls free, inactive, speculative or purgeable; None when it fails."""
+    text = _output("/usr/bin/vm_stat") if report is None else report
+    fields = _fields(text)
+    page_bytes = next((_integer(word) for word in text.split() if word.isdigit()), None)
+    kinds = ("Pages free", "Pages inactive", "Pages speculative", "Pages purgeable")
+    counts = [_integer(fields.get(kind, "").rstrip(".")) for kind in kinds]
+    if page_bytes is None or counts[0] is None:
+        return None
+    return page_bytes * sum(count or 0 for count in counts)
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return ""
+    return done.stdout.strip()
+
+
+def _windows_cpu_name() -> str:
+    if sys.platform == "win32":
+        with contextlib.suppress(ImportError, OSError):
+            import winreg  # noqa: PLC0415 - exists on Windows alone
+
+            key = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
+            with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, key) as handle:
+                return str(winreg.QueryValueEx(handle, "ProcessorNameString")[0])
+    return ""
+
+
+class _MemoryStatus(ctypes.Structure):
+    """MEMORYSTATUSEX of the Windows API."""
+
+    _fields_ = (
+        ("length", ctypes.c_uint32),
+        ("load_percent", ctypes.c_uint32),
+        ("total_physical", ctypes.c_uint64),
+        ("available_physical", ctypes.c_uint64),
+        ("total_page_file", ctypes.c_uint64),
+        ("available_page_file", ctypes.c_uint64),
+        ("total_virtual", ctypes.c_uint64),
+        ("available_virtual", ctypes.c_uint64),
+        ("available_extended_virtual", ctypes.c_uint64),
+    )
+
+
+class _ProcessorInformation(ctypes.Structure):
+    """SYSTEM_LOGICAL_PROCESSOR_INFORMATION of the Windows API."""
+
+    _fields_ = (
+        ("mask", ctypes.c_size_t),
+        ("relationship", ctypes.c_uint32),
+        ("details", ctypes.c_uint64 * 2),
+    )
+
+
+def _windows_memory() -> tuple[int, int]:
+    """Return (total, available) bytes of physical memory. Raises OSError."""
+    if sys.platform == "win32":
+        status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
+        if ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+            return status.total_physical, status.available_physical
+    raise OSError("GlobalMemoryStatusEx failed")
+
+
+def _windows_affinity_mask() -> int:
+    """Return the process's affinity as a bit mask. Raises OSError."""
+    if sys.platform == "win32":
+        kernel32 = ctypes.windll.kernel32
+        kernel32.GetCurrentProcess.restype = ctypes.c_void_p
+        process, system = ctypes.c_size_t(), ctypes.c_size_t()
+        handle = ctypes.c_void_p(kernel32.GetCurrentProcess())
+        if kernel32.GetProcessAffinityMask(handle, ctypes.byref(process), ctypes.byref(system)):
+            return process.value
+    raise OSError("GetProcessAffinityMask failed")
+
+
+def _windows_physical_cores(cpus: frozenset[int]) -> int:
+    """Return the number of physical cores that hold one of the logical CPUs. Raises OSError."""
+    if sys.platform == "win32":
+        query = ctypes.windll.kernel32.GetLogicalProcessorInformation
+        n_bytes = ctypes.c_uint32(0)
+        query(None, ctypes.byref(n_bytes))  # fails, and says how much room it needs
+        rows = (_ProcessorInformation * (n_bytes.value // ctypes.sizeof(_ProcessorInformation)))()
+        if query(rows, ctypes.byref(n_bytes)):
+            affinity = sum(1 << cpu for cpu in cpus)
+            return sum(row.relationship == 0 and row.mask & affinity != 0 for row in rows)  # 0: a core
+    raise OSError("GetLogicalProcessorInformation failed")
+
+
+def _attempt(ask: Callable[[], _T], fallback: _T) -> _T:
+    """Return what `ask` returns, or the fallback when the system refuses."""
+    try:
+        return ask()
+    except (OSError, AttributeError, ValueError):
+        return fallback
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _fields(text: str, separator: str | None = ":") -> dict[str, str]:
+    """Return the fields of "key: value" lines (separator None: white space); the first of a key counts."""
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        key, *rest = line.split(separator, 1)
+        if rest:
+            fields.setdefault(key.strip(), rest[0].strip())
+    return fields
+
+
+def _integer(text: str) -> int | None:
+    try:
+        return int(text)
+    except ValueError:
+        return None

@@ -1,0 +1,139 @@
+"""The `tokenizers` pipeline behind a vocabulary: BPE over plain text, in which no special token is ever recognised."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+from phi_c.errors import ModelFileError, UnsupportedModelError
+from phi_c.text.vocabulary import BYTE, NORMAL, USER_DEFINED, Vocabulary
+
+SPACE = "\u2581"  # what SentencePiece writes for a space
+
+_CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _byte_level() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+# By tokenizer.ggml.pre. Patterns: the published tokenizer.json of GPT-2, SmolLM, Llama 3, Phi-4 and Phi-4-mini.
+_PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
+    "default": _byte_level,
+    "gpt-2": _byte_level,
+    "phi-2": _byte_level,
+    "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()]),
+    "llama-bpe": lambda: _split(_CL100K),
+    "llama3": lambda: _split(_CL100K),
+    "dbrx": lambda: _split(_CL100K),
+    "cl100k": lambda: _split(_CL100K),
+    "gpt-4o": lambda: _split(_O200K),
+}
+_WHOLE_WORDS = ("llama-bpe", "llama3")  # a word that is a token is not split, whatever the merges say
+
+
+def build_backend(vocabulary: Vocabulary) -> Tokenizer:
+    """Return the pipeline for a GGUF vocabulary; raises UnsupportedModelError, ModelFileError."""
+    if vocabulary.model == "gpt2" and vocabulary.pre not in _PRE_TOKENIZERS:
+        raise UnsupportedModelError(
+            f"tokenizer.ggml.pre is {vocabulary.pre!r}, expected one of {', '.join(_PRE_TOKENIZERS)}"
+        )
+    ids = {token: i for i, token in reversed(list(enumerate(vocabulary.tokens)))}
+    is_spm = vocabulary.model == "llama"
+    merges = _merges_of_scores(vocabulary, ids) if is_spm else vocabulary.merges
+    for left, right in vocabulary.merges:
+        if left not in ids or right not in ids or left + right not in ids:
+            raise ModelFileError(f"tokenizer.ggml.merges: {left!r} + {right!r} or its parts are not in the vocabulary")
+    if is_spm:
+        backend = Tokenizer(models.BPE(ids, merges, byte_fallback=True, unk_token=vocabulary.tokens[0]))
+        steps: list[Any] = [normalizers.Replace(" ", SPACE)]
+        if vocabulary.add_space_prefix:
+            steps.insert(0, normalizers.Prepend(SPACE))
+        backend.normalizer = normalizers.Sequence(steps)
+    else:
+        backend = Tokenizer(models.BPE(ids, merges, ignore_merges=vocabulary.pre in _WHOLE_WORDS))
+        backend.pre_tokenizer = _PRE_TOKENIZERS[vocabulary.pre]()
+    user_defined = (
+        AddedToken(vocabulary.tokens[i], normalized=False)
+        for i, kind in enumerate(vocabulary.kinds)
+        if kind == USER_DEFINED and i not in vocabulary.special and vocabulary.tokens[i]
+    )
+    backend.add_tokens(list(user_defined))
+    return backend
+
+
+def _merges_of_scores(vocabulary: Vocabulary, ids: dict[str, int]) -> list[tuple[str, str]]:
+    """Return the merges that SentencePiece's scores amount to: each token's splits, the best token first."""
+    merging = (NORMAL, USER_DEFINED)
+    mergeable = {token for token, i in ids.items() if vocabulary.kinds[i] in merging}
+    # A single character or byte that is no token falls back to bytes before any merge.
+    order = sorted(
+        (i for i, kind in enumerate(vocabulary.kinds) if kind in merging and len(vocabulary.tokens[i]) > 1),
+        key=lambda i: -vocabulary.scores[i],
+    )
+    return [
+        (token[:cut], token[cut:])
+        for token in (vocabulary.tokens[i] for i in order)
+        for cut in range(1, len(token))
+        if token[:cut] in mergeable and token[cut:] in mergeable
+    ]
+
+
+def load_backend(path: Path, vocabulary: Vocabulary) -> tuple[Tokenizer, frozenset[int]]:
+    """Return the pipeline in a tokenizer.json, freed of special tokens, and the ids that strip to their right.
+
+    Raises ModelFileError when the file is no tokenizer.json, or is another model's.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        added = list(content.get("added_tokens") or [])
+        _check_same(path, content["model"]["vocab"], added, vocabulary)
+        content["added_tokens"] = [token for token in added if token["id"] not in vocabulary.special]
+        content |= {"post_processor": None, "truncation": None, "padding": None}
+        backend = Tokenizer.from_str(json.dumps(content))
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ModelFileError:
+        raise
+    except Exception as error:  # the library raises bare Exception for what it does not understand
+        raise ModelFileError(f"{path} is not a tokenizer.json that can be used: {error}") from None
+    return backend, frozenset(token["id"] for token in added if token.get("rstrip"))
+
+
+def _check_same(path: Path, vocab: Any, added: list[dict[str, Any]], vocabulary: Vocabulary) -> None:
+    if not isinstance(vocab, dict):
+        raise ModelFileError(f"{path}: expected a BPE vocabulary")
+    entries = [*vocab.items(), *((token["content"], token["id"]) for token in added)]
+    for token, token_id in entries:
+        if token_id >= len(vocabulary.tokens):
+            raise ModelFileError(
+                f"{path} has a token with id {token_id}, the model has {len(vocabulary.tokens)} tokens: "
+                "it belongs to another model"
+            )
+        expected = vocabulary.tokens[token_id]
+        if token != expected and vocabulary.kinds[token_id] not in (BYTE, *_PLACEHOLDERS):
+            raise ModelFileError(
+                f"{path}: token {token_id} is {token!r}, in the model it is {expected!r}: it belongs to another model"
+            )
+
+
+_PLACEHOLDERS = (2, 5)  # unknown and unused: converters fill gaps with names of their own

@@ -1,0 +1,159 @@
+"""Text to token ids and back."""
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from phi_c.errors import OptionError
+from phi_c.text.backend import SPACE, build_backend, load_backend
+from phi_c.text.vocabulary import BYTE, UNKNOWN, USER_DEFINED, Vocabulary, read_vocabulary
+
+REPLACEMENT = "\ufffd"
+
+
+def load_tokenizer(metadata: Mapping[str, Any], tokenizer_json: Path | None = None) -> "Tokenizer":
+    """Return the tokenizer of a GGUF file: from tokenizer.json when one is given, else from the vocabulary itself.
+
+    Raises ModelFileError for a damaged vocabulary or another model's tokenizer.json, UnsupportedModelError for
+    a kind of tokenizer that phi-c does not run.
+    """
+    vocabulary = read_vocabulary(metadata)
+    if tokenizer_json is None:
+        return Tokenizer(vocabulary, build_backend(vocabulary), vocabulary.rstrip)
+    backend, rstrip = load_backend(tokenizer_json, vocabulary)
+    return Tokenizer(vocabulary, backend, rstrip & vocabulary.special)
+
+
+class Tokenizer:
+    """Encodes and decodes; safe to use from several threads."""
+
+    def __init__(self, vocabulary: Vocabulary, backend: Backend, rstrip: frozenset[int]) -> None:
+        self.vocabulary = vocabulary
+        self._backend = backend
+        self._rstrip = rstrip
+        self._special_ids = {vocabulary.tokens[i]: i for i in vocabulary.special}
+        self.special_pattern: re.Pattern[str] | None = vocabulary.special_pattern()
+
+    @property
+    def n_vocab(self) -> int:
+        """Number of tokens in the vocabulary; the model may have more rows."""
+        return len(self.vocabulary.tokens)
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that begins a text."""
+        return self.vocabulary.bos_id
+
+    @property
+    def eos_id(self) -> int | None:
+        """The file's own end token."""
+        return self.vocabulary.eos_id
+
+    @property
+    def add_bos(self) -> bool:
+        """Whether texts of this model begin with `bos_id`."""
+        return self.vocabulary.add_bos
+
+    @property
+    def eog_ids(self) -> frozenset[int]:
+        """The tokens that end a generation."""
+        return self.vocabulary.eog_ids
+
+    def is_special(self, token_id: int) -> bool:
+        """Return whether a token stands for no text."""
+        return token_id in self.vocabulary.special
+
+    def token(self, token_id: int) -> str:
+        """Return the vocabulary's entry for an id, as it is written there."""
+        self._check(token_id)
+        return self.vocabulary.tokens[token_id]
+
+    def encode(self, text: str, *, add_bos: bool | None = None, parse_special: bool = False) -> list[int]:
+        """Return the ids of a text.
+
+        add_bos: begin with one BOS token, never two; None does as the file says. parse_special: text such as
+        `<|end|>` becomes the special token; otherwise it is text like any other.
+        """
+        if not isinstance(text, str):
+            raise OptionError(f"text is a {type(text).__name__}, expected a str")
+        pattern = self.special_pattern if parse_special else None
+        return self.with_bos(self.encode_spans(text, pattern.finditer(text) if pattern else ()), add_bos)
+
+    def encode_spans(self, text: str, specials: Iterable[re.Match[str]]) -> list[int]:
+        """Return the ids of a text of which just these matches of `special_pattern`, in order, are special."""
+        ids: list[int] = []
+        start, strip = 0, False
+        for match in specials:
+            token_id = self._special_ids[match[0]]
+            self._encode_plain(text[start : match.start()], strip, ids)
+            ids.append(token_id)
+            start, strip = match.end(), token_id in self._rstrip
+        self._encode_plain(text[start:], strip, ids)
+        return ids
+
+    def with_bos(self, ids: list[int], add_bos: bool | None = None) -> list[int]:
+        """Return ids that begin with BOS exactly once if add_bos, or if it is None and the file says so."""
+        wanted = self.add_bos if add_bos is None else add_bos
+        if not wanted or self.bos_id is None or ids[:1] == [self.bos_id]:
+            return ids
+        return [self.bos_id, *ids]
+
+    def _encode_plain(self, text: str, strip: bool, ids: list[int]) -> None:
+        if strip:
+            text = text.lstrip()
+        if text:
+            # A lone surrogate is no text: as in a file read with errors="replace".
+            clean = text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
+            ids.extend(self._backend.encode(clean, add_special_tokens=False).ids)
+
+    def piece(self, token_id: int, *, special: bool = False) -> bytes:
+        """Return the bytes that a token stands for: none for a special one, or its name with special=True.
+
+        A piece may end within a character; join pieces before decoding.
+        """
+        self._check(token_id)
+        token, kind = self.vocabulary.tokens[token_id], self.vocabulary.kinds[token_id]
+        if token_id in self.vocabulary.special or kind == UNKNOWN:
+            return token.encode() if special else b""
+        if kind == USER_DEFINED:
+            return token.encode()
+        if self.vocabulary.model == "llama":
+            if kind == BYTE:
+                return _byte_of(token)
+            return token.replace(SPACE, " ").encode()
+        # A character outside the table would be a damaged vocabulary; its own bytes are the best guess.
+        return b"".join(self._bytes_of_characters.get(c, c.encode()) for c in token)
+
+    @cached_property
+    def _bytes_of_characters(self) -> dict[str, bytes]:
+        """GPT-2's table: printable bytes stand for themselves, the others for characters from U+0100 on."""
+        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = [b for b in range(256) if b not in printable]
+        table = {chr(b): bytes([b]) for b in printable}
+        return table | {chr(0x100 + i): bytes([b]) for i, b in enumerate(others)}
+
+    @property
+    def strips_first_space(self) -> bool:
+        """Whether the space that begins a decoded text was added when it was encoded."""
+        return self.vocabulary.add_space_prefix and self.vocabulary.model == "llama"
+
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """Return the text of ids; bytes that are no UTF-8 become U+FFFD, special tokens nothing unless asked for."""
+        raw = b"".join(self.piece(i, special=special) for i in ids)
+        if self.strips_first_space:
+            raw = raw.removeprefix(b" ")
+        return raw.decode("utf-8", "replace")
+
+    def _check(self, token_id: int) -> None:
+        if not 0 <= token_id < self.n_vocab:
+            raise OptionError(f"token id {token_id} is outside the vocabulary, expected 0 to {self.n_vocab - 1}")
+
+
+def _byte_of(token: str) -> bytes:
+    """Return the byte that a token such as `<0x0A>` stands for."""
+    match = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)
+    return bytes([int(match[1], 16)]) if match else token.encode()

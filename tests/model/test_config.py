@@ -1,0 +1,454 @@
+"""read_config: the defaults for what files leave out, and a message for each thing that is wrong."""
+
+import dataclasses
+import math
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from raw_gguf import ARRAY, BOOL, F32, I32, STRING, U8, U16, U32, gguf, key, tensor
+
+from phi_c import errors
+from phi_c.model.config import ARCHITECTURES, ModelConfig, expected_tensors, read_config
+from phi_c.model.gguf_file import GGUFFile
+
+N_EMBD, N_FFN, N_HEADS, N_KV_HEADS, N_VOCAB, N_LAYERS = 32, 48, 4, 2, 10, 2
+HEAD_DIM = N_EMBD // N_HEADS
+BYTES = {0: 4, 1: 2, 30: 2}  # F32, F16, BF16
+ROPE_LONG, ROPE_SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+
+
+class Draft:
+    """A model file to be: change its keys and shapes, then read it."""
+
+    def __init__(self, path: Path, architecture: str) -> None:
+        self.path = path
+        self.architecture = architecture
+        self.keys: dict[str, tuple[int, Any]] = {
+            "general.architecture": (STRING, architecture),
+            "general.name": (STRING, "Tiny"),
+        }
+        for name, value in {
+            "context_length": 4096,
+            "block_count": N_LAYERS,
+            "embedding_length": N_EMBD,
+            "feed_forward_length": N_FFN,
+            "attention.head_count": N_HEADS,
+            "attention.head_count_kv": N_KV_HEADS,
+        }.items():
+            self.set(name, U32, value)
+        self.shapes: dict[str, tuple[int, ...]] = {
+            "token_embd.weight": (N_VOCAB, N_EMBD),
+            "output_norm.weight": (N_EMBD,),
+        }
+        kv_rows = N_KV_HEADS * HEAD_DIM
+        block = {"attn_norm": (N_EMBD,), "ffn_norm": (N_EMBD,)}
+        block |= {"attn_output": (N_EMBD, N_EMBD), "ffn_down": (N_EMBD, N_FFN)}
+        if architecture == "phi3":
+            block |= {"attn_qkv": (N_EMBD + 2 * kv_rows, N_EMBD), "ffn_up": (2 * N_FFN, N_EMBD)}
+        else:
+            block |= {"attn_q": (N_EMBD, N_EMBD), "attn_k": (kv_rows, N_EMBD), "attn_v": (kv_rows, N_EMBD)}
+            block |= {"ffn_gate": (N_FFN, N_EMBD), "ffn_up": (N_FFN, N_EMBD)}
+        for layer in range(N_LAYERS):
+            self.shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in block.items()}
+        self.types: dict[str, int] = {}
+        self.values: dict[str, list[float]] = {}
+
+    def set(self, name: str, type_id: int, value: object) -> None:
+        self.keys[f"{self.architecture}.{name}"] = (type_id, value)
+
+    def drop(self, name: str) -> None:
+        del self.keys[f"{self.architecture}.{name}"]
+
+    def long_rope(self, n: int = HEAD_DIM // 2, factors: float = 1.5) -> None:
+        for name in (ROPE_LONG, ROPE_SHORT):
+            self.shapes[name] = (n,)
+            self.values[name] = [factors] * n
+
+    def open(self) -> GGUFFile:
+        entries, data = [], b""
+        for name, shape in self.shapes.items():
+            type_id = self.types.get(name, 0)
+            entries.append(tensor(name, shape[::-1], type_id, len(data)))
+            n_bytes = math.prod(shape) * BYTES.get(type_id, 4)
+            raw = struct.pack(f"<{len(self.values.get(name, ()))}f", *self.values.get(name, ()))
+            data += raw.ljust(-(-n_bytes // 32) * 32, b"\0")
+        self.path.write_bytes(gguf([key(name, *value) for name, value in self.keys.items()], entries, data))
+        return GGUFFile(self.path)
+
+    def read(self) -> ModelConfig:
+        with self.open() as file:
+            return read_config(file)
+
+
+@pytest.fixture(params=["phi3", "llama"])
+def draft(tmp_path: Path, request: pytest.FixtureRequest) -> Draft:
+    return Draft(tmp_path / "tiny.gguf", request.param)
+
+
+@pytest.fixture
+def phi3(tmp_path: Path) -> Draft:
+    return Draft(tmp_path / "tiny.gguf", "phi3")
+
+
+def test_defaults(draft: Draft) -> None:
+    """Only the keys that no file leaves out are there: everything else has its default."""
+    row = ARCHITECTURES[draft.architecture]
+    assert draft.read() == ModelConfig(
+        architecture=draft.architecture,
+        name="Tiny",
+        n_layers=N_LAYERS,
+        n_embd=N_EMBD,
+        n_ffn=N_FFN,
+        n_heads=N_HEADS,
+        n_kv_heads=N_KV_HEADS,
+        head_dim=HEAD_DIM,
+        rope_dims=HEAD_DIM,
+        n_vocab=N_VOCAB,
+        n_ctx_train=4096,
+        n_ctx_orig=4096,
+        rms_eps=1e-5,
+        rope_style="neox" if draft.architecture == "phi3" else "norm",
+        rope_freq_base=10000.0,
+        rope_attn_factor=1.0,
+        window=None,
+        rope_scale=1.0,
+        fused_qkv=row.fused_qkv,
+        fused_gate_up=row.fused_gate_up,
+    )
+    assert row.fused_qkv == row.fused_gate_up == (draft.architecture == "phi3")
+
+
+def test_more_defaults(draft: Draft) -> None:
+    del draft.keys["general.name"]
+    draft.drop("embedding_length")
+    assert (draft.read().name, draft.read().n_embd) == ("tiny", N_EMBD)
+    draft.drop("attention.head_count_kv")  # as many as there are heads, so k and v are as tall as q
+    for name in list(draft.shapes):
+        if "attn_k" in name or "attn_v" in name:
+            draft.shapes[name] = (N_EMBD, N_EMBD)
+        if "attn_qkv" in name:
+            draft.shapes[name] = (3 * N_EMBD, N_EMBD)
+    assert draft.read().n_kv_heads == N_HEADS
+
+
+def test_values_of_the_file(draft: Draft) -> None:
+    draft.set("rope.dimension_count", U32, 6)
+    draft.set("rope.freq_base", F32, 500000.0)
+    draft.set("rope.scaling.original_context_length", U32, 2048)
+    draft.set("attention.layer_norm_rms_epsilon", F32, 0.25)
+    draft.set("attention.sliding_window", U32, 100)
+    draft.set("rope.scaling.attn_factor", F32, 1.25)
+    config = draft.read()
+    assert (config.rope_dims, config.rope_freq_base, config.n_ctx_orig) == (6, 500000.0, 2048)
+    assert (config.rms_eps, config.window, config.rope_attn_factor) == (0.25, 100, 1.25)
+
+
+def test_config_is_frozen(phi3: Draft) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        phi3.read().n_layers = 3  # type: ignore[misc]  # what is tested
+
+
+class TestWindow:
+    @pytest.mark.parametrize(("value", "window"), [(0, None), (1, 1), (4095, 4095), (4096, None), (262144, None)])
+    def test_of_the_file(self, draft: Draft, value: int, window: int | None) -> None:
+        draft.set("attention.sliding_window", U32, value)
+        assert draft.read().window == window
+
+    def test_may_be_an_array(self, draft: Draft) -> None:
+        draft.set("attention.sliding_window", ARRAY, (U32, [64] * N_LAYERS))
+        assert draft.read().window == 64
+        draft.set("attention.sliding_window", ARRAY, (U32, [64, 0]))
+        with pytest.raises(errors.UnsupportedModelError, match="differs between layers"):
+            draft.read()
+
+    @pytest.mark.parametrize(
+        ("architecture", "n_embd", "n_ctx", "n_vocab", "window"),
+        [
+            ("phi3", 3072, 4096, 8, 2047),  # Phi-3-mini-4k
+            ("phi3", 5120, 4096, 8, 2047),  # Phi-3-medium-4k
+            ("phi3", 3072, 131072, 8, None),  # mini-128k: its window covers the context
+            ("phi3", 5120, 16384, 8, None),  # Phi-4
+            ("phi3", 4096, 4096, 8, None),
+            ("llama", 3072, 4096, 32064, 2047),  # Phi-3-mini-4k converted as llama
+            ("llama", 3072, 4096, 8, None),
+        ],
+    )
+    def test_of_published_models_by_shape(
+        self, tmp_path: Path, architecture: str, n_embd: int, n_ctx: int, n_vocab: int, window: int | None
+    ) -> None:
+        """The weights are there in name only: a sparse file of the true width."""
+        draft = Draft(tmp_path / "wide.gguf", architecture)
+        draft.set("context_length", U32, n_ctx)
+        draft.set("embedding_length", U32, n_embd)
+        draft.set("attention.key_length", U32, HEAD_DIM)
+        draft.shapes["token_embd.weight"] = (n_vocab, n_embd)
+        for name, shape in draft.shapes.items():
+            if name != "token_embd.weight":
+                draft.shapes[name] = tuple(n_embd if size == N_EMBD else size for size in shape)
+        for layer in range(N_LAYERS):
+            draft.shapes[f"blk.{layer}.attn_output.weight"] = (n_embd, N_HEADS * HEAD_DIM)
+            if architecture == "llama":
+                draft.shapes[f"blk.{layer}.attn_q.weight"] = (N_HEADS * HEAD_DIM, n_embd)
+        draft.types = dict.fromkeys(draft.shapes, 1)
+        assert draft.read().window == window
+
+
+class TestRope:
+    def test_long_rope_factor(self, phi3: Draft) -> None:
+        phi3.long_rope()
+        phi3.set("context_length", U32, 131072)
+        phi3.set("rope.scaling.original_context_length", U32, 4096)
+        assert phi3.read().rope_attn_factor == pytest.approx(1.190238, abs=1e-6)
+        phi3.set("rope.scaling.attn_factor", F32, 1.5)
+        assert phi3.read().rope_attn_factor == 1.5
+
+    def test_long_rope_without_a_longer_context(self, phi3: Draft) -> None:
+        phi3.long_rope()
+        phi3.set("rope.scaling.original_context_length", U32, 4096)
+        assert phi3.read().rope_attn_factor == 1.0
+
+    def test_long_rope_needs_the_original_context(self, phi3: Draft) -> None:
+        phi3.long_rope()
+        with pytest.raises(errors.ModelFileError, match="original_context_length is missing"):
+            phi3.read()
+
+    @pytest.mark.parametrize("missing", [ROPE_LONG, ROPE_SHORT])
+    def test_long_rope_needs_both_tensors(self, phi3: Draft, missing: str) -> None:
+        phi3.long_rope()
+        phi3.set("rope.scaling.original_context_length", U32, 4096)
+        del phi3.shapes[missing]
+        with pytest.raises(errors.ModelFileError, match=missing):
+            phi3.read()
+
+    @pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf"), 1e-30])
+    def test_long_rope_factors_are_sane(self, phi3: Draft, factor: float) -> None:
+        phi3.long_rope(factors=factor)
+        phi3.set("rope.scaling.original_context_length", U32, 4096)
+        with pytest.raises(errors.ModelFileError, match=r"'rope_factors_long\.weight' holds"):
+            phi3.read()
+
+    def test_long_rope_beside_frequencies(self, phi3: Draft) -> None:
+        phi3.long_rope()
+        phi3.shapes["rope_freqs.weight"] = (HEAD_DIM // 2,)
+        phi3.set("rope.scaling.original_context_length", U32, 4096)
+        with pytest.raises(errors.UnsupportedModelError, match="found both"):
+            phi3.read()
+
+    def test_linear_scale(self, draft: Draft) -> None:
+        draft.set("rope.scaling.factor", F32, 4.0)
+        assert draft.read().rope_scale == 4.0  # linear is what the type means when it is left out
+        draft.set("rope.scaling.type", STRING, "linear")
+        assert draft.read().rope_scale == 4.0
+        draft.set("rope.scaling.type", STRING, "none")
+        assert draft.read().rope_scale == 1.0
+        draft.drop("rope.scaling.type")
+        draft.set("rope.scaling.factor", F32, 0.0)
+        assert draft.read().rope_scale == 1.0
+
+    def test_linear_scale_by_its_old_name(self, draft: Draft) -> None:
+        draft.set("rope.scale_linear", F32, 2.0)
+        assert draft.read().rope_scale == 2.0
+
+    def test_other_kinds(self, draft: Draft) -> None:
+        draft.set("rope.scaling.type", STRING, "yarn")
+        with pytest.raises(errors.UnsupportedModelError, match="'yarn', expected none, linear or longrope"):
+            draft.read()
+        draft.set("rope.scaling.type", STRING, "longrope")
+        with pytest.raises(errors.ModelFileError, match="lacks rope_factors_long"):
+            draft.read()
+
+
+BAD_VALUES: list[tuple[str, int, object, str]] = [
+    ("context_length", U32, 0, "context_length is 0, expected an integer from 1"),
+    ("context_length", U32, 2**32 - 1, "context_length is 4294967295"),
+    ("context_length", F32, 4096.0, r"context_length is 4096\.0"),
+    ("context_length", BOOL, True, "context_length is True"),
+    ("block_count", U32, 0, "block_count is 0"),
+    ("block_count", U32, 2**30, "block_count is 1073741824, expected at most the file's"),
+    ("block_count", U32, 3, r"no tensor 'blk\.2\."),
+    ("block_count", U32, 1, r"tensor 'blk\.1\..*' is not part of"),
+    ("embedding_length", U32, 64, "embedding_length is 64, but token_embd.weight has 32 columns"),
+    ("feed_forward_length", U32, 49, r"has the shape \(.*48.*\), expected \(.*49.*\)"),
+    ("attention.head_count", U32, 5, "head_count is 5, expected a divisor of 32"),
+    ("attention.head_count", U32, 0, "head_count is 0"),
+    ("attention.head_count", STRING, "4", "head_count is '4'"),
+    ("attention.head_count", ARRAY, (STRING, ["4"]), "head_count is an array of 1 elements"),
+    ("attention.head_count_kv", U32, 3, "n_kv_heads is 3, expected a divisor of 4"),
+    ("attention.head_count_kv", I32, -2, "head_count_kv is -2"),
+    ("attention.head_count_kv", U32, 4, "has the shape"),
+    ("attention.head_count_kv", ARRAY, (U32, []), "head_count_kv is an array of 0 elements"),
+    ("attention.key_length", U32, 16, "has the shape"),
+    ("attention.key_length", U32, 9, "head_dim is 9, expected an even number"),
+    ("rope.dimension_count", U32, 7, "rope.dimension_count is 7, expected an even number"),
+    ("rope.dimension_count", U32, 10, r"rope.dimension_count is 10, expected at most 8 \(head_dim\)"),
+    ("rope.dimension_count", U32, 0, "rope.dimension_count is 0"),
+    ("rope.freq_base", F32, 0.0, "rope.freq_base is 0.0, expected a number from 1 to"),
+    ("rope.freq_base", F32, float("nan"), "rope.freq_base is nan"),
+    ("rope.freq_base", F32, float("inf"), "rope.freq_base is inf"),
+    ("rope.freq_base", F32, -10000.0, "rope.freq_base is -10000.0"),
+    ("rope.scaling.factor", F32, float("nan"), "rope.scaling.factor is nan"),
+    ("rope.scaling.attn_factor", F32, 1e30, "rope.scaling.attn_factor is 1"),
+    ("rope.scaling.type", U8, 1, "rope.scaling.type is 1, expected a string"),
+    ("rope.scaling.original_context_length", U32, 0, "original_context_length is 0"),
+    ("attention.layer_norm_rms_epsilon", F32, 0.0, "layer_norm_rms_epsilon is 0.0"),
+    ("attention.layer_norm_rms_epsilon", STRING, "x", "layer_norm_rms_epsilon is 'x'"),
+    ("attention.sliding_window", I32, -1, "sliding_window is -1, expected an integer from 0"),
+]
+
+
+@pytest.mark.parametrize(("name", "type_id", "value", "message"), BAD_VALUES)
+def test_bad_value(draft: Draft, name: str, type_id: int, value: object, message: str) -> None:
+    draft.set(name, type_id, value)
+    with pytest.raises((errors.ModelFileError, errors.UnsupportedModelError), match=message) as caught:
+        draft.read()
+    assert str(caught.value).startswith(f"{draft.path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["context_length", "block_count", "feed_forward_length", "attention.head_count"])
+def test_keys_without_default(draft: Draft, name: str) -> None:
+    draft.drop(name)
+    with pytest.raises(errors.ModelFileError, match=rf"{draft.architecture}\.{name} is missing"):
+        draft.read()
+
+
+@pytest.mark.parametrize(
+    ("name", "type_id", "neutral", "other"),
+    [
+        ("expert_count", U32, 0, 16),
+        ("attn_logit_softcapping", F32, 0.0, 30.0),
+        ("logit_scale", F32, 1.0, 0.5),
+        ("use_parallel_residual", BOOL, False, True),
+        ("attention.causal", BOOL, True, False),
+        ("attention.clamp_kqv", F32, 0.0, float("nan")),
+    ],
+)
+def test_keys_that_ask_for_other_arithmetic(
+    draft: Draft, name: str, type_id: int, neutral: object, other: object
+) -> None:
+    plain = draft.read()
+    draft.set(name, type_id, neutral)
+    assert draft.read() == plain
+    draft.set(name, type_id, other)
+    with pytest.raises(errors.UnsupportedModelError, match=rf"{draft.architecture}\.{name} is"):
+        draft.read()
+
+
+def test_refused_keys(draft: Draft) -> None:
+    draft.set("attention.scale", F32, 0.1)
+    with pytest.raises(errors.UnsupportedModelError, match=r"attention\.scale"):
+        draft.read()
+
+
+def test_value_length_differs(draft: Draft) -> None:
+    draft.set("attention.value_length", U32, HEAD_DIM)
+    draft.read()
+    draft.set("attention.value_length", U32, 4)
+    with pytest.raises(errors.UnsupportedModelError, match="value_length is 4"):
+        draft.read()
+
+
+class TestArchitecture:
+    def test_unknown(self, phi3: Draft) -> None:
+        phi3.keys["general.architecture"] = (STRING, "phimoe")
+        with pytest.raises(errors.UnsupportedModelError, match="'phimoe' is not supported, expected one of phi3"):
+            phi3.read()
+
+    def test_missing(self, phi3: Draft) -> None:
+        del phi3.keys["general.architecture"]
+        with pytest.raises(errors.ModelFileError, match="expected a string, found no such key"):
+            phi3.read()
+
+    def test_no_string(self, phi3: Draft) -> None:
+        phi3.keys["general.architecture"] = (U8, 3)
+        with pytest.raises(errors.ModelFileError, match="expected a string, found 3"):
+            phi3.read()
+
+    def test_vocabulary_only(self, phi3_vocab: Path) -> None:
+        with (
+            GGUFFile(phi3_vocab) as file,
+            pytest.raises(errors.UnsupportedModelError, match="holds no tensors"),
+        ):
+            read_config(file)
+
+
+def change_shape(name: str, shape: tuple[int, ...]) -> Callable[[Draft], None]:
+    return lambda draft: draft.shapes.update({name: shape})
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (lambda d: d.shapes.pop("token_embd.weight"), errors.ModelFileError, "no tensor 'token_embd.weight'"),
+        (
+            lambda d: d.shapes.pop("output_norm.weight"),
+            errors.ModelFileError,
+            "no tensor 'output_norm.weight'",
+        ),
+        (lambda d: d.shapes.pop("blk.1.ffn_down.weight"), errors.ModelFileError, "no tensor 'blk.1.ffn_down"),
+        (change_shape("token_embd.weight", (320,)), errors.ModelFileError, r"expected \(n_vocab, n_embd\)"),
+        (change_shape("blk.0.ffn_up.weight", (1, 2)), errors.ModelFileError, r"blk.0.ffn_up.*shape \(1, 2\)"),
+        (
+            change_shape("blk.0.attn_norm.weight", (32, 1)),
+            errors.ModelFileError,
+            r"shape \(32, 1\), expected",
+        ),
+        (change_shape("output.weight", (9, 32)), errors.ModelFileError, r"'output.weight' has the shape \(9"),
+        (
+            change_shape("blk.0.attn_q.bias", (32,)),
+            errors.UnsupportedModelError,
+            "'blk.0.attn_q.bias' is not",
+        ),
+        (change_shape("blk.2.ffn_norm.weight", (32,)), errors.UnsupportedModelError, "of 2 layers"),
+    ],
+)
+def test_tensors_that_do_not_fit(
+    draft: Draft, change: Callable[[Draft], object], kind: type[Exception], message: str
+) -> None:
+    change(draft)
+    with pytest.raises(kind, match=message):
+        draft.read()
+
+
+@pytest.mark.parametrize(("type_id", "accepted"), [(0, True), (1, True), (30, True), (8, False)])
+def test_types_of_vectors(draft: Draft, type_id: int, accepted: bool) -> None:
+    draft.types["output_norm.weight"] = type_id
+    if accepted:
+        draft.read()
+    else:
+        with pytest.raises(errors.UnsupportedModelError, match=r"'output_norm\.weight' is of type Q8_0"):
+            draft.read()
+
+
+def test_more_tokens_than_rows(draft: Draft) -> None:
+    draft.keys["tokenizer.ggml.tokens"] = (ARRAY, (STRING, ["x"] * N_VOCAB))
+    draft.read()
+    draft.keys["tokenizer.ggml.tokens"] = (ARRAY, (STRING, ["x"] * (N_VOCAB + 1)))
+    with pytest.raises(errors.ModelFileError, match=r"11 tokens, but token_embd\.weight has 10 rows"):
+        draft.read()
+
+
+def test_integers_of_any_width(draft: Draft) -> None:
+    draft.set("attention.head_count_kv", U16, N_KV_HEADS)
+    draft.set("attention.head_count", ARRAY, (I32, [N_HEADS] * N_LAYERS))
+    assert (draft.read().n_heads, draft.read().n_kv_heads) == (N_HEADS, N_KV_HEADS)
+
+
+def test_expected_tensors_are_those_of_a_file(draft: Draft) -> None:
+    required, optional = expected_tensors(draft.read())
+    assert required == draft.shapes
+    assert optional["output.weight"] == (N_VOCAB, N_EMBD)
+
+
+def test_real_model(smollm2_path: Path) -> None:
+    with GGUFFile(smollm2_path) as file:
+        config = read_config(file)
+    assert (config.architecture, config.n_layers, config.n_embd, config.n_ffn) == ("llama", 30, 576, 1536)
+    assert (config.n_heads, config.n_kv_heads, config.head_dim, config.rope_dims) == (9, 3, 64, 64)
+    assert (config.n_vocab, config.n_ctx_train, config.window) == (49152, 8192, None)
+    assert config.rope_freq_base == 100000.0
+    assert config.rms_eps == np.float32(1e-5)
