@@ -42,9 +42,7 @@ def sanitize(session: nox.Session) -> None:
     """Kernels, forward passes and damaged files under ASan and UBSan (gcc)."""
     session.install("-C", "cmake.define.PHI_SANITIZE=ON", "-C", "cmake.build-type=RelWithDebInfo", ".[test]")
     libraries = [
-        subprocess.run(
-            ["gcc", f"-print-file-name={name}"], check=True, capture_output=True, text=True
-        ).stdout.strip()
+        subprocess.run(["gcc", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
     ]
     session.run(

@@ -26,16 +26,12 @@ def time_product(weights: _core.Matrix, x: np.ndarray, tier: str, repetitions: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--cols", type=int, default=3072)
     parser.add_argument("--tokens", default="1,16,256")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument(
-        "--tier", action="append", help="one of the tiers of this machine; all of them by default"
-    )
+    parser.add_argument("--tier", action="append", help="one of the tiers of this machine; all of them by default")
     options = parser.parse_args()
     rng = np.random.default_rng(0)
     print(f"{'type':6} {'tier':8} {'tokens':>6} {'us':>10} {'GB/s':>7} {'GMAC/s':>7}")

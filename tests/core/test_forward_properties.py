@@ -1,0 +1,133 @@
+"""What a token gets depends on its own past alone: the same bits alone, in a chunk, in a batch, after a rewind."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from forward_helper import Runner
+from tiny_gguf import write_tiny
+
+from phi_c import _core
+from phi_c.errors import Cancelled, ModelClosedError
+
+TOKENS = [int(t) for t in np.random.default_rng(1).integers(3, 350, 75)]
+
+CASES = [
+    pytest.param(architecture, weight_type, tier, id=f"{architecture}-{weight_type}-{tier}")
+    for architecture in ("phi3", "llama")
+    for weight_type in ("F16", "Q4_0", "Q8_0", "Q4_K", "Q6_K")
+    for tier in _core.tiers()
+]
+
+
+@pytest.fixture
+def runner(request: pytest.FixtureRequest, tmp_path: Path) -> Runner:
+    architecture, weight_type, tier = request.param
+    overrides = {"window": 40} if architecture == "phi3" else {}
+    path = write_tiny(tmp_path / "m.gguf", architecture, weight_type, **overrides)
+    return Runner(path, tier=tier)
+
+
+def each(cases: list[object]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("runner", [c.values for c in cases], ids=[c.id for c in cases], indirect=True)
+
+
+@each(CASES)
+def test_prefill_is_token_by_token(runner: Runner) -> None:
+    whole = runner.run(TOKENS)
+    single = [runner.run([token], i, table=runner.table(seed=7)) for i, token in enumerate(TOKENS)]
+    assert np.array_equal(np.concatenate(single), whole)
+
+
+@each(CASES)
+def test_chunked_is_whole(runner: Runner) -> None:
+    whole = runner.run(TOKENS)
+    for size in (2, 7, 32, 33):
+        table = runner.table(seed=size)
+        parts = [runner.run(TOKENS[i : i + size], i, table=table) for i in range(0, len(TOKENS), size)]
+        assert np.array_equal(np.concatenate(parts), whole)
+
+
+@each(CASES)
+def test_rewound_is_fresh(runner: Runner) -> None:
+    whole = runner.run(TOKENS)
+    runner.run([5, 6, 7, 8], 40)
+    assert np.array_equal(runner.run(TOKENS[40:], 40), whole[40:])
+
+
+@each(CASES)
+def test_batched_is_alone(runner: Runner) -> None:
+    """Three sequences of different lengths, one of them in the middle of its text."""
+    texts = [TOKENS[:30], TOKENS[10:75], [9, 8, 7]]
+    tables = [runner.table(seed=s, start=20 * s, end=20 * s + 20) for s in range(3)]
+    alone = [runner.run(text, table=table) for text, table in zip(texts, tables, strict=True)]
+    runner.run(texts[1][:50], table=tables[1])
+    parts = [(0, texts[0]), (50, texts[1][50:]), (0, texts[2])]
+    n = sum(len(part) for _, part in parts)
+    together = _core.forward(
+        runner.model,
+        runner.kv,
+        np.concatenate([np.asarray(part, np.int32) for _, part in parts]),
+        np.concatenate([np.arange(start, start + len(part), dtype=np.int32) for start, part in parts]),
+        np.repeat(np.arange(3, dtype=np.int32), [len(part) for _, part in parts]),
+        tables,
+        [False] * 3,
+        np.arange(n, dtype=np.int32),
+    )
+    expected = [alone[0], alone[1][50:], alone[2]]
+    assert np.array_equal(together, np.concatenate(expected))
+
+
+def test_threads_do_not_change_the_bits(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m.gguf", weight_type="Q4_K")
+    results = [Runner(path, n_threads=n).run(TOKENS) for n in (1, 2, 3, 5)]
+    assert all(np.array_equal(result, results[0]) for result in results)
+
+
+def test_logit_rows_are_those_asked_for(tmp_path: Path) -> None:
+    runner = Runner(write_tiny(tmp_path / "m.gguf"))
+    whole = runner.run(TOKENS)
+    n = len(TOKENS)
+    positions, zeros = np.arange(n, dtype=np.int32), np.zeros(n, np.int32)
+    tokens = np.asarray(TOKENS, np.int32)
+    for rows in ([n - 1], [3, 0, 3], []):
+        wanted = np.asarray(rows, np.int32)
+        arguments = (tokens, positions, zeros, [runner.table()], [False], wanted)
+        assert np.array_equal(_core.forward(runner.model, runner.kv, *arguments), whole[rows])
+
+
+def test_cancelled_before_the_end(tmp_path: Path) -> None:
+    runner = Runner(write_tiny(tmp_path / "m.gguf", n_layers=6))
+    whole = runner.run(TOKENS)
+    flag = _core.CancelFlag()
+    flag.set()
+    with pytest.raises(Cancelled):
+        runner.run(TOKENS, cancel=flag)
+    flag.clear()
+    assert np.array_equal(runner.run(TOKENS, cancel=flag), whole)
+
+
+def test_closed(tmp_path: Path) -> None:
+    runner = Runner(write_tiny(tmp_path / "m.gguf"))
+    runner.model.close()
+    runner.model.close()
+    with pytest.raises(ModelClosedError):
+        runner.run(TOKENS)
+
+
+BAD = {
+    "a token id": ([350 * 350], [0], [0], [0]),
+    "a sequence index": ([1], [0], [1], [0]),
+    "a logit row": ([1], [0], [0], [1]),
+    "position": ([1], [32 * 64], [0], [0]),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_indices_are_checked(tmp_path: Path, what: str) -> None:
+    runner = Runner(write_tiny(tmp_path / "m.gguf"))
+    tokens, positions, sequences, rows = (np.asarray(values, np.int32) for values in BAD[what])
+    with pytest.raises(ValueError, match=what):
+        _core.forward(runner.model, runner.kv, tokens, positions, sequences, [runner.table()], [False], rows)
+    with pytest.raises(ValueError, match="a page"):
+        runner.run([1], table=np.asarray([64], np.int32))

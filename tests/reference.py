@@ -1,0 +1,120 @@
+"""An independent forward pass in NumPy: float32 weights from the gguf package, one position after the other.
+
+Written from transformers' modeling_phi3.py and modeling_llama.py; shares no code with phi_c.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+
+
+class Reference:
+    """A model in float32; `logits` gives float32 [n_tokens, n_vocab]."""
+
+    def __init__(self, path: Path) -> None:
+        reader = gguf.GGUFReader(path)
+        self.tensors: dict[str, Floats] = {
+            t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32) for t in reader.tensors
+        }
+        self.fields = reader.fields
+        self.architecture = str(self.field("general.architecture"))
+        self.n_layers = int(self.key("block_count"))
+        self.n_heads = int(self.key("attention.head_count"))
+        self.n_kv_heads = int(self.key("attention.head_count_kv", self.n_heads))
+        n_embd = self.tensors["token_embd.weight"].shape[1]
+        self.head_dim = int(self.key("attention.key_length", n_embd // self.n_heads))
+        self.rope_dims = int(self.key("rope.dimension_count", self.head_dim))
+        self.base = float(self.key("rope.freq_base", 10000.0))
+        self.eps = float(self.key("attention.layer_norm_rms_epsilon", 1e-5))
+        self.window = int(self.key("attention.sliding_window", 0))
+        self.n_ctx = int(self.key("context_length"))
+        self.n_ctx_orig = int(self.key("rope.scaling.original_context_length", self.n_ctx))
+
+    def field(self, name: str, default: Any = None) -> Any:
+        return self.fields[name].contents() if name in self.fields else default
+
+    def key(self, name: str, default: Any = None) -> Any:
+        return self.field(f"{self.architecture}.{name}", default)
+
+    def rotation(self, n_tokens: int, long_rope: bool) -> tuple[Floats, Floats]:
+        """Return cos and sin, [n_tokens, rope_dims / 2]."""
+        exponent = np.arange(0, self.rope_dims, 2, dtype=np.float32) / self.rope_dims
+        frequencies = 1.0 / self.base**exponent
+        scale = 1.0
+        name = "rope_factors_long.weight" if long_rope else "rope_factors_short.weight"
+        if name in self.tensors:
+            frequencies = frequencies / self.tensors[name]
+            scale = np.sqrt(1 + np.log(self.n_ctx / self.n_ctx_orig) / np.log(self.n_ctx_orig))
+        angles = np.arange(n_tokens, dtype=np.float32)[:, None] * frequencies.astype(np.float32)
+        return (np.cos(angles) * scale).astype(np.float32), (np.sin(angles) * scale).astype(np.float32)
+
+    def rotate(self, x: Floats, cos: Floats, sin: Floats) -> Floats:
+        """Rotate heads [n_tokens, n_heads, head_dim]; what lies beyond rope_dims stays."""
+        half = self.rope_dims // 2
+        if self.architecture == "phi3":
+            first, second = np.arange(half), np.arange(half) + half
+        else:
+            first, second = np.arange(half) * 2, np.arange(half) * 2 + 1
+        a, b = x[..., first], x[..., second]
+        out = x.copy()
+        out[..., first] = a * cos[:, None] - b * sin[:, None]
+        out[..., second] = b * cos[:, None] + a * sin[:, None]
+        return out
+
+    def norm(self, x: Floats, name: str) -> Floats:
+        mean = (x.astype(np.float64) ** 2).mean(-1, keepdims=True)
+        return (x / np.sqrt(mean + self.eps) * self.tensors[name]).astype(np.float32)
+
+    def projections(self, layer: int, x: Floats) -> list[Floats]:
+        """Return q, k, v as [n_tokens, heads, head_dim]."""
+        block = f"blk.{layer}."
+        counts = [self.n_heads, self.n_kv_heads, self.n_kv_heads]
+        if self.architecture == "phi3":
+            ends = np.cumsum(counts)[:-1] * self.head_dim
+            parts = np.split(x @ self.tensors[block + "attn_qkv.weight"].T, ends, axis=1)
+        else:
+            parts = [x @ self.tensors[f"{block}attn_{name}.weight"].T for name in "qkv"]
+        return [part.reshape(len(x), n, self.head_dim) for part, n in zip(parts, counts, strict=True)]
+
+    def attention(self, q: Floats, k: Floats, v: Floats) -> Floats:
+        n = len(q)
+        distance = np.arange(n)[:, None] - np.arange(n)[None]
+        hidden = distance < 0
+        if 0 < self.window < self.n_ctx:
+            hidden |= distance >= self.window
+        group = self.n_heads // self.n_kv_heads
+        out = np.empty_like(q)
+        for head in range(self.n_heads):
+            scores = q[:, head] @ k[:, head // group].T / np.sqrt(self.head_dim)
+            scores[hidden] = -np.inf
+            weights = np.exp(scores - scores.max(1, keepdims=True))
+            out[:, head] = weights / weights.sum(1, keepdims=True) @ v[:, head // group]
+        return out.reshape(n, -1)
+
+    def feed_forward(self, layer: int, x: Floats) -> Floats:
+        block = f"blk.{layer}."
+        if self.architecture == "phi3":
+            gate, up = np.split(x @ self.tensors[block + "ffn_up.weight"].T, 2, axis=1)
+        else:
+            gate, up = (x @ self.tensors[f"{block}ffn_{name}.weight"].T for name in ("gate", "up"))
+        return (gate / (1 + np.exp(-gate)) * up) @ self.tensors[block + "ffn_down.weight"].T
+
+    def logits(self, tokens: list[int], *, long_rope: bool | None = None) -> Floats:
+        """Return the logits after each token; long_rope None: as transformers decides for the whole text."""
+        if long_rope is None:
+            long_rope = len(tokens) > self.n_ctx_orig
+        x = self.tensors["token_embd.weight"][tokens]
+        cos, sin = self.rotation(len(tokens), long_rope)
+        for layer in range(self.n_layers):
+            block = f"blk.{layer}."
+            q, k, v = self.projections(layer, self.norm(x, block + "attn_norm.weight"))
+            attended = self.attention(self.rotate(q, cos, sin), self.rotate(k, cos, sin), v)
+            x = x + attended @ self.tensors[block + "attn_output.weight"].T
+            x = x + self.feed_forward(layer, self.norm(x, block + "ffn_norm.weight"))
+        output = self.tensors.get("output.weight", self.tensors["token_embd.weight"])
+        return self.norm(x, "output_norm.weight") @ output.T

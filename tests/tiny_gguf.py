@@ -1,0 +1,187 @@
+"""Tiny seeded GGUF files of exact Phi-3 and Llama structure, with a vocabulary that works."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+Array = npt.NDArray[Any]
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+PHI3 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+_WORDS = ["the", "th", "he", "in", "an", "and", "ing", "er", "to", "of", "is", "it", "on", "at", "or", "ed", "re"]
+_PHI3_SPECIAL = ["<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]
+
+# Where in a block its scale and, if it has one, the scale of its minima lie; the mean quant, by which minima must be
+# larger for weights to be centred as real ones are; the deviation of a weight whose scale is 1.
+_BLOCKS = {
+    "Q2_K": ((80, 82), 1.5, 13.0),
+    "Q3_K": ((108,), 0.0, 42.0),
+    "Q4_K": ((0, 2), 7.5, 240.0),
+    "Q5_K": ((0, 2), 15.5, 520.0),
+    "Q6_K": ((208,), 0.0, 1370.0),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the model; the defaults are the smallest that K-quants allow."""
+
+    n_layers: int = 2
+    n_embd: int = 256
+    n_ffn: int = 512
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    head_dim: int = 64
+    rope_dims: int = 64
+    n_ctx: int = 512
+    window: int | None = None
+    n_ctx_orig: int | None = None  # with it come LongRoPE's factors
+    tied: bool = False
+    chat_template: bool = True
+    vocabulary: str = "spm"
+
+
+def write_tiny(path: Path, architecture: str = "phi3", weight_type: str = "Q4_K", seed: int = 0, **overrides: Any) -> Path:
+    """Write a random model whose matrices all are of one type; overrides are the fields of Shape. Returns path."""
+    shape = replace(Shape(), **overrides)
+    rng = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, architecture)
+    tokens = _add_vocabulary(writer, shape)
+    _add_sizes(writer, architecture, shape)
+    for name, rows, cols in _matrices(architecture, shape, len(tokens)):
+        scale = 1.0 if name == "token_embd.weight" else cols**-0.5
+        data = _matrix(rng, weight_type, rows, cols, scale)
+        writer.add_tensor(name, data, raw_dtype=GGMLQuantizationType[weight_type])
+    for name in _norms(shape):
+        writer.add_tensor(name, rng.normal(1, 0.1, shape.n_embd).astype(np.float32))
+    if shape.n_ctx_orig is not None:
+        half = shape.rope_dims // 2
+        writer.add_tensor("rope_factors_short.weight", np.linspace(1, 1.5, half, dtype=np.float32))
+        writer.add_tensor("rope_factors_long.weight", np.linspace(1, 40, half, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _matrices(architecture: str, s: Shape, n_vocab: int) -> list[tuple[str, int, int]]:
+    q_rows, kv_rows = s.n_heads * s.head_dim, s.n_kv_heads * s.head_dim
+    matrices = [("token_embd.weight", n_vocab, s.n_embd)]
+    if not s.tied:
+        matrices.append(("output.weight", n_vocab, s.n_embd))
+    for i in range(s.n_layers):
+        if architecture == "phi3":
+            layer = [("attn_qkv", q_rows + 2 * kv_rows, s.n_embd), ("ffn_up", 2 * s.n_ffn, s.n_embd)]
+        else:
+            layer = [("attn_q", q_rows, s.n_embd), ("attn_k", kv_rows, s.n_embd), ("attn_v", kv_rows, s.n_embd)]
+            layer += [("ffn_gate", s.n_ffn, s.n_embd), ("ffn_up", s.n_ffn, s.n_embd)]
+        layer += [("attn_output", s.n_embd, q_rows), ("ffn_down", s.n_embd, s.n_ffn)]
+        matrices += [(f"blk.{i}.{name}.weight", rows, cols) for name, rows, cols in layer]
+    return matrices
+
+
+def _norms(s: Shape) -> list[str]:
+    layers = [f"blk.{i}.{name}.weight" for i in range(s.n_layers) for name in ("attn_norm", "ffn_norm")]
+    return [*layers, "output_norm.weight"]
+
+
+def _matrix(rng: np.random.Generator, weight_type: str, rows: int, cols: int, scale: float) -> Array:
+    kind = GGMLQuantizationType[weight_type]
+    if weight_type not in _BLOCKS:
+        weights = (rng.normal(size=(rows, cols)) * scale).astype(np.float32)
+        return weights if weight_type == "F32" else gguf.quants.quantize(weights, kind)
+    # The package cannot quantise to these: any bytes are valid quants, only the scales must be sane.
+    block_elements, block_bytes = GGML_QUANT_SIZES[kind]
+    blocks = rng.integers(0, 256, (rows, cols // block_elements, block_bytes), dtype=np.uint8)
+    offsets, mean, deviation = _BLOCKS[weight_type]
+    d = rng.uniform(0.5, 1, blocks.shape[:2]) * scale / deviation
+    for offset, factor in zip(offsets, (1.0, mean), strict=False):
+        halves = (d * factor).astype(np.float16)
+        blocks[:, :, offset : offset + 2] = halves.view(np.uint8).reshape(*blocks.shape[:2], 2)
+    return blocks.reshape(rows, -1)
+
+
+def _add_sizes(writer: gguf.GGUFWriter, architecture: str, s: Shape) -> None:
+    writer.add_name(f"tiny {architecture}")
+    writer.add_block_count(s.n_layers)
+    writer.add_embedding_length(s.n_embd)
+    writer.add_feed_forward_length(s.n_ffn)
+    writer.add_head_count(s.n_heads)
+    writer.add_head_count_kv(s.n_kv_heads)
+    writer.add_key_length(s.head_dim)
+    writer.add_value_length(s.head_dim)
+    writer.add_rope_dimension_count(s.rope_dims)
+    writer.add_context_length(s.n_ctx)
+    writer.add_layer_norm_rms_eps(1e-5)
+    if s.window is not None:
+        writer.add_sliding_window(s.window)
+    if s.n_ctx_orig is not None:
+        writer.add_rope_scaling_orig_ctx_len(s.n_ctx_orig)
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, s: Shape) -> list[str]:
+    return _add_spm(writer, s) if s.vocabulary == "spm" else _add_bpe(writer, s)
+
+
+def _add_spm(writer: gguf.GGUFWriter, s: Shape) -> list[str]:
+    """SentencePiece with byte fallback, and Phi-3's special tokens."""
+    words = [w for word in _WORDS for w in (word, "\u2581" + word)]
+    letters = ["\u2581", *(chr(c) for c in range(0x21, 0x7F))]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *words, *letters, *_PHI3_SPECIAL]
+    n_plain = len(words) + len(letters)
+    kinds = [2, 3, 3, *([6] * 256), *([1] * n_plain), *([3] * len(_PHI3_SPECIAL))]
+    scores = [0.0] * 259 + [-float(i) for i in range(n_plain)] + [0.0] * len(_PHI3_SPECIAL)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(kinds)
+    _add_ids(writer, {"bos": 1, "eos": tokens.index("<|endoftext|>"), "unk": 0})
+    writer.add_add_bos_token(True)
+    if s.chat_template:
+        writer.add_chat_template(PHI3)
+    return tokens
+
+
+def _add_bpe(writer: gguf.GGUFWriter, s: Shape) -> list[str]:
+    """Byte-level BPE as SmolLM's, with ChatML's special tokens."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    characters = [*map(chr, printable), *(chr(0x100 + i) for i in range(len(others)))]
+    merges = [("t", "h"), ("th", "e"), ("i", "n"), ("a", "n"), ("an", "d"), ("\u0120", "t"), ("\u0120t", "he")]
+    merges[-1:] = [("h", "e"), ("\u0120t", "he")]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens = [*special, *characters, *("".join(m) for m in merges)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * len(special) + [1] * (len(tokens) - len(special)))
+    writer.add_token_merges([" ".join(m) for m in merges])
+    _add_ids(writer, {"bos": 1, "eos": 2})
+    writer.add_add_bos_token(False)
+    if s.chat_template:
+        writer.add_chat_template(CHATML)
+    return tokens
+
+
+def _add_ids(writer: gguf.GGUFWriter, ids: Mapping[str, int]) -> None:
+    names = {"bos": writer.add_bos_token_id, "eos": writer.add_eos_token_id, "unk": writer.add_unk_token_id}
+    for name, token in ids.items():
+        names[name](token)
+
+
+ALL_TYPES: Sequence[str] = (
+    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+)  # fmt: skip
