@@ -53,7 +53,9 @@ class Shape:
     vocabulary: str = "spm"
 
 
-def write_tiny(path: Path, architecture: str = "phi3", weight_type: str = "Q4_K", seed: int = 0, **overrides: Any) -> Path:
+def write_tiny(
+    path: Path, architecture: str = "phi3", weight_type: str = "Q4_K", seed: int = 0, **overrides: Any
+) -> Path:
     """Write a random model whose matrices all are of one type; overrides are the fields of Shape. Returns path."""
     shape = replace(Shape(), **overrides)
     rng = np.random.default_rng(seed)

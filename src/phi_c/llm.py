@@ -325,6 +325,8 @@ class LLM:
                     n_given = n_now
         finally:
             self._engine.remove(sequence)
+        if sequence.error is not None:  # another thread met it
+            raise sequence.error
         end = time.perf_counter()
         n_all = len(sequence.tokens) - sequence.n_prompt
         usage = Usage(

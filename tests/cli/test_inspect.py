@@ -9,12 +9,12 @@ from typing import Any
 import gguf
 import pytest
 from click.testing import CliRunner, Result
-from tiny_gguf import write_tiny
 
 from phi_c import _core, errors
 from phi_c.cli.inspect import command
 from phi_c.model.config import read_config
 from phi_c.model.gguf_file import GGUFFile
+from tiny_gguf import write_tiny
 
 
 @pytest.fixture(params=["phi3", "llama"])

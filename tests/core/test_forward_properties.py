@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forward_helper import Runner
-from tiny_gguf import write_tiny
 
 from phi_c import _core
 from phi_c.errors import Cancelled, ModelClosedError
+from tiny_gguf import write_tiny
 
 TOKENS = [int(t) for t in np.random.default_rng(1).integers(3, 350, 75)]
 

@@ -6,12 +6,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from forward_helper import Runner
-from fuse import fuse_llama_to_phi3
-from reference import Reference
-from tiny_gguf import ALL_TYPES, write_tiny
 
+from fuse import fuse_llama_to_phi3
 from phi_c import _core
 from phi_c.text.tokenizer import load_tokenizer
+from reference import Reference
+from tiny_gguf import ALL_TYPES, write_tiny
 
 Floats = npt.NDArray[np.float32]
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(3, 350, 70)]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forward_helper import Runner
+
 from tiny_gguf import write_tiny
 
 TOKENS = list(range(5, 60))

@@ -116,6 +116,7 @@ def test_defaults(draft: Draft) -> None:
         rope_attn_factor=1.0,
         window=None,
         rope_scale=1.0,
+        long_rope=False,
         fused_qkv=row.fused_qkv,
         fused_gate_up=row.fused_gate_up,
     )

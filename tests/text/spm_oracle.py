@@ -1,5 +1,7 @@
 """SentencePiece BPE as its paper says it: merge the adjacent pair with the best score, the leftmost of equals."""
 
+from itertools import pairwise
+
 from phi_c.text.vocabulary import BYTE, CONTROL, UNKNOWN, Vocabulary
 
 
@@ -15,7 +17,7 @@ def encode(vocabulary: Vocabulary, text: str) -> list[int]:
     }
     symbols = list(text.replace(" ", "\u2581"))
     while True:
-        pairs = [(scores.get(a + b, -1e30), -i) for i, (a, b) in enumerate(zip(symbols, symbols[1:], strict=False))]
+        pairs = [(scores.get(a + b, -1e30), -i) for i, (a, b) in enumerate(pairwise(symbols))]
         best, at = max(pairs, default=(-1e30, 0))
         if best == -1e30:
             break

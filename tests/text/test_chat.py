@@ -5,16 +5,18 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_gguf import write_tiny
 
 from phi_c.errors import ChatTemplateError
 from phi_c.model.gguf_file import GGUFFile
 from phi_c.text.chat import ChatTemplate, encode_chat, load_chat_template
 from phi_c.text.tokenizer import Tokenizer, load_tokenizer
+from tiny_gguf import write_tiny
 
 USER = [{"role": "user", "content": "Hi"}]
 SYSTEM = [{"role": "system", "content": "Be brief."}, *USER]
-DROPS_SYSTEM = "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
+DROPS_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
+)
 REFUSES_SYSTEM = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}<|end|>{% endfor %}"

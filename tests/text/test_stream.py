@@ -1,15 +1,13 @@
 """Streaming: whole characters, stop strings across tokens, the same text as decoding at once."""
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_gguf import write_tiny
 
 from phi_c.model.gguf_file import GGUFFile
 from phi_c.text.stream import TextStream
 from phi_c.text.tokenizer import Tokenizer, load_tokenizer
+from tiny_gguf import write_tiny
 
 
 @pytest.fixture(scope="module")

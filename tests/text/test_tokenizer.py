@@ -10,11 +10,11 @@ import pytest
 import spm_oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_gguf import write_tiny
 
 from phi_c.errors import ModelFileError, OptionError, UnsupportedModelError
 from phi_c.model.gguf_file import GGUFFile
 from phi_c.text.tokenizer import Tokenizer, load_tokenizer
+from tiny_gguf import write_tiny
 
 
 @pytest.fixture(scope="module")

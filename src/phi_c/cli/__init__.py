@@ -101,4 +101,4 @@ def _close_stdout() -> int:
     """Leave quietly when the reader of our output is gone, as after `| head`."""
     # Python flushes stdout once more when it exits, and would complain.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return 1

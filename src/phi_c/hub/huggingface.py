@@ -9,6 +9,7 @@ from phi_c.errors import CacheError, DownloadError, ModelNotFoundError, OptionEr
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _PATTERN = re.compile(rf"hf:(?P<repo>{_NAME}/{_NAME})/(?P<file>[^@]+)(?:@(?P<revision>[^@]+))?")
+_ANSWER_SECONDS = 10
 _EXAMPLE = "hf:microsoft/Phi-3-mini-4k-instruct-gguf/Phi-3-mini-4k-instruct-q4.gguf"
 
 
@@ -46,11 +47,22 @@ def fetch(wanted: HubFile, *, progress: bool) -> Path:
 
     Raises HubUnreachableError, DownloadError, ModelNotFoundError, CacheError.
     """
+    reason = _unreachable()
+    if reason is None:
+        return _download(wanted, progress=progress)
+    found = find(wanted)
+    if found is None:
+        raise HubUnreachableError(f"the Hugging Face hub cannot be reached for {wanted.repo}/{wanted.file}: {reason}")
+    return found
+
+
+def _download(wanted: HubFile, *, progress: bool) -> Path:
     import huggingface_hub  # noqa: PLC0415
     from huggingface_hub import errors  # noqa: PLC0415
     from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars  # noqa: PLC0415
 
     (enable_progress_bars if progress else disable_progress_bars)()
+    huggingface_hub.logging.set_verbosity_error()  # what went wrong is said once, by us
     where = f"{wanted.repo}/{wanted.file}" + (f"@{wanted.revision}" if wanted.revision else "")
     try:
         return Path(huggingface_hub.hf_hub_download(wanted.repo, wanted.file, revision=wanted.revision))
@@ -95,6 +107,17 @@ def cached_files() -> Iterator[tuple[str, Path, int]]:
         repo = folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
         if path.exists():
             yield f"hf:{repo}/{path.relative_to(folder).as_posix()}", path, path.stat().st_size
+
+
+def _unreachable() -> str | None:
+    """Return why the hub does not answer, None if it does: the client itself would try for half a minute."""
+    from huggingface_hub import constants, get_session  # noqa: PLC0415
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_ANSWER_SECONDS)
+    except Exception as error:  # the HTTP library's own kinds, and OfflineModeIsEnabled
+        return _first_cause(error)
+    return None
 
 
 def _first_cause(error: BaseException) -> str:

