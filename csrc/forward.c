@@ -57,7 +57,8 @@ static void end_phase(worker *w) {
 static void quantize(const phi_kernels *k, const phi_activations *x, int token, size_t first_col, size_t n) {
     const size_t n_cols = (size_t)x->n_cols, at = (size_t)token * n_cols + first_col;
     if (n_cols % PHI_Q8_BLOCK != 0) return;
-    k->quantize_q8(x->f32 + at, n, x->q8 + at, x->scales + at / PHI_Q8_BLOCK, x->sums + at / PHI_SUM_BLOCK);
+    k->quantize_q8(x->f32 + at, n, x->q8 + at, x->scales + at / PHI_Q8_BLOCK, x->sums + at / PHI_SUM_BLOCK,
+                   x->block_sums + at / PHI_Q8_BLOCK);
 }
 
 static void multiply(const forward *f, const phi_matrix *w, int first_row, int n_rows, const phi_activations *x,
@@ -73,7 +74,8 @@ static void multiply(const forward *f, const phi_matrix *w, int first_row, int n
         .out = out,
         .out_stride = out_stride,
     };
-    f->model->kernels->matmul[w->type](&m);
+    const phi_kernels *k = f->model->kernels;
+    (w->layout == PHI_LAYOUT_PANELS ? k->matmul_packed : k->matmul)[w->type](&m);
 }
 
 /* ---- phases ---- */
@@ -286,6 +288,7 @@ static phi_activations allot_activations(arena *a, size_t n_tokens, int n_cols) 
         .q8 = allot(a, n),
         .scales = allot(a, n / PHI_Q8_BLOCK * sizeof(float)),
         .sums = allot(a, n / PHI_SUM_BLOCK * sizeof(float)),
+        .block_sums = allot(a, n / PHI_Q8_BLOCK * sizeof(float)),
     };
 }
 

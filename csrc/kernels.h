@@ -23,11 +23,12 @@ typedef struct {
     int8_t *q8;    /* [n_tokens, n_cols], -127..127 */
     float *scales; /* [n_tokens, n_cols / PHI_Q8_BLOCK]: x = scale * q8 */
     float *sums;   /* [n_tokens, n_cols / PHI_SUM_BLOCK]: scale * sum of q8 over the sub-block */
+    float *block_sums; /* [n_tokens, n_cols / PHI_Q8_BLOCK]: the same over the block */
 } phi_activations;
 
 /* out[t, r] = dot(row r of the weights, activations of token t) */
 typedef struct {
-    const uint8_t *rows; /* [n_rows, row_bytes] */
+    const uint8_t *rows; /* [n_rows, row_bytes]; [n_rows / 16, 16 * row_bytes] when packed */
     size_t row_bytes;
     int n_rows, n_cols;
     const phi_activations *x; /* of tokens first_token .. first_token + n_tokens - 1 */
@@ -50,13 +51,19 @@ typedef struct {
     float *out;           /* [n_queries, head_dim] */
 } phi_attention;
 
+/* 16 rows of the file layout to a panel of 16 * row_bytes */
+typedef void (*phi_pack_fn)(const uint8_t *rows, size_t row_bytes, uint8_t *panel);
+
 struct phi_kernels {
     const char *name;
     /* y[i] = element i of a row of blocks */
     void (*dequantize[PHI_N_TYPES])(const void *row, size_t n, float *y);
     void (*matmul[PHI_N_TYPES])(const phi_matmul *m);
-    /* x [n] -> q8 [n], scales [n / 32], sums [n / 16]; n is a multiple of 32 */
-    void (*quantize_q8)(const float *x, size_t n, int8_t *q8, float *scales, float *sums);
+    /* NULL for types that are run from the file layout. */
+    phi_pack_fn pack[PHI_N_TYPES];
+    void (*matmul_packed[PHI_N_TYPES])(const phi_matmul *m); /* n_rows is a multiple of 16 */
+    /* x [n] -> q8 [n], scales [n / 32], sums [n / 16], block_sums [n / 32]; n is a multiple of 32 */
+    void (*quantize_q8)(const float *x, size_t n, int8_t *q8, float *scales, float *sums, float *block_sums);
     /* y = x / rms(x) * weight */
     void (*rms_norm)(const float *x, const float *weight, size_t n, float eps, float *y);
     /* x [head_dim] in place; cos, sin [rope_dims / 2] */
@@ -72,6 +79,7 @@ struct phi_kernels {
 extern const phi_kernels phi_kernels_scalar;
 #ifdef PHI_HAVE_AVX2
 extern const phi_kernels phi_kernels_avx2;
+extern const phi_kernels phi_kernels_avx512;
 #endif
 
 /* Bytes of one head in a page: k [PHI_PAGE_TOKENS / 16, head_dim, 16], then v [PHI_PAGE_TOKENS, head_dim]. */

@@ -154,37 +154,47 @@ def dequantize(int type_id, const uint8_t[::1] data not None, size_t n_elements,
 
 
 def quantize_q8(const float[::1] x not None, tier=None):
-    """Return (int8 [n], scales float32 [n / 32], sums float32 [n / 16]) as products take their activations."""
+    """Return activations as products take them: int8 [n], scales float32 [n / 32], their sums by 16 and by 32."""
     cdef const phi_kernels *kernels = _kernels(tier)
     cdef size_t n = x.shape[0]
     if n == 0 or n % PHI_Q8_BLOCK:
         raise ValueError(f"{n} activations, expected a positive multiple of {PHI_Q8_BLOCK}")
-    q8, scales, sums = np.empty(n, np.int8), np.empty(n // PHI_Q8_BLOCK, np.float32), np.empty(n // PHI_SUM_BLOCK, np.float32)
-    cdef int8_t[::1] q8_view = q8
-    cdef float[::1] scales_view = scales, sums_view = sums
-    kernels.quantize_q8(&x[0], n, &q8_view[0], &scales_view[0], &sums_view[0])
-    return q8, scales, sums
+    cdef int8_t[::1] q8 = np.empty(n, np.int8)
+    cdef float[::1] scales = np.empty(n // PHI_Q8_BLOCK, np.float32), sums = np.empty(n // PHI_SUM_BLOCK, np.float32)
+    cdef float[::1] block_sums = np.empty(n // PHI_Q8_BLOCK, np.float32)
+    kernels.quantize_q8(&x[0], n, &q8[0], &scales[0], &sums[0], &block_sums[0])
+    return np.asarray(q8), np.asarray(scales), np.asarray(sums), np.asarray(block_sums)
 
 
-def matmul(Matrix weights not None, const float[:, ::1] x not None, tier=None):
-    """Return x @ weights.T, float32 [n_tokens, n_rows], on one thread; x is [n_tokens, n_cols]."""
+def matmul(Matrix weights not None, const float[:, ::1] x not None, tier=None, layout="packed"):
+    """Return x @ weights.T, float32 [n_tokens, n_rows], on one thread; x is [n_tokens, n_cols].
+
+    layout="packed" packs the weights first where the tier packs their type, as loading a model does.
+    """
     cdef const phi_kernels *kernels = _kernels(tier)
     cdef int n_tokens = <int>x.shape[0], n_cols = weights.matrix.n_cols, n_rows = weights.matrix.n_rows
     if x.shape[1] != n_cols or n_tokens == 0:
         raise ValueError(f"x is {n_tokens} x {x.shape[1]}, expected rows of {n_cols}")
-    q8, scales, sums = quantize_q8(np.asarray(x).reshape(-1), tier) if n_cols % PHI_Q8_BLOCK == 0 else (None, None, None)
-    cdef int8_t[::1] q8_view = q8
-    cdef float[::1] scales_view = scales, sums_view = sums
     cdef phi_activations a
     a.n_cols = n_cols
     a.f32 = <float *>&x[0, 0]
-    a.q8 = &q8_view[0] if q8 is not None else NULL
-    a.scales = &scales_view[0] if q8 is not None else NULL
-    a.sums = &sums_view[0] if q8 is not None else NULL
+    cdef int8_t[::1] q8
+    cdef float[::1] scales, sums, block_sums
+    if n_cols % PHI_Q8_BLOCK == 0:
+        q8, scales, sums, block_sums = quantize_q8(np.asarray(x).reshape(-1), tier)
+        a.q8, a.scales, a.sums, a.block_sums = &q8[0], &scales[0], &sums[0], &block_sums[0]
+    cdef phi_matrix w = weights.matrix
+    cdef uint8_t[::1] panels
+    cdef phi_pool *pool = NULL
+    if layout == "packed" and phi_packed_bytes(kernels, &w):
+        panels = np.empty(phi_packed_bytes(kernels, &w), np.uint8)
+        if phi_pool_create(1, &pool) != PHI_OK or phi_pack(kernels, pool, &w, &panels[0]) != PHI_OK:
+            raise MemoryError
+        phi_pool_free(pool)
     y = np.empty((n_tokens, n_rows), np.float32)
     cdef float[:, ::1] out = y
     cdef phi_matmul m
-    m.rows = <const uint8_t *>weights.matrix.data
+    m.rows = <const uint8_t *>w.data
     m.row_bytes = phi_row_bytes(weights.matrix.type, n_cols)
     m.n_rows, m.n_cols = n_rows, n_cols
     m.x = &a
@@ -192,7 +202,10 @@ def matmul(Matrix weights not None, const float[:, ::1] x not None, tier=None):
     m.out = &out[0, 0]
     m.out_stride = n_rows
     with nogil:
-        kernels.matmul[weights.matrix.type](&m)
+        if w.layout == PHI_LAYOUT_PANELS:
+            kernels.matmul_packed[w.type](&m)
+        else:
+            kernels.matmul[w.type](&m)
     return y
 
 
@@ -286,23 +299,40 @@ cdef class Matrix:
         return self.matrix.n_rows, self.matrix.n_cols
 
 
-cdef class Model:
-    """A model ready to run: sizes from a ModelConfig, borrowed weights, a tier, a pool of threads.
+cdef enum:
+    N_LAYER_MATRICES = 7
 
+
+cdef phi_matrix *_layer_matrix(phi_layer *layer, int i) noexcept:
+    cdef phi_matrix *matrices[N_LAYER_MATRICES]
+    matrices[0], matrices[1], matrices[2], matrices[3] = &layer.wq, &layer.wk, &layer.wv, &layer.wo
+    matrices[4], matrices[5], matrices[6] = &layer.gate, &layer.up, &layer.down
+    return matrices[i]
+
+
+cdef class Model:
+    """A model ready to run: sizes from a ModelConfig, weights, a tier, a pool of threads.
+
+    layout="packed" copies matrices into the order that the tier's kernels like best and calls weights.release as
+    it goes, so that what was copied can leave memory; layout="file" borrows them all as they are in the file.
     Raises OptionError for a tier that this machine lacks, ValueError for weights that do not fit the config.
     """
 
     cdef phi_model model
     cdef phi_layer *layers
+    cdef uint8_t *panels
+    cdef readonly size_t packed_bytes
     cdef list keep  # what the C structs point into
     cdef object lock
     cdef readonly str tier
     cdef readonly int n_threads
 
-    def __init__(self, config, weights, *, int n_threads, tier=None):
+    def __init__(self, config, weights, *, int n_threads, tier=None, layout="packed"):
         cdef phi_model *m = &self.model
         if n_threads < 1:
             raise OptionError(f"n_threads is {n_threads}, expected at least 1")
+        if layout not in ("packed", "file"):
+            raise OptionError(f"layout is {layout!r}, expected 'packed' or 'file'")
         self.lock = threading.Lock()
         self.keep = []
         m.kernels = _kernels(tier)
@@ -340,6 +370,42 @@ cdef class Model:
             layer.down = self._matrix(w.down, m.n_embd, m.n_ffn)
         if phi_pool_create(n_threads, &m.pool) != PHI_OK:
             raise MemoryError(f"{n_threads} threads could not be started")
+        if layout == "packed":
+            self._pack(weights.release)
+
+    cdef int _pack(self, release) except -1:
+        cdef phi_model *m = &self.model
+        cdef size_t used = 0
+        cdef int i, k
+        self.packed_bytes = phi_packed_bytes(m.kernels, &m.output)
+        for i in range(m.n_layers):
+            for k in range(N_LAYER_MATRICES):
+                self.packed_bytes += phi_packed_bytes(m.kernels, _layer_matrix(&self.layers[i], k))
+        if self.packed_bytes == 0:
+            return 0
+        self.panels = <uint8_t *>phi_map(self.packed_bytes)
+        if self.panels == NULL:
+            raise MemoryError(f"{self.packed_bytes} bytes for packed weights could not be had")
+        for i in range(m.n_layers):
+            for k in range(N_LAYER_MATRICES):
+                self._pack_matrix(_layer_matrix(&self.layers[i], k), &used)
+            release()
+            PyErr_CheckSignals()
+        self._pack_matrix(&m.output, &used)
+        release()
+        return 0
+
+    cdef int _pack_matrix(self, phi_matrix *matrix, size_t *used) except -1:
+        cdef size_t n_bytes = phi_packed_bytes(self.model.kernels, matrix)
+        cdef phi_status status
+        if n_bytes == 0:
+            return 0
+        with nogil:
+            status = phi_pack(self.model.kernels, self.model.pool, matrix, self.panels + used[0])
+        if status != PHI_OK:
+            raise MemoryError("the threads could not be started")
+        used[0] += n_bytes
+        return 0
 
     cdef const float *_floats(self, values, int n) except NULL:
         array = np.array(values, np.float32)  # a copy: 4-byte aligned, whatever the file does
@@ -365,6 +431,8 @@ cdef class Model:
     def __dealloc__(self):
         phi_pool_free(self.model.pool)
         free(self.layers)
+        if self.panels != NULL:
+            phi_unmap(self.panels, self.packed_bytes)
 
 
 cdef class KvCache:

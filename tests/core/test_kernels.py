@@ -38,7 +38,7 @@ def check_product(name: str, rows: npt.NDArray[np.uint8], x: Floats, tier: str) 
     """Compare with float64 on the int8 activations of the same tier: what is left is float32 summation."""
     weights = reference_values(name, rows).astype(np.float64)
     if TYPES[name].quantised_activations:
-        q8, scales, _ = _core.quantize_q8(x.reshape(-1), tier)
+        q8, scales, *_ = _core.quantize_q8(x.reshape(-1), tier)
         x64 = (q8.reshape(-1, 32) * scales.astype(np.float64)[:, None]).reshape(x.shape)
     else:
         x64 = x.astype(np.float64)
@@ -47,8 +47,8 @@ def check_product(name: str, rows: npt.NDArray[np.uint8], x: Floats, tier: str) 
     magnitude = np.abs(x64) @ np.abs(weights).T
     got = _core.matmul(matrix(name, rows), x, tier)
     assert np.isfinite(got).all()
-    # A minimum is subtracted whole, so its size counts with the weights' own.
-    if name in {"Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K", "Q3_K", "Q6_K"}:
+    # A minimum or an offset is subtracted whole, so its size counts with the weights' own.
+    if TYPES[name].quantised_activations:
         magnitude = magnitude + np.abs(x64).sum(1, keepdims=True) * np.abs(weights).max(1)
     assert (np.abs(got - exact) <= 2e-6 * magnitude + 1e-12).all()
 
@@ -148,7 +148,7 @@ def test_quantize_q8(tier: str) -> None:
     x[2] = 1e37  # its sums still fit
     x[3, ::32] = 1.0
     x[3, 1::32] = 0.5 / 127  # a tie: to even
-    q8, scales, sums = _core.quantize_q8(x.reshape(-1), tier)
+    q8, scales, sums, block_sums = _core.quantize_q8(x.reshape(-1), tier)
     blocks = x.reshape(-1, 32)
     assert np.array_equal(scales, np.abs(blocks).max(1) / np.float32(127))
     assert np.abs(q8.astype(int)).max() == 127
@@ -157,7 +157,10 @@ def test_quantize_q8(tier: str) -> None:
     assert np.array_equal(
         sums, (q8.reshape(-1, 2, 16).sum(2) * scales[:, None]).astype(np.float32).reshape(-1)
     )
-    for got, scalar in zip((q8, scales, sums), _core.quantize_q8(x.reshape(-1), "scalar"), strict=True):
+    expected_sums = (q8.reshape(-1, 32).sum(1) * scales).astype(np.float32)
+    assert np.array_equal(block_sums, expected_sums)
+    scalar_results = _core.quantize_q8(x.reshape(-1), "scalar")
+    for got, scalar in zip((q8, scales, sums, block_sums), scalar_results, strict=True):
         assert np.array_equal(got, scalar)
 
 
