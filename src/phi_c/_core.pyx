@@ -166,11 +166,8 @@ def quantize_q8(const float[::1] x not None, tier=None):
     return np.asarray(q8), np.asarray(scales), np.asarray(sums), np.asarray(block_sums)
 
 
-def matmul(Matrix weights not None, const float[:, ::1] x not None, tier=None, layout="packed"):
-    """Return x @ weights.T, float32 [n_tokens, n_rows], on one thread; x is [n_tokens, n_cols].
-
-    layout="packed" packs the weights first where the tier packs their type, as loading a model does.
-    """
+def matmul(Matrix weights not None, const float[:, ::1] x not None, tier=None):
+    """Return x @ weights.T, float32 [n_tokens, n_rows], on one thread; x is [n_tokens, n_cols]."""
     cdef const phi_kernels *kernels = _kernels(tier)
     cdef int n_tokens = <int>x.shape[0], n_cols = weights.matrix.n_cols, n_rows = weights.matrix.n_rows
     if x.shape[1] != n_cols or n_tokens == 0:
@@ -184,13 +181,6 @@ def matmul(Matrix weights not None, const float[:, ::1] x not None, tier=None, l
         q8, scales, sums, block_sums = quantize_q8(np.asarray(x).reshape(-1), tier)
         a.q8, a.scales, a.sums, a.block_sums = &q8[0], &scales[0], &sums[0], &block_sums[0]
     cdef phi_matrix w = weights.matrix
-    cdef uint8_t[::1] panels
-    cdef phi_pool *pool = NULL
-    if layout == "packed" and phi_packed_bytes(kernels, &w):
-        panels = np.empty(phi_packed_bytes(kernels, &w), np.uint8)
-        if phi_pool_create(1, &pool) != PHI_OK or phi_pack(kernels, pool, &w, &panels[0]) != PHI_OK:
-            raise MemoryError
-        phi_pool_free(pool)
     y = np.empty((n_tokens, n_rows), np.float32)
     cdef float[:, ::1] out = y
     cdef phi_matmul m
@@ -289,6 +279,23 @@ cdef class Matrix:
         self.matrix.n_rows = n_rows
         self.matrix.n_cols = n_cols
         self.matrix.data = &data[0]
+
+    def packed(self, tier=None):
+        """Return the matrix in the layout that a tier likes best: packed, or itself where it stays as it is."""
+        cdef const phi_kernels *kernels = _kernels(tier)
+        cdef size_t n_bytes = phi_packed_bytes(kernels, &self.matrix)
+        cdef uint8_t[::1] panels
+        cdef phi_pool *pool = NULL
+        if n_bytes == 0:
+            return self
+        cdef Matrix packed = Matrix(self.type_id, *self.shape, self.data)
+        panels = np.empty(n_bytes, np.uint8)
+        if phi_pool_create(1, &pool) != PHI_OK:
+            raise MemoryError
+        phi_pack(kernels, pool, &packed.matrix, &panels[0])
+        phi_pool_free(pool)
+        packed.data = panels
+        return packed
 
     @property
     def type_id(self):

@@ -45,7 +45,7 @@ def check_product(name: str, rows: npt.NDArray[np.uint8], x: Floats, tier: str) 
     exact = x64 @ weights.T
     # Relative to the sum of magnitudes: a product that cancels has no digits of its own.
     magnitude = np.abs(x64) @ np.abs(weights).T
-    got = _core.matmul(matrix(name, rows), x, tier)
+    got = _core.matmul(matrix(name, rows).packed(tier), x, tier)
     assert np.isfinite(got).all()
     # A minimum or an offset is subtracted whole, so its size counts with the weights' own.
     if TYPES[name].quantised_activations:
@@ -85,8 +85,8 @@ def test_dequantize_every_half_precision_scale(name: str) -> None:
 
 
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("n_tokens", [1, 2, 4, 5, 33])
-@pytest.mark.parametrize("n_rows", [1, 2, 15, 16, 17, 33])
+@pytest.mark.parametrize("n_tokens", [1, 2, 3, 4, 5, 33])
+@pytest.mark.parametrize("n_rows", [1, 2, 15, 16, 17, 33, 48])
 @pytest.mark.parametrize("name", TYPES)
 def test_matmul(name: str, n_rows: int, n_tokens: int, tier: str) -> None:
     rng = np.random.default_rng([n_rows, n_tokens])
@@ -95,13 +95,15 @@ def test_matmul(name: str, n_rows: int, n_tokens: int, tier: str) -> None:
 
 
 @pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("n_rows", [19, 48])  # 48: a pair of panels and a single one
 @pytest.mark.parametrize("name", TYPES)
-def test_matmul_of_a_batch_is_the_matmul_of_each(name: str, tier: str) -> None:
+def test_matmul_of_a_batch_is_the_matmul_of_each(name: str, n_rows: int, tier: str) -> None:
     rng = np.random.default_rng(3)
-    weights = matrix(name, random_rows(name, 19, 512, rng))
-    x = spiky(23, 512, rng)
+    weights = matrix(name, random_rows(name, n_rows, 1280, rng)).packed(tier)
+    x = spiky(23, 1280, rng)
     alone = np.concatenate([_core.matmul(weights, x[i : i + 1], tier) for i in range(len(x))])
-    assert np.array_equal(_core.matmul(weights, x, tier), alone)
+    for n in (2, 3, 4, 5, 7, 23):
+        assert np.array_equal(_core.matmul(weights, x[:n], tier), alone[:n])
 
 
 @pytest.mark.parametrize("tier", TIERS)

@@ -1,9 +1,10 @@
 /* Products of packed rows with int8 activations, 16 rows at a time.
  * Layout: panels of 16 interleaved rows (kernels/generic/pack.h): a line is four columns of 16 rows.
- * Idea: unpack the 32 columns of a sub-block to eight lines of unsigned bytes, use them for up to eight tokens: eight
- * vpdpbusd with four activations broadcast from memory, one conversion, one product with the scales of the 16 rows.
- * A token's sum is built in the same order however many share the lines.
- * Bound: one token: reading the panel, prefetched 2 KiB ahead; many: eleven vector instructions for 512 products. */
+ * Idea: the 32 columns of a sub-block become eight lines of unsigned bytes; eight vpdpbusd with four activations
+ * broadcast from memory, one conversion, one product with the scales of the 16 rows. A few tokens take the lines from
+ * registers; for many, 256 columns of two panels are unpacked to the first-level cache once, and six tokens at a time
+ * pass over them. A token's sum is built in the same order either way.
+ * Bound: few: reading the panel, prefetched 2 KiB ahead; many: eleven vector instructions for 512 products. */
 #include "avx512.h"
 
 #include <immintrin.h>
@@ -19,7 +20,7 @@
 #define UNROLL _Pragma("GCC unroll 16") /* shifts need constants, tokens need registers of their own */
 #endif
 
-enum { MAX_TOKENS = 8, LINES = 8, MAX_GROUPS = 16, PREFETCH_BYTES = 2048 };
+enum { FEW_TOKENS = 4, MANY_TOKENS = 6, LINES = 8, MAX_GROUPS = 16, PREFETCH_BYTES = 2048 };
 
 /* Scales and minima of the groups of a unit, each for 16 rows: w = scale * q - min. */
 typedef struct {
@@ -169,32 +170,61 @@ INLINE __m512i broadcast_4(const int8_t *x) {
     return _mm512_set1_epi32(four);
 }
 
-/* One panel and n_tokens (a constant where this is inlined) tokens from `token` on. */
-INLINE void multiply(const format f, const uint8_t *panel, const phi_matmul *m, int token, int n_tokens, float *out) {
-    const size_t n = (size_t)m->n_cols, first = (size_t)(m->first_token + token) * n;
-    const int8_t *x = m->x->q8 + first;
-    const float *scales = m->x->scales + first / PHI_Q8_BLOCK;
-    const float *sums = f.groups_per_block == 1 ? m->x->block_sums + first / PHI_Q8_BLOCK : m->x->sums + first / PHI_SUM_BLOCK;
-    const size_t n_blocks = n / PHI_Q8_BLOCK, n_sums = n_blocks * (size_t)f.groups_per_block;
-    __m512 total[MAX_TOKENS];
+/* What the tokens from `token` on give to a product. */
+typedef struct {
+    const int8_t *x;     /* [n_tokens, n_cols] */
+    const float *scales; /* [n_tokens, n_cols / 32] */
+    const float *sums;   /* [n_tokens, n_cols / 32 * groups per block] */
+    size_t n_cols, n_blocks, n_sums;
+} tokens;
+
+INLINE tokens tokens_from(const format f, const phi_matmul *m, int token) {
+    const size_t n = (size_t)m->n_cols, first = (size_t)(m->first_token + token) * n, n_blocks = n / PHI_Q8_BLOCK;
+    return (tokens){
+        .x = m->x->q8 + first,
+        .scales = m->x->scales + first / PHI_Q8_BLOCK,
+        .sums = f.groups_per_block == 1 ? m->x->block_sums + first / PHI_Q8_BLOCK : m->x->sums + first / PHI_SUM_BLOCK,
+        .n_cols = n,
+        .n_blocks = n_blocks,
+        .n_sums = n_blocks * (size_t)f.groups_per_block,
+    };
+}
+
+INLINE __m512 accumulate(__m512 total, __m512i dot, __m512 scale, __m512 x_scale, __m512 min, __m512 x_sum) {
+    total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(scale, x_scale), total);
+    return _mm512_fnmadd_ps(min, x_sum, total);
+}
+
+INLINE void prefetch(const uint8_t *panel, size_t n_bytes) {
+    for (size_t i = 0; i < n_bytes; i += 64) _mm_prefetch((const char *)panel + PREFETCH_BYTES + i, _MM_HINT_T0);
+}
+
+/* ---- few tokens: straight from the panel ---- */
+
+/* n_tokens is a constant where this is inlined. */
+INLINE void multiply_few(const format f, const uint8_t *panel, const phi_matmul *m, int token, int n_tokens, float *out) {
+    const tokens a = tokens_from(f, m, token);
+    __m512 total[FEW_TOKENS];
     for (int t = 0; t < n_tokens; t++) total[t] = _mm512_setzero_ps();
-    for (size_t b = 0; b < n_blocks; b += (size_t)f.sub_blocks, panel += f.unit_bytes) {
+    for (size_t b = 0; b < a.n_blocks; b += (size_t)f.sub_blocks, panel += f.unit_bytes) {
         groups g;
-        for (size_t i = 0; i < f.unit_bytes; i += 64) _mm_prefetch((const char *)panel + PREFETCH_BYTES + i, _MM_HINT_T0);
+        prefetch(panel, f.unit_bytes);
         f.unpack_groups(panel, &g);
         UNROLL for (int j = 0; j < f.sub_blocks; j++) {
+            const size_t block = b + (size_t)j;
             __m512i q[LINES];
             f.unpack_lines(panel, j, q);
             UNROLL for (int t = 0; t < n_tokens; t++) {
-                const int8_t *xt = x + (size_t)t * n + (b + (size_t)j) * PHI_Q8_BLOCK;
-                const __m512 scale = _mm512_set1_ps(scales[(size_t)t * n_blocks + b + (size_t)j]);
-                const float *sum = sums + (size_t)t * n_sums + (b + (size_t)j) * (size_t)f.groups_per_block;
+                const int8_t *x = a.x + (size_t)t * a.n_cols + block * PHI_Q8_BLOCK;
+                const __m512 x_scale = _mm512_set1_ps(a.scales[(size_t)t * a.n_blocks + block]);
+                const float *sums = a.sums + (size_t)t * a.n_sums + block * (size_t)f.groups_per_block;
                 UNROLL for (int k = 0; k < f.groups_per_block; k++) {
                     const int group = j * f.groups_per_block + k, n_lines = LINES / f.groups_per_block;
                     __m512i dot = _mm512_setzero_si512();
-                    UNROLL for (int i = k * n_lines; i < (k + 1) * n_lines; i++) dot = _mm512_dpbusd_epi32(dot, q[i], broadcast_4(xt + 4 * i));
-                    total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(g.scale[group], scale), total[t]);
-                    total[t] = _mm512_fnmadd_ps(g.min[group], _mm512_set1_ps(sum[k]), total[t]);
+                    UNROLL for (int i = k * n_lines; i < (k + 1) * n_lines; i++) {
+                        dot = _mm512_dpbusd_epi32(dot, q[i], broadcast_4(x + 4 * i));
+                    }
+                    total[t] = accumulate(total[t], dot, g.scale[group], x_scale, g.min[group], _mm512_set1_ps(sums[k]));
                 }
             }
         }
@@ -202,15 +232,104 @@ INLINE void multiply(const format f, const uint8_t *panel, const phi_matmul *m, 
     for (int t = 0; t < n_tokens; t++) _mm512_storeu_ps(out + (size_t)(token + t) * m->out_stride, total[t]);
 }
 
+/* ---- many tokens: from unpacked lines ---- */
+
+enum { PANELS = 2, CHUNK_BLOCKS = 8 /* sub-blocks of 32 columns unpacked at a time */ };
+
+typedef struct {
+    __m512i lines[CHUNK_BLOCKS * LINES];
+    __m512 scale[2 * CHUNK_BLOCKS], min[2 * CHUNK_BLOCKS];
+} chunk;
+
+INLINE void unpack_chunk(const format f, const uint8_t *panel, int n_blocks, chunk *c) {
+    for (int b = 0; b < n_blocks; b += f.sub_blocks, panel += f.unit_bytes) {
+        groups g;
+        prefetch(panel, f.unit_bytes);
+        f.unpack_groups(panel, &g);
+        for (int i = 0; i < f.sub_blocks * f.groups_per_block; i++) {
+            c->scale[b * f.groups_per_block + i] = g.scale[i];
+            c->min[b * f.groups_per_block + i] = g.min[i];
+        }
+        UNROLL for (int j = 0; j < f.sub_blocks; j++) f.unpack_lines(panel, j, c->lines + (b + j) * LINES);
+    }
+}
+
+/* Adds a chunk's columns, from sub-block first_block on, to out; n_tokens and n_panels are constants. */
+INLINE void multiply_chunk(const format f, const chunk *c, size_t first_block, int n_blocks, const phi_matmul *m, int token,
+                           int n_tokens, int n_panels, float *out) {
+    const tokens a = tokens_from(f, m, token);
+    __m512 total[MANY_TOKENS][PANELS];
+    UNROLL for (int t = 0; t < n_tokens; t++) {
+        UNROLL for (int p = 0; p < n_panels; p++) {
+            const float *sum = out + (size_t)(token + t) * m->out_stride + p * PHI_PANEL_ROWS;
+            total[t][p] = first_block ? _mm512_loadu_ps(sum) : _mm512_setzero_ps();
+        }
+    }
+    for (int j = 0; j < n_blocks; j++) {
+        const size_t block = first_block + (size_t)j;
+        UNROLL for (int k = 0; k < f.groups_per_block; k++) {
+            const int group = j * f.groups_per_block + k, n_lines = LINES / f.groups_per_block;
+            __m512i dot[MANY_TOKENS][PANELS];
+            UNROLL for (int t = 0; t < n_tokens; t++) {
+                UNROLL for (int p = 0; p < n_panels; p++) dot[t][p] = _mm512_setzero_si512();
+            }
+            UNROLL for (int i = k * n_lines; i < (k + 1) * n_lines; i++) {
+                UNROLL for (int t = 0; t < n_tokens; t++) {
+                    const __m512i x = broadcast_4(a.x + (size_t)t * a.n_cols + block * PHI_Q8_BLOCK + 4 * i);
+                    UNROLL for (int p = 0; p < n_panels; p++) {
+                        dot[t][p] = _mm512_dpbusd_epi32(dot[t][p], c[p].lines[j * LINES + i], x);
+                    }
+                }
+            }
+            UNROLL for (int t = 0; t < n_tokens; t++) {
+                const __m512 x_scale = _mm512_set1_ps(a.scales[(size_t)t * a.n_blocks + block]);
+                const __m512 x_sum = _mm512_set1_ps(a.sums[(size_t)t * a.n_sums + block * (size_t)f.groups_per_block + (size_t)k]);
+                UNROLL for (int p = 0; p < n_panels; p++) {
+                    total[t][p] = accumulate(total[t][p], dot[t][p], c[p].scale[group], x_scale, c[p].min[group], x_sum);
+                }
+            }
+        }
+    }
+    UNROLL for (int t = 0; t < n_tokens; t++) {
+        UNROLL for (int p = 0; p < n_panels; p++) {
+            _mm512_storeu_ps(out + (size_t)(token + t) * m->out_stride + p * PHI_PANEL_ROWS, total[t][p]);
+        }
+    }
+}
+
+INLINE void multiply_many(const format f, const uint8_t *panel, const phi_matmul *m, int n_panels, float *out) {
+    const size_t n_blocks = (size_t)m->n_cols / PHI_Q8_BLOCK, panel_bytes = PHI_PANEL_ROWS * m->row_bytes;
+    for (size_t b = 0; b < n_blocks; b += CHUNK_BLOCKS) {
+        const int n = n_blocks - b < CHUNK_BLOCKS ? (int)(n_blocks - b) : CHUNK_BLOCKS;
+        chunk c[PANELS];
+        for (int p = 0; p < n_panels; p++) {
+            unpack_chunk(f, panel + (size_t)p * panel_bytes + b / (size_t)f.sub_blocks * f.unit_bytes, n, &c[p]);
+        }
+        int t = 0;
+        for (; t + MANY_TOKENS <= m->n_tokens; t += MANY_TOKENS) multiply_chunk(f, c, b, n, m, t, MANY_TOKENS, n_panels, out);
+        for (; t + 2 <= m->n_tokens; t += 2) multiply_chunk(f, c, b, n, m, t, 2, n_panels, out);
+        if (t < m->n_tokens) multiply_chunk(f, c, b, n, m, t, 1, n_panels, out);
+    }
+}
+
 INLINE void matmul(const format f, const phi_matmul *m) {
-    for (int r = 0; r < m->n_rows; r += PHI_PANEL_ROWS) {
+    for (int r = 0; r < m->n_rows;) {
         const uint8_t *panel = m->rows + (size_t)r * m->row_bytes;
         float *out = m->out + r;
-        int t = 0;
-        for (; t + 8 <= m->n_tokens; t += 8) multiply(f, panel, m, t, 8, out);
-        if (t + 4 <= m->n_tokens) multiply(f, panel, m, t, 4, out), t += 4;
-        if (t + 2 <= m->n_tokens) multiply(f, panel, m, t, 2, out), t += 2;
-        if (t < m->n_tokens) multiply(f, panel, m, t, 1, out);
+        if (m->n_tokens > FEW_TOKENS) {
+            const int n_panels = r + PANELS * PHI_PANEL_ROWS <= m->n_rows ? PANELS : 1;
+            if (n_panels == PANELS) multiply_many(f, panel, m, PANELS, out);
+            else multiply_many(f, panel, m, 1, out);
+            r += n_panels * PHI_PANEL_ROWS;
+            continue;
+        }
+        switch (m->n_tokens) {
+        case 1: multiply_few(f, panel, m, 0, 1, out); break;
+        case 2: multiply_few(f, panel, m, 0, 2, out); break;
+        case 3: multiply_few(f, panel, m, 0, 3, out); break;
+        default: multiply_few(f, panel, m, 0, 4, out); break;
+        }
+        r += PHI_PANEL_ROWS;
     }
 }
 
