@@ -13,6 +13,7 @@ enum {
     PHI_Q8_BLOCK = 32,  /* activations that share a scale */
     PHI_SUM_BLOCK = 16, /* activations whose sum is kept: the smallest sub-block of a weight type */
     PHI_KV_GROUP = 16,  /* positions that lie side by side in a key page */
+    PHI_ATTENTION_ROWS = 8, /* (token, query head) pairs whose scores are held at a time, and tokens a call */
     PHI_ALIGN_BYTES = 64,
 };
 
@@ -37,19 +38,30 @@ typedef struct {
     size_t out_stride; /* floats */
 } phi_matmul;
 
-/* One token's attention for the query heads that share a key/value head. */
+/* Attention of the query heads that share a key/value head, for tokens at consecutive positions of one sequence. */
 typedef struct {
-    const float *q; /* [n_queries, head_dim] */
-    int n_queries, head_dim;
-    const uint8_t *pages; /* the head's keys and values in page 0 */
-    size_t page_bytes;    /* from a page to the next */
+    const float *q;           /* [n_tokens, n_queries, head_dim], token_stride floats from a token to the next */
+    int n_tokens, n_queries, head_dim;
+    size_t token_stride;
+    const uint8_t *pages;     /* the head's keys and values in page 0 */
+    size_t page_bytes;        /* from a page to the next */
     const int32_t *page_table;
-    int first, last;      /* positions seen, both included */
-    float scale;          /* multiplies the scores */
-    float *scores;        /* scratch [n_queries, scores_stride] */
-    size_t scores_stride; /* at least last + 1 - first, rounded up by 2 * PHI_KV_GROUP */
-    float *out;           /* [n_queries, head_dim] */
+    int last;                 /* position of the first token, which is the last one that it sees */
+    int window;               /* positions that a token sees, itself included; 0: all */
+    float scale;              /* multiplies the scores */
+    float *scores;            /* scratch [PHI_ATTENTION_ROWS, scores_stride] */
+    size_t scores_stride;     /* floats; phi_scores_stride */
+    float *out;               /* as q */
 } phi_attention;
+
+static inline int phi_first_seen(int position, int window) {
+    return window > 0 && position >= window ? position + 1 - window : 0;
+}
+
+/* Room for the scores of a tile whose tokens see at most n_seen positions each: groups are computed whole. */
+static inline size_t phi_scores_stride(int n_seen) {
+    return ((size_t)n_seen + PHI_ATTENTION_ROWS) / PHI_KV_GROUP * PHI_KV_GROUP + 2 * PHI_KV_GROUP;
+}
 
 /* 16 rows of the file layout to a panel of 16 * row_bytes */
 typedef void (*phi_pack_fn)(const uint8_t *rows, size_t row_bytes, uint8_t *panel);

@@ -125,11 +125,12 @@ cdef extern from "kernels.h":
         size_t out_stride
     ctypedef struct phi_attention:
         const float *q
-        int n_queries, head_dim
+        int n_tokens, n_queries, head_dim
+        size_t token_stride
         const uint8_t *pages
         size_t page_bytes
         const int32_t *page_table
-        int first, last
+        int last, window
         float scale
         float *scores
         size_t scores_stride
@@ -137,7 +138,9 @@ cdef extern from "kernels.h":
     const int PHI_Q8_BLOCK
     const int PHI_SUM_BLOCK
     const int PHI_KV_GROUP
+    const int PHI_ATTENTION_ROWS
     size_t phi_page_head_bytes(int head_dim)
+    size_t phi_scores_stride(int n_seen)
 
 cdef extern from "dispatch.h":
     const char *phi_matmul_tier(const char *tier, phi_type type)

@@ -36,8 +36,8 @@ def attention(
     q: npt.NDArray[np.float32],
     k: npt.NDArray[np.float32],
     v: npt.NDArray[np.float32],
-    first: int,
     last: int,
+    window: int,
     scale: float,
     tier: str | None = None,
 ) -> npt.NDArray[np.float32]: ...

@@ -221,41 +221,42 @@ def silu_mul(const float[::1] gate not None, const float[::1] up not None, tier=
     return y
 
 
-def attention(const float[:, ::1] q not None, const float[:, ::1] k not None, const float[:, ::1] v not None,
-              int first, int last, float scale, tier=None):
-    """Return softmax(scale * q @ k[first..last].T) @ v[first..last], float32 [n_queries, head_dim].
+def attention(const float[:, :, ::1] q not None, const float[:, ::1] k not None, const float[:, ::1] v not None,
+              int last, int window, float scale, tier=None):
+    """Return softmax(scale * q @ k.T) @ v over the positions that each token sees: float32, shaped as q.
 
-    q is [n_queries, head_dim], k and v are [n_positions, head_dim]: one key/value head, stored in half precision
-    in pages that lie in reverse order.
+    q is [n_tokens, n_queries, head_dim], at positions last, last + 1, ...; k and v are [n_positions, head_dim] of one
+    key/value head. A token sees `window` positions, itself included (0: all). Keys and values are stored in half
+    precision, in pages that lie in reverse order; what is not stored is NaN.
     """
     cdef const phi_kernels *kernels = _kernels(tier)
     cdef int n = <int>k.shape[0], head_dim = <int>k.shape[1], n_pages = (n + PHI_PAGE_TOKENS - 1) // PHI_PAGE_TOKENS
-    if not (0 <= first <= last < n and q.shape[0] > 0 and q.shape[1] == v.shape[1] == head_dim and v.shape[0] == n
-            and head_dim > 0 and head_dim % 2 == 0):
+    if not (0 < q.shape[0] <= PHI_ATTENTION_ROWS and 0 <= last and last + q.shape[0] <= n and q.shape[1] > 0
+            and q.shape[2] == v.shape[1] == head_dim and v.shape[0] == n and head_dim > 0 and head_dim % 2 == 0):
         raise ValueError("the shapes of q, k and v do not fit")
-    cdef size_t page_bytes = phi_page_head_bytes(head_dim), stride = (n // 32 + 2) * 32
-    cdef uint8_t[::1] pages = np.full(n_pages * page_bytes, 0xff, np.uint8)  # NaN wherever nothing is stored
+    cdef size_t page_bytes = phi_page_head_bytes(head_dim)
+    cdef uint8_t[::1] pages = np.full(n_pages * page_bytes, 0xff, np.uint8)
     cdef int32_t[::1] table = np.arange(n_pages - 1, -1, -1, dtype=np.int32)
     cdef int p
     for p in range(n):
         kernels.store_kv(&k[p, 0], &v[p, 0], head_dim, p % PHI_PAGE_TOKENS,
                          <uint16_t *>&pages[table[p // PHI_PAGE_TOKENS] * page_bytes])
-    y = np.empty((q.shape[0], head_dim), np.float32)
-    cdef float[:, ::1] out = y
-    cdef float[::1] scores = np.empty(q.shape[0] * stride, np.float32)
+    cdef float[:, :, ::1] out = np.empty(np.shape(q), np.float32)
     cdef phi_attention a
-    a.q = &q[0, 0]
-    a.n_queries, a.head_dim = <int>q.shape[0], head_dim
+    a.q = &q[0, 0, 0]
+    a.n_tokens, a.n_queries, a.head_dim = <int>q.shape[0], <int>q.shape[1], head_dim
+    a.token_stride = a.n_queries * head_dim
     a.pages = &pages[0]
     a.page_bytes = page_bytes
     a.page_table = &table[0]
-    a.first, a.last, a.scale = first, last, scale
+    a.last, a.window, a.scale = last, window, scale
+    a.scores_stride = phi_scores_stride(n)
+    cdef float[::1] scores = np.empty(PHI_ATTENTION_ROWS * a.scores_stride, np.float32)
     a.scores = &scores[0]
-    a.scores_stride = stride
-    a.out = &out[0, 0]
+    a.out = &out[0, 0, 0]
     with nogil:
         kernels.attention(&a)
-    return y
+    return np.asarray(out)
 
 
 # ---- model ----

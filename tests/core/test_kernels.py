@@ -188,20 +188,23 @@ def test_silu_mul(n: int, tier: str) -> None:
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("head_dim", [2, 20, 64, 96, 128])
-@pytest.mark.parametrize(("first", "last"), [(0, 0), (0, 31), (0, 32), (5, 5), (17, 70), (31, 99)])
-def test_attention(first: int, last: int, head_dim: int, tier: str) -> None:
-    """Positions before and behind those seen hold NaN, as freed pages may."""
-    rng = np.random.default_rng([first, last, head_dim])
-    q = rng.normal(size=(3, head_dim)).astype(np.float32)
-    k, v = rng.normal(size=(2, last + 5, head_dim)).astype(np.float16).astype(np.float32)
-    k[:first] = v[:first] = k[last + 1 :] = v[last + 1 :] = np.nan
+@pytest.mark.parametrize("window", [0, 1, 40])
+@pytest.mark.parametrize(("last", "n_tokens"), [(0, 1), (31, 1), (32, 3), (70, 8), (100, 5)])
+def test_attention(last: int, n_tokens: int, window: int, head_dim: int, tier: str) -> None:
+    """Positions that no token may see hold NaN, as freed pages do; three query heads share the keys."""
+    rng = np.random.default_rng([last, n_tokens, head_dim])
+    q = rng.normal(size=(n_tokens, 3, head_dim)).astype(np.float32)
+    k, v = rng.normal(size=(2, last + n_tokens, head_dim)).astype(np.float16).astype(np.float32)
     scale = head_dim**-0.5
-    scores = q.astype(np.float64) @ k[first : last + 1].T * scale
-    weights = np.exp(scores - scores.max(1, keepdims=True))
-    exact = weights @ v[first : last + 1] / weights.sum(1, keepdims=True)
-    np.testing.assert_allclose(
-        _core.attention(q, k, v, first, last, scale, tier), exact, rtol=2e-5, atol=2e-6
-    )
+    got = _core.attention(q, k, v, last, window, scale, tier)
+    for t in range(n_tokens):
+        first = max(0, last + t + 1 - window) if window else 0
+        scores = q[t].astype(np.float64) @ k[first : last + t + 1].T * scale
+        weights = np.exp(scores - scores.max(1, keepdims=True))
+        exact = weights @ v[first : last + t + 1] / weights.sum(1, keepdims=True)
+        np.testing.assert_allclose(got[t], exact, rtol=2e-5, atol=2e-6)
+        alone = _core.attention(q[t : t + 1], k[: last + t + 1], v[: last + t + 1], last + t, window, scale, tier)
+        assert np.array_equal(got[t], alone[0])
 
 
 def test_a_tier_that_is_missing_is_refused() -> None:

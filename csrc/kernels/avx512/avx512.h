@@ -10,4 +10,6 @@
 PHI_AVX512_PACKED(PHI_DECLARE)
 #undef PHI_DECLARE
 
+void phi_attention_avx512(const phi_attention *a);
+
 #endif

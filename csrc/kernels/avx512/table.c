@@ -10,4 +10,5 @@
 const phi_kernels phi_kernels_avx512 = {
     .name = "avx512",
     PHI_AVX512_PACKED(PHI_SLOTS)
+    .attention = phi_attention_avx512,
 };
