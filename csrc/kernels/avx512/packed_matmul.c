@@ -195,8 +195,8 @@ INLINE __m512 accumulate(__m512 total, __m512i dot, __m512 scale, __m512 x_scale
     return _mm512_fnmadd_ps(min, x_sum, total);
 }
 
-INLINE void prefetch(const uint8_t *panel, size_t n_bytes) {
-    for (size_t i = 0; i < n_bytes; i += 64) _mm_prefetch((const char *)panel + PREFETCH_BYTES + i, _MM_HINT_T0);
+INLINE void prefetch(const uint8_t *bytes, size_t n_bytes) {
+    for (size_t i = 0; i < n_bytes; i += 64) _mm_prefetch((const char *)bytes + i, _MM_HINT_T0);
 }
 
 /* ---- few tokens: straight from the panel ---- */
@@ -208,7 +208,7 @@ INLINE void multiply_few(const format f, const uint8_t *panel, const phi_matmul 
     for (int t = 0; t < n_tokens; t++) total[t] = _mm512_setzero_ps();
     for (size_t b = 0; b < a.n_blocks; b += (size_t)f.sub_blocks, panel += f.unit_bytes) {
         groups g;
-        prefetch(panel, f.unit_bytes);
+        prefetch(panel + PREFETCH_BYTES, f.unit_bytes);
         f.unpack_groups(panel, &g);
         UNROLL for (int j = 0; j < f.sub_blocks; j++) {
             const size_t block = b + (size_t)j;
@@ -244,7 +244,6 @@ typedef struct {
 INLINE void unpack_chunk(const format f, const uint8_t *panel, int n_blocks, chunk *c) {
     for (int b = 0; b < n_blocks; b += f.sub_blocks, panel += f.unit_bytes) {
         groups g;
-        prefetch(panel, f.unit_bytes);
         f.unpack_groups(panel, &g);
         for (int i = 0; i < f.sub_blocks * f.groups_per_block; i++) {
             c->scale[b * f.groups_per_block + i] = g.scale[i];
@@ -254,9 +253,10 @@ INLINE void unpack_chunk(const format f, const uint8_t *panel, int n_blocks, chu
     }
 }
 
-/* Adds a chunk's columns, from sub-block first_block on, to out; n_tokens and n_panels are constants. */
+/* Adds a chunk's columns, from sub-block first_block on, to out, while the chunk after it comes from memory: `next`, in
+ * each panel, NULL when it was fetched before. n_tokens and n_panels are constants where this is inlined. */
 INLINE void multiply_chunk(const format f, const chunk *c, size_t first_block, int n_blocks, const phi_matmul *m, int token,
-                           int n_tokens, int n_panels, float *out) {
+                           int n_tokens, int n_panels, const uint8_t *next, float *out) {
     const tokens a = tokens_from(f, m, token);
     __m512 total[MANY_TOKENS][PANELS];
     UNROLL for (int t = 0; t < n_tokens; t++) {
@@ -265,8 +265,10 @@ INLINE void multiply_chunk(const format f, const chunk *c, size_t first_block, i
             total[t][p] = first_block ? _mm512_loadu_ps(sum) : _mm512_setzero_ps();
         }
     }
+    const size_t panel_bytes = PHI_PANEL_ROWS * m->row_bytes, block_bytes = f.unit_bytes / (size_t)f.sub_blocks;
     for (int j = 0; j < n_blocks; j++) {
         const size_t block = first_block + (size_t)j;
+        for (int p = 0; next && p < n_panels; p++) prefetch(next + (size_t)p * panel_bytes + (size_t)j * block_bytes, block_bytes);
         UNROLL for (int k = 0; k < f.groups_per_block; k++) {
             const int group = j * f.groups_per_block + k, n_lines = LINES / f.groups_per_block;
             __m512i dot[MANY_TOKENS][PANELS];
@@ -301,14 +303,23 @@ INLINE void multiply_many(const format f, const uint8_t *panel, const phi_matmul
     const size_t n_blocks = (size_t)m->n_cols / PHI_Q8_BLOCK, panel_bytes = PHI_PANEL_ROWS * m->row_bytes;
     for (size_t b = 0; b < n_blocks; b += CHUNK_BLOCKS) {
         const int n = n_blocks - b < CHUNK_BLOCKS ? (int)(n_blocks - b) : CHUNK_BLOCKS;
+        const uint8_t *part = panel + b / (size_t)f.sub_blocks * f.unit_bytes;
+        const bool last = b + CHUNK_BLOCKS >= n_blocks;
+        const uint8_t *next = last ? panel + (size_t)n_panels * panel_bytes : part + (size_t)(CHUNK_BLOCKS / f.sub_blocks) * f.unit_bytes;
         chunk c[PANELS];
-        for (int p = 0; p < n_panels; p++) {
-            unpack_chunk(f, panel + (size_t)p * panel_bytes + b / (size_t)f.sub_blocks * f.unit_bytes, n, &c[p]);
+        for (int p = 0; p < n_panels; p++) unpack_chunk(f, part + (size_t)p * panel_bytes, n, &c[p]);
+        for (int t = 0, left; (left = m->n_tokens - t) > 0; next = NULL) {
+            if (left >= MANY_TOKENS && left != 8) { /* 8 is better cut in halves */
+                multiply_chunk(f, c, b, n, m, t, MANY_TOKENS, n_panels, next, out);
+                t += MANY_TOKENS;
+            } else if (left >= 4) {
+                multiply_chunk(f, c, b, n, m, t, 4, n_panels, next, out);
+                t += 4;
+            } else {
+                multiply_chunk(f, c, b, n, m, t, 1, n_panels, next, out);
+                t += 1;
+            }
         }
-        int t = 0;
-        for (; t + MANY_TOKENS <= m->n_tokens; t += MANY_TOKENS) multiply_chunk(f, c, b, n, m, t, MANY_TOKENS, n_panels, out);
-        for (; t + 2 <= m->n_tokens; t += 2) multiply_chunk(f, c, b, n, m, t, 2, n_panels, out);
-        if (t < m->n_tokens) multiply_chunk(f, c, b, n, m, t, 1, n_panels, out);
     }
 }
 
