@@ -41,9 +41,10 @@ def main() -> None:
         data = rng.integers(0, 0x3C, n_bytes, dtype=np.uint8)
         weights = _core.Matrix(kind.type_id, options.rows, options.cols, data)
         for tier in options.tier or _core.tiers():
+            packed = weights.packed(tier)
             for n_tokens in map(int, options.tokens.split(",")):
                 x = rng.normal(size=(n_tokens, options.cols)).astype(np.float32)
-                seconds = time_product(weights, x, tier, options.repetitions)
+                seconds = time_product(packed, x, tier, options.repetitions)
                 macs = options.rows * options.cols * n_tokens
                 print(
                     f"{kind.name:6} {tier:8} {n_tokens:6} {seconds * 1e6:10.0f} "

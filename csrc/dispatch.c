@@ -11,6 +11,10 @@ static bool avx2_available(void) {
     const phi_cpu *c = phi_cpu_detect();
     return c->avx2 && c->fma && c->f16c;
 }
+static bool avx512_available(void) {
+    const phi_cpu *c = phi_cpu_detect();
+    return avx2_available() && c->avx512f && c->avx512bw && c->avx512vl && c->avx512dq && c->avx512vnni;
+}
 #endif
 
 typedef struct {
@@ -22,6 +26,7 @@ static const tier tiers[] = {
     {&phi_kernels_scalar, scalar_available},
 #ifdef PHI_HAVE_AVX2
     {&phi_kernels_avx2, avx2_available},
+    {&phi_kernels_avx512, avx512_available},
 #endif
 };
 enum { N_TIERS = sizeof tiers / sizeof tiers[0] };
@@ -62,6 +67,8 @@ static void resolve(int last, phi_kernels *table) {
         for (int t = 0; t < PHI_N_TYPES; t++) {
             INHERIT(dequantize[t]);
             INHERIT(matmul[t]);
+            INHERIT(pack[t]);
+            INHERIT(matmul_packed[t]);
         }
         INHERIT(quantize_q8);
         INHERIT(rms_norm);
@@ -91,7 +98,7 @@ phi_status phi_select_kernels(const char *name, const phi_kernels **kernels) {
 
 const char *phi_matmul_tier(const char *name, phi_type type) {
     for (int i = find_tier(name); i >= 0; i--) {
-        if (tiers[i].own->matmul[type]) return tiers[i].own->name;
+        if (tiers[i].own->matmul[type] || tiers[i].own->matmul_packed[type]) return tiers[i].own->name;
     }
     return NULL;
 }

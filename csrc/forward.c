@@ -14,6 +14,11 @@
 
 enum { CHUNK_ROWS = 64 }; /* rows of a weight matrix a task; a multiple of PHI_Q8_BLOCK */
 
+/* Tokens at consecutive positions of one sequence, at most PHI_ATTENTION_ROWS of them. */
+typedef struct {
+    int first, n_tokens; /* in the batch */
+} token_run;
+
 typedef struct {
     const phi_model *model;
     const phi_kv *kv;
@@ -24,7 +29,9 @@ typedef struct {
     phi_activations normed;   /* [n_tokens, n_embd] */
     phi_activations attended; /* [n_tokens, n_heads * head_dim] */
     phi_activations inner;    /* [n_tokens, n_ffn] */
-    float *scratch;           /* [n_threads, scratch_floats] */
+    token_run *runs;          /* [n_runs] */
+    int n_runs;
+    float *scratch; /* [n_threads, scratch_floats] */
     size_t scratch_floats;
     size_t scores_stride;    /* floats */
     atomic_int next_task[3]; /* by phase modulo 3 */
@@ -57,7 +64,8 @@ static void end_phase(worker *w) {
 static void quantize(const phi_kernels *k, const phi_activations *x, int token, size_t first_col, size_t n) {
     const size_t n_cols = (size_t)x->n_cols, at = (size_t)token * n_cols + first_col;
     if (n_cols % PHI_Q8_BLOCK != 0) return;
-    k->quantize_q8(x->f32 + at, n, x->q8 + at, x->scales + at / PHI_Q8_BLOCK, x->sums + at / PHI_SUM_BLOCK);
+    k->quantize_q8(x->f32 + at, n, x->q8 + at, x->scales + at / PHI_Q8_BLOCK, x->sums + at / PHI_SUM_BLOCK,
+                   x->block_sums + at / PHI_Q8_BLOCK);
 }
 
 static void multiply(const forward *f, const phi_matrix *w, int first_row, int n_rows, const phi_activations *x,
@@ -73,7 +81,8 @@ static void multiply(const forward *f, const phi_matrix *w, int first_row, int n
         .out = out,
         .out_stride = out_stride,
     };
-    f->model->kernels->matmul[w->type](&m);
+    const phi_kernels *k = f->model->kernels;
+    (w->layout == PHI_LAYOUT_PANELS ? k->matmul_packed : k->matmul)[w->type](&m);
 }
 
 /* ---- phases ---- */
@@ -163,19 +172,22 @@ static void attend(worker *w, int layer) {
     const phi_model *model = f->model;
     const int n_queries = model->n_heads / model->n_kv_heads;
     const size_t q_dim = (size_t)model->n_heads * (size_t)model->head_dim;
-    FOR_EACH_TASK(w, task, f->batch->n_tokens * model->n_kv_heads) {
-        const int t = task / model->n_kv_heads, kv_head = task % model->n_kv_heads;
-        const int last = f->batch->positions[t];
-        const size_t at = (size_t)t * q_dim + (size_t)(kv_head * n_queries) * (size_t)model->head_dim;
+    FOR_EACH_TASK(w, task, f->n_runs * model->n_kv_heads) {
+        /* The last run of a prompt sees the most: it goes first. */
+        const token_run *run = &f->runs[f->n_runs - 1 - task / model->n_kv_heads];
+        const int kv_head = task % model->n_kv_heads;
+        const size_t at = (size_t)run->first * q_dim + (size_t)(kv_head * n_queries) * (size_t)model->head_dim;
         const phi_attention a = {
             .q = f->q + at,
+            .n_tokens = run->n_tokens,
             .n_queries = n_queries,
             .head_dim = model->head_dim,
+            .token_stride = q_dim,
             .pages = phi_kv_head(model, f->kv, layer, kv_head),
             .page_bytes = phi_kv_page_bytes(model),
-            .page_table = f->batch->seqs[f->batch->sequences[t]].pages,
-            .first = model->window > 0 ? max_int(0, last + 1 - model->window) : 0,
-            .last = last,
+            .page_table = f->batch->seqs[f->batch->sequences[run->first]].pages,
+            .last = f->batch->positions[run->first],
+            .window = model->window,
             .scale = 1.0f / sqrtf((float)model->head_dim),
             .scores = f->scratch + (size_t)w->thread * f->scratch_floats,
             .scores_stride = f->scores_stride,
@@ -286,6 +298,7 @@ static phi_activations allot_activations(arena *a, size_t n_tokens, int n_cols) 
         .q8 = allot(a, n),
         .scales = allot(a, n / PHI_Q8_BLOCK * sizeof(float)),
         .sums = allot(a, n / PHI_SUM_BLOCK * sizeof(float)),
+        .block_sums = allot(a, n / PHI_Q8_BLOCK * sizeof(float)),
     };
 }
 
@@ -300,10 +313,9 @@ static void lay_out(forward *f, arena *a) {
     int longest = 0;
     for (int t = 0; t < batch->n_tokens; t++) longest = max_int(longest, batch->positions[t] + 1);
     if (model->window > 0) longest = min_int(longest, model->window);
-    /* A group before the first visible position may be read whole. */
-    f->scores_stride = round_up((size_t)longest + PHI_KV_GROUP, 2 * PHI_KV_GROUP);
+    f->scores_stride = phi_scores_stride(longest);
 
-    const size_t scores = (size_t)(model->n_heads / model->n_kv_heads) * f->scores_stride;
+    const size_t scores = PHI_ATTENTION_ROWS * f->scores_stride;
     const size_t products = 2 * n_tokens * (size_t)max_int(CHUNK_ROWS, model->head_dim);
     f->scratch_floats = round_up(scores > products ? scores : products, PHI_ALIGN_BYTES / sizeof(float));
 
@@ -314,7 +326,21 @@ static void lay_out(forward *f, arena *a) {
     f->normed = allot_activations(a, n_tokens, model->n_embd);
     f->attended = allot_activations(a, n_tokens, q_dim);
     f->inner = allot_activations(a, n_tokens, model->n_ffn);
+    f->runs = allot(a, n_tokens * sizeof *f->runs);
     f->scratch = allot(a, (size_t)phi_pool_size(model->pool) * f->scratch_floats * sizeof(float));
+}
+
+static void find_runs(forward *f) {
+    const phi_batch *b = f->batch;
+    for (int t = 0; t < b->n_tokens; t++) {
+        token_run *run = f->n_runs ? &f->runs[f->n_runs - 1] : NULL;
+        if (run && run->n_tokens < PHI_ATTENTION_ROWS && b->sequences[t] == b->sequences[run->first] &&
+            b->positions[t] == b->positions[run->first] + run->n_tokens) {
+            run->n_tokens++;
+        } else {
+            f->runs[f->n_runs++] = (token_run){t, 1};
+        }
+    }
 }
 
 phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batch) {
@@ -325,6 +351,7 @@ phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batc
     if (!a.memory) return PHI_OUT_OF_MEMORY;
     a.used = 0;
     lay_out(&f, &a);
+    find_runs(&f);
     const phi_status status = phi_pool_run(model->pool, run, &f);
     if (status != PHI_OK) return status;
     return atomic_load(&f.stop) ? PHI_CANCELLED : PHI_OK;

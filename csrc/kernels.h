@@ -10,24 +10,26 @@
 #include "phi.h"
 
 enum {
-    PHI_Q8_BLOCK = 32,  /* activations that share a scale */
-    PHI_SUM_BLOCK = 16, /* activations whose sum is kept: the smallest sub-block of a weight type */
-    PHI_KV_GROUP = 16,  /* positions that lie side by side in a key page */
+    PHI_Q8_BLOCK = 32,      /* activations that share a scale */
+    PHI_SUM_BLOCK = 16,     /* activations whose sum is kept: the smallest sub-block of a weight type */
+    PHI_KV_GROUP = 16,      /* positions that lie side by side in a key page */
+    PHI_ATTENTION_ROWS = 8, /* (token, query head) pairs whose scores are held at a time, and tokens a call */
     PHI_ALIGN_BYTES = 64,
 };
 
 /* Activations of n_tokens tokens; q8, scales and sums are there for PHI_ACT_Q8 products only. */
 typedef struct {
     int n_cols;
-    float *f32;    /* [n_tokens, n_cols] */
-    int8_t *q8;    /* [n_tokens, n_cols], -127..127 */
-    float *scales; /* [n_tokens, n_cols / PHI_Q8_BLOCK]: x = scale * q8 */
-    float *sums;   /* [n_tokens, n_cols / PHI_SUM_BLOCK]: scale * sum of q8 over the sub-block */
+    float *f32;        /* [n_tokens, n_cols] */
+    int8_t *q8;        /* [n_tokens, n_cols], -127..127 */
+    float *scales;     /* [n_tokens, n_cols / PHI_Q8_BLOCK]: x = scale * q8 */
+    float *sums;       /* [n_tokens, n_cols / PHI_SUM_BLOCK]: scale * sum of q8 over the sub-block */
+    float *block_sums; /* [n_tokens, n_cols / PHI_Q8_BLOCK]: the same over the block */
 } phi_activations;
 
 /* out[t, r] = dot(row r of the weights, activations of token t) */
 typedef struct {
-    const uint8_t *rows; /* [n_rows, row_bytes] */
+    const uint8_t *rows; /* [n_rows, row_bytes]; [n_rows / 16, 16 * row_bytes] when packed */
     size_t row_bytes;
     int n_rows, n_cols;
     const phi_activations *x; /* of tokens first_token .. first_token + n_tokens - 1 */
@@ -36,27 +38,44 @@ typedef struct {
     size_t out_stride; /* floats */
 } phi_matmul;
 
-/* One token's attention for the query heads that share a key/value head. */
+/* Attention of the query heads that share a key/value head, for tokens at consecutive positions of one sequence. */
 typedef struct {
-    const float *q; /* [n_queries, head_dim] */
-    int n_queries, head_dim;
+    const float *q; /* [n_tokens, n_queries, head_dim], token_stride floats from a token to the next */
+    int n_tokens, n_queries, head_dim;
+    size_t token_stride;
     const uint8_t *pages; /* the head's keys and values in page 0 */
     size_t page_bytes;    /* from a page to the next */
     const int32_t *page_table;
-    int first, last;      /* positions seen, both included */
+    int last;             /* position of the first token, which is the last one that it sees */
+    int window;           /* positions that a token sees, itself included; 0: all */
     float scale;          /* multiplies the scores */
-    float *scores;        /* scratch [n_queries, scores_stride] */
-    size_t scores_stride; /* at least last + 1 - first, rounded up by 2 * PHI_KV_GROUP */
-    float *out;           /* [n_queries, head_dim] */
+    float *scores;        /* scratch [PHI_ATTENTION_ROWS, scores_stride] */
+    size_t scores_stride; /* floats; phi_scores_stride */
+    float *out;           /* as q */
 } phi_attention;
+
+static inline int phi_first_seen(int position, int window) {
+    return window > 0 && position >= window ? position + 1 - window : 0;
+}
+
+/* Room for the scores of a tile whose tokens see at most n_seen positions each: groups are computed whole. */
+static inline size_t phi_scores_stride(int n_seen) {
+    return ((size_t)n_seen + PHI_ATTENTION_ROWS) / PHI_KV_GROUP * PHI_KV_GROUP + 2 * PHI_KV_GROUP;
+}
+
+/* 16 rows of the file layout to a panel of 16 * row_bytes */
+typedef void (*phi_pack_fn)(const uint8_t *rows, size_t row_bytes, uint8_t *panel);
 
 struct phi_kernels {
     const char *name;
     /* y[i] = element i of a row of blocks */
     void (*dequantize[PHI_N_TYPES])(const void *row, size_t n, float *y);
     void (*matmul[PHI_N_TYPES])(const phi_matmul *m);
-    /* x [n] -> q8 [n], scales [n / 32], sums [n / 16]; n is a multiple of 32 */
-    void (*quantize_q8)(const float *x, size_t n, int8_t *q8, float *scales, float *sums);
+    /* NULL for types that are run from the file layout. */
+    phi_pack_fn pack[PHI_N_TYPES];
+    void (*matmul_packed[PHI_N_TYPES])(const phi_matmul *m); /* n_rows is a multiple of 16 */
+    /* x [n] -> q8 [n], scales [n / 32], sums [n / 16], block_sums [n / 32]; n is a multiple of 32 */
+    void (*quantize_q8)(const float *x, size_t n, int8_t *q8, float *scales, float *sums, float *block_sums);
     /* y = x / rms(x) * weight */
     void (*rms_norm)(const float *x, const float *weight, size_t n, float eps, float *y);
     /* x [head_dim] in place; cos, sin [rope_dims / 2] */
@@ -72,6 +91,7 @@ struct phi_kernels {
 extern const phi_kernels phi_kernels_scalar;
 #ifdef PHI_HAVE_AVX2
 extern const phi_kernels phi_kernels_avx2;
+extern const phi_kernels phi_kernels_avx512;
 #endif
 
 /* Bytes of one head in a page: k [PHI_PAGE_TOKENS / 16, head_dim, 16], then v [PHI_PAGE_TOKENS, head_dim]. */

@@ -71,10 +71,18 @@ double phi_read_bandwidth(phi_pool *pool, size_t n_bytes, int n_runs);
 
 /* ---- model ---- */
 
+typedef enum {
+    PHI_LAYOUT_FILE,   /* rows of blocks, as in the file */
+    PHI_LAYOUT_PANELS, /* 16 rows interleaved (kernels/generic/pack.h) */
+} phi_layout;
+
+enum { PHI_PANEL_ROWS = 16 };
+
 typedef struct {
     phi_type type;
+    phi_layout layout;
     int n_rows, n_cols;
-    const void *data; /* [n_rows, phi_row_bytes(type, n_cols)] bytes, borrowed; may be unaligned */
+    const void *data; /* n_rows * phi_row_bytes(type, n_cols) bytes, borrowed; may be unaligned in the file layout */
 } phi_matrix;
 
 typedef struct {
@@ -108,6 +116,11 @@ typedef struct {
     const phi_kernels *kernels;
     phi_pool *pool;
 } phi_model;
+
+/* Repacks matrices, in place, from the file layout into the one that the model's kernels like best.
+ * phi_packed_bytes is what a matrix takes: 0 where it stays as it is. memory [that many bytes], aligned to 64. */
+size_t phi_packed_bytes(const phi_kernels *kernels, const phi_matrix *matrix);
+phi_status phi_pack(const phi_kernels *kernels, phi_pool *pool, phi_matrix *matrix, uint8_t *memory);
 
 /* ---- KV cache ---- */
 

@@ -31,7 +31,9 @@ cdef extern from "phi.h":
         const char *name
         void (*dequantize[32])(const void *row, size_t n, float *y) noexcept nogil
         void (*matmul[32])(const phi_matmul *m) noexcept nogil
-        void (*quantize_q8)(const float *x, size_t n, int8_t *q8, float *scales, float *sums) noexcept nogil
+        void (*matmul_packed[32])(const phi_matmul *m) noexcept nogil
+        void (*quantize_q8)(const float *x, size_t n, int8_t *q8, float *scales, float *sums,
+                            float *block_sums) noexcept nogil
         void (*rms_norm)(const float *x, const float *weight, size_t n, float eps, float *y) noexcept nogil
         void (*silu_mul)(const float *gate, const float *up, size_t n, float *y) noexcept nogil
         void (*store_kv)(const float *k, const float *v, int head_dim, int slot, uint16_t *page) noexcept nogil
@@ -48,8 +50,12 @@ cdef extern from "phi.h":
     double phi_seconds() nogil
     double phi_read_bandwidth(phi_pool *pool, size_t n_bytes, int n_runs) nogil
 
+    ctypedef enum phi_layout:
+        PHI_LAYOUT_FILE
+        PHI_LAYOUT_PANELS
     ctypedef struct phi_matrix:
         phi_type type
+        phi_layout layout
         int n_rows, n_cols
         const void *data
     ctypedef struct phi_layer:
@@ -75,6 +81,9 @@ cdef extern from "phi.h":
         const phi_layer *layers
         const phi_kernels *kernels
         phi_pool *pool
+
+    size_t phi_packed_bytes(const phi_kernels *kernels, const phi_matrix *matrix) nogil
+    phi_status phi_pack(const phi_kernels *kernels, phi_pool *pool, phi_matrix *matrix, uint8_t *memory) nogil
 
     ctypedef struct phi_kv:
         pass
@@ -105,6 +114,7 @@ cdef extern from "kernels.h":
         int8_t *q8
         float *scales
         float *sums
+        float *block_sums
     ctypedef struct phi_matmul:
         const uint8_t *rows
         size_t row_bytes
@@ -115,11 +125,12 @@ cdef extern from "kernels.h":
         size_t out_stride
     ctypedef struct phi_attention:
         const float *q
-        int n_queries, head_dim
+        int n_tokens, n_queries, head_dim
+        size_t token_stride
         const uint8_t *pages
         size_t page_bytes
         const int32_t *page_table
-        int first, last
+        int last, window
         float scale
         float *scores
         size_t scores_stride
@@ -127,7 +138,13 @@ cdef extern from "kernels.h":
     const int PHI_Q8_BLOCK
     const int PHI_SUM_BLOCK
     const int PHI_KV_GROUP
+    const int PHI_ATTENTION_ROWS
     size_t phi_page_head_bytes(int head_dim)
+    size_t phi_scores_stride(int n_seen)
 
 cdef extern from "dispatch.h":
     const char *phi_matmul_tier(const char *tier, phi_type type)
+
+cdef extern from "memory.h":
+    void *phi_map(size_t n_bytes) nogil
+    void phi_unmap(void *memory, size_t n_bytes) nogil

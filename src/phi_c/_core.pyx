@@ -136,123 +136,7 @@ def read_strings(const uint8_t[::1] buffer not None, size_t offset, size_t count
     return strings, offset
 
 
-# ---- kernels, one by one: for tests, benchmarks and converters ----
-
-
-def dequantize(int type_id, const uint8_t[::1] data not None, size_t n_elements, tier=None):
-    """Return float32 [n_elements] of a row of blocks. Raises ValueError when the sizes do not fit."""
-    cdef int index = _type_index(type_id)
-    cdef const phi_kernels *kernels = _kernels(tier)
-    if n_elements % phi_types[index].block_elements or phi_row_bytes(index, n_elements) != <size_t>data.shape[0]:
-        raise ValueError(f"{n_elements} elements of type {type_id} do not take {data.shape[0]} bytes")
-    y = np.empty(n_elements, np.float32)
-    cdef float[::1] view = y
-    if n_elements:
-        with nogil:
-            kernels.dequantize[index](&data[0], n_elements, &view[0])
-    return y
-
-
-def quantize_q8(const float[::1] x not None, tier=None):
-    """Return (int8 [n], scales float32 [n / 32], sums float32 [n / 16]) as products take their activations."""
-    cdef const phi_kernels *kernels = _kernels(tier)
-    cdef size_t n = x.shape[0]
-    if n == 0 or n % PHI_Q8_BLOCK:
-        raise ValueError(f"{n} activations, expected a positive multiple of {PHI_Q8_BLOCK}")
-    q8, scales, sums = np.empty(n, np.int8), np.empty(n // PHI_Q8_BLOCK, np.float32), np.empty(n // PHI_SUM_BLOCK, np.float32)
-    cdef int8_t[::1] q8_view = q8
-    cdef float[::1] scales_view = scales, sums_view = sums
-    kernels.quantize_q8(&x[0], n, &q8_view[0], &scales_view[0], &sums_view[0])
-    return q8, scales, sums
-
-
-def matmul(Matrix weights not None, const float[:, ::1] x not None, tier=None):
-    """Return x @ weights.T, float32 [n_tokens, n_rows], on one thread; x is [n_tokens, n_cols]."""
-    cdef const phi_kernels *kernels = _kernels(tier)
-    cdef int n_tokens = <int>x.shape[0], n_cols = weights.matrix.n_cols, n_rows = weights.matrix.n_rows
-    if x.shape[1] != n_cols or n_tokens == 0:
-        raise ValueError(f"x is {n_tokens} x {x.shape[1]}, expected rows of {n_cols}")
-    q8, scales, sums = quantize_q8(np.asarray(x).reshape(-1), tier) if n_cols % PHI_Q8_BLOCK == 0 else (None, None, None)
-    cdef int8_t[::1] q8_view = q8
-    cdef float[::1] scales_view = scales, sums_view = sums
-    cdef phi_activations a
-    a.n_cols = n_cols
-    a.f32 = <float *>&x[0, 0]
-    a.q8 = &q8_view[0] if q8 is not None else NULL
-    a.scales = &scales_view[0] if q8 is not None else NULL
-    a.sums = &sums_view[0] if q8 is not None else NULL
-    y = np.empty((n_tokens, n_rows), np.float32)
-    cdef float[:, ::1] out = y
-    cdef phi_matmul m
-    m.rows = <const uint8_t *>weights.matrix.data
-    m.row_bytes = phi_row_bytes(weights.matrix.type, n_cols)
-    m.n_rows, m.n_cols = n_rows, n_cols
-    m.x = &a
-    m.first_token, m.n_tokens = 0, n_tokens
-    m.out = &out[0, 0]
-    m.out_stride = n_rows
-    with nogil:
-        kernels.matmul[weights.matrix.type](&m)
-    return y
-
-
-def rms_norm(const float[::1] x not None, const float[::1] weight not None, float eps, tier=None):
-    """Return x / sqrt(mean(x^2) + eps) * weight, float32 [n]."""
-    cdef const phi_kernels *kernels = _kernels(tier)
-    if x.shape[0] != weight.shape[0] or x.shape[0] == 0:
-        raise ValueError("x and weight differ in length, or are empty")
-    y = np.empty(x.shape[0], np.float32)
-    cdef float[::1] view = y
-    kernels.rms_norm(&x[0], &weight[0], x.shape[0], eps, &view[0])
-    return y
-
-
-def silu_mul(const float[::1] gate not None, const float[::1] up not None, tier=None):
-    """Return silu(gate) * up, float32 [n]."""
-    cdef const phi_kernels *kernels = _kernels(tier)
-    if gate.shape[0] != up.shape[0] or gate.shape[0] == 0:
-        raise ValueError("gate and up differ in length, or are empty")
-    y = np.empty(gate.shape[0], np.float32)
-    cdef float[::1] view = y
-    kernels.silu_mul(&gate[0], &up[0], gate.shape[0], &view[0])
-    return y
-
-
-def attention(const float[:, ::1] q not None, const float[:, ::1] k not None, const float[:, ::1] v not None,
-              int first, int last, float scale, tier=None):
-    """Return softmax(scale * q @ k[first..last].T) @ v[first..last], float32 [n_queries, head_dim].
-
-    q is [n_queries, head_dim], k and v are [n_positions, head_dim]: one key/value head, stored in half precision
-    in pages that lie in reverse order.
-    """
-    cdef const phi_kernels *kernels = _kernels(tier)
-    cdef int n = <int>k.shape[0], head_dim = <int>k.shape[1], n_pages = (n + PHI_PAGE_TOKENS - 1) // PHI_PAGE_TOKENS
-    if not (0 <= first <= last < n and q.shape[0] > 0 and q.shape[1] == v.shape[1] == head_dim and v.shape[0] == n
-            and head_dim > 0 and head_dim % 2 == 0):
-        raise ValueError("the shapes of q, k and v do not fit")
-    cdef size_t page_bytes = phi_page_head_bytes(head_dim), stride = (n // 32 + 2) * 32
-    cdef uint8_t[::1] pages = np.full(n_pages * page_bytes, 0xff, np.uint8)  # NaN wherever nothing is stored
-    cdef int32_t[::1] table = np.arange(n_pages - 1, -1, -1, dtype=np.int32)
-    cdef int p
-    for p in range(n):
-        kernels.store_kv(&k[p, 0], &v[p, 0], head_dim, p % PHI_PAGE_TOKENS,
-                         <uint16_t *>&pages[table[p // PHI_PAGE_TOKENS] * page_bytes])
-    y = np.empty((q.shape[0], head_dim), np.float32)
-    cdef float[:, ::1] out = y
-    cdef float[::1] scores = np.empty(q.shape[0] * stride, np.float32)
-    cdef phi_attention a
-    a.q = &q[0, 0]
-    a.n_queries, a.head_dim = <int>q.shape[0], head_dim
-    a.pages = &pages[0]
-    a.page_bytes = page_bytes
-    a.page_table = &table[0]
-    a.first, a.last, a.scale = first, last, scale
-    a.scores = &scores[0]
-    a.scores_stride = stride
-    a.out = &out[0, 0]
-    with nogil:
-        kernels.attention(&a)
-    return y
+include "_kernels.pxi"
 
 
 # ---- model ----
@@ -277,6 +161,23 @@ cdef class Matrix:
         self.matrix.n_cols = n_cols
         self.matrix.data = &data[0]
 
+    def packed(self, tier=None):
+        """Return the matrix in the layout that a tier likes best: packed, or itself where it stays as it is."""
+        cdef const phi_kernels *kernels = _kernels(tier)
+        cdef size_t n_bytes = phi_packed_bytes(kernels, &self.matrix)
+        cdef uint8_t[::1] panels
+        cdef phi_pool *pool = NULL
+        if n_bytes == 0:
+            return self
+        cdef Matrix packed = Matrix(self.type_id, *self.shape, self.data)
+        panels = np.empty(n_bytes, np.uint8)
+        if phi_pool_create(1, &pool) != PHI_OK:
+            raise MemoryError
+        phi_pack(kernels, pool, &packed.matrix, &panels[0])
+        phi_pool_free(pool)
+        packed.data = panels
+        return packed
+
     @property
     def type_id(self):
         return phi_types[self.matrix.type].gguf_id
@@ -286,23 +187,40 @@ cdef class Matrix:
         return self.matrix.n_rows, self.matrix.n_cols
 
 
-cdef class Model:
-    """A model ready to run: sizes from a ModelConfig, borrowed weights, a tier, a pool of threads.
+cdef enum:
+    N_LAYER_MATRICES = 7
 
+
+cdef phi_matrix *_layer_matrix(phi_layer *layer, int i) noexcept:
+    cdef phi_matrix *matrices[N_LAYER_MATRICES]
+    matrices[0], matrices[1], matrices[2], matrices[3] = &layer.wq, &layer.wk, &layer.wv, &layer.wo
+    matrices[4], matrices[5], matrices[6] = &layer.gate, &layer.up, &layer.down
+    return matrices[i]
+
+
+cdef class Model:
+    """A model ready to run: sizes from a ModelConfig, weights, a tier, a pool of threads.
+
+    layout="packed" copies matrices into the order that the tier's kernels like best and calls weights.release as
+    it goes, so that what was copied can leave memory; layout="file" borrows them all as they are in the file.
     Raises OptionError for a tier that this machine lacks, ValueError for weights that do not fit the config.
     """
 
     cdef phi_model model
     cdef phi_layer *layers
+    cdef uint8_t *panels
+    cdef readonly size_t packed_bytes
     cdef list keep  # what the C structs point into
     cdef object lock
     cdef readonly str tier
     cdef readonly int n_threads
 
-    def __init__(self, config, weights, *, int n_threads, tier=None):
+    def __init__(self, config, weights, *, int n_threads, tier=None, layout="packed"):
         cdef phi_model *m = &self.model
         if n_threads < 1:
             raise OptionError(f"n_threads is {n_threads}, expected at least 1")
+        if layout not in ("packed", "file"):
+            raise OptionError(f"layout is {layout!r}, expected 'packed' or 'file'")
         self.lock = threading.Lock()
         self.keep = []
         m.kernels = _kernels(tier)
@@ -340,6 +258,42 @@ cdef class Model:
             layer.down = self._matrix(w.down, m.n_embd, m.n_ffn)
         if phi_pool_create(n_threads, &m.pool) != PHI_OK:
             raise MemoryError(f"{n_threads} threads could not be started")
+        if layout == "packed":
+            self._pack(weights.release)
+
+    cdef int _pack(self, release) except -1:
+        cdef phi_model *m = &self.model
+        cdef size_t used = 0
+        cdef int i, k
+        self.packed_bytes = phi_packed_bytes(m.kernels, &m.output)
+        for i in range(m.n_layers):
+            for k in range(N_LAYER_MATRICES):
+                self.packed_bytes += phi_packed_bytes(m.kernels, _layer_matrix(&self.layers[i], k))
+        if self.packed_bytes == 0:
+            return 0
+        self.panels = <uint8_t *>phi_map(self.packed_bytes)
+        if self.panels == NULL:
+            raise MemoryError(f"{self.packed_bytes} bytes for packed weights could not be had")
+        for i in range(m.n_layers):
+            for k in range(N_LAYER_MATRICES):
+                self._pack_matrix(_layer_matrix(&self.layers[i], k), &used)
+            release()
+            PyErr_CheckSignals()
+        self._pack_matrix(&m.output, &used)
+        release()
+        return 0
+
+    cdef int _pack_matrix(self, phi_matrix *matrix, size_t *used) except -1:
+        cdef size_t n_bytes = phi_packed_bytes(self.model.kernels, matrix)
+        cdef phi_status status
+        if n_bytes == 0:
+            return 0
+        with nogil:
+            status = phi_pack(self.model.kernels, self.model.pool, matrix, self.panels + used[0])
+        if status != PHI_OK:
+            raise MemoryError("the threads could not be started")
+        used[0] += n_bytes
+        return 0
 
     cdef const float *_floats(self, values, int n) except NULL:
         array = np.array(values, np.float32)  # a copy: 4-byte aligned, whatever the file does
@@ -365,6 +319,8 @@ cdef class Model:
     def __dealloc__(self):
         phi_pool_free(self.model.pool)
         free(self.layers)
+        if self.panels != NULL:
+            phi_unmap(self.panels, self.packed_bytes)
 
 
 cdef class KvCache:

@@ -38,17 +38,17 @@ def check_product(name: str, rows: npt.NDArray[np.uint8], x: Floats, tier: str) 
     """Compare with float64 on the int8 activations of the same tier: what is left is float32 summation."""
     weights = reference_values(name, rows).astype(np.float64)
     if TYPES[name].quantised_activations:
-        q8, scales, _ = _core.quantize_q8(x.reshape(-1), tier)
+        q8, scales, *_ = _core.quantize_q8(x.reshape(-1), tier)
         x64 = (q8.reshape(-1, 32) * scales.astype(np.float64)[:, None]).reshape(x.shape)
     else:
         x64 = x.astype(np.float64)
     exact = x64 @ weights.T
     # Relative to the sum of magnitudes: a product that cancels has no digits of its own.
     magnitude = np.abs(x64) @ np.abs(weights).T
-    got = _core.matmul(matrix(name, rows), x, tier)
+    got = _core.matmul(matrix(name, rows).packed(tier), x, tier)
     assert np.isfinite(got).all()
-    # A minimum is subtracted whole, so its size counts with the weights' own.
-    if name in {"Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K", "Q3_K", "Q6_K"}:
+    # A minimum or an offset is subtracted whole, so its size counts with the weights' own.
+    if TYPES[name].quantised_activations:
         magnitude = magnitude + np.abs(x64).sum(1, keepdims=True) * np.abs(weights).max(1)
     assert (np.abs(got - exact) <= 2e-6 * magnitude + 1e-12).all()
 
@@ -85,8 +85,8 @@ def test_dequantize_every_half_precision_scale(name: str) -> None:
 
 
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("n_tokens", [1, 2, 4, 5, 33])
-@pytest.mark.parametrize("n_rows", [1, 2, 15, 16, 17, 33])
+@pytest.mark.parametrize("n_tokens", [1, 2, 3, 4, 5, 33])
+@pytest.mark.parametrize("n_rows", [1, 2, 15, 16, 17, 33, 48])
 @pytest.mark.parametrize("name", TYPES)
 def test_matmul(name: str, n_rows: int, n_tokens: int, tier: str) -> None:
     rng = np.random.default_rng([n_rows, n_tokens])
@@ -95,13 +95,15 @@ def test_matmul(name: str, n_rows: int, n_tokens: int, tier: str) -> None:
 
 
 @pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("n_rows", [19, 48])  # 48: a pair of panels and a single one
 @pytest.mark.parametrize("name", TYPES)
-def test_matmul_of_a_batch_is_the_matmul_of_each(name: str, tier: str) -> None:
+def test_matmul_of_a_batch_is_the_matmul_of_each(name: str, n_rows: int, tier: str) -> None:
     rng = np.random.default_rng(3)
-    weights = matrix(name, random_rows(name, 19, 512, rng))
-    x = spiky(23, 512, rng)
+    weights = matrix(name, random_rows(name, n_rows, 1280, rng)).packed(tier)
+    x = spiky(23, 1280, rng)
     alone = np.concatenate([_core.matmul(weights, x[i : i + 1], tier) for i in range(len(x))])
-    assert np.array_equal(_core.matmul(weights, x, tier), alone)
+    for n in (2, 3, 4, 5, 7, 23):
+        assert np.array_equal(_core.matmul(weights, x[:n], tier), alone[:n])
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -148,14 +150,17 @@ def test_quantize_q8(tier: str) -> None:
     x[2] = 1e37  # its sums still fit
     x[3, ::32] = 1.0
     x[3, 1::32] = 0.5 / 127  # a tie: to even
-    q8, scales, sums = _core.quantize_q8(x.reshape(-1), tier)
+    q8, scales, sums, block_sums = _core.quantize_q8(x.reshape(-1), tier)
     blocks = x.reshape(-1, 32)
     assert np.array_equal(scales, np.abs(blocks).max(1) / np.float32(127))
     assert np.abs(q8.astype(int)).max() == 127
     error = np.abs(q8.reshape(-1, 32) * scales[:, None].astype(np.float64) - blocks)
     assert (error <= 0.5001 * scales[:, None] + 1e-40).all()
     assert np.array_equal(sums, (q8.reshape(-1, 2, 16).sum(2) * scales[:, None]).astype(np.float32).reshape(-1))
-    for got, scalar in zip((q8, scales, sums), _core.quantize_q8(x.reshape(-1), "scalar"), strict=True):
+    expected_sums = (q8.reshape(-1, 32).sum(1) * scales).astype(np.float32)
+    assert np.array_equal(block_sums, expected_sums)
+    scalar_results = _core.quantize_q8(x.reshape(-1), "scalar")
+    for got, scalar in zip((q8, scales, sums, block_sums), scalar_results, strict=True):
         assert np.array_equal(got, scalar)
 
 
@@ -181,18 +186,23 @@ def test_silu_mul(n: int, tier: str) -> None:
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("head_dim", [2, 20, 64, 96, 128])
-@pytest.mark.parametrize(("first", "last"), [(0, 0), (0, 31), (0, 32), (5, 5), (17, 70), (31, 99)])
-def test_attention(first: int, last: int, head_dim: int, tier: str) -> None:
-    """Positions before and behind those seen hold NaN, as freed pages may."""
-    rng = np.random.default_rng([first, last, head_dim])
-    q = rng.normal(size=(3, head_dim)).astype(np.float32)
-    k, v = rng.normal(size=(2, last + 5, head_dim)).astype(np.float16).astype(np.float32)
-    k[:first] = v[:first] = k[last + 1 :] = v[last + 1 :] = np.nan
+@pytest.mark.parametrize("window", [0, 1, 40])
+@pytest.mark.parametrize(("last", "n_tokens"), [(0, 1), (31, 1), (32, 3), (70, 8), (100, 5)])
+def test_attention(last: int, n_tokens: int, window: int, head_dim: int, tier: str) -> None:
+    """Positions that no token may see hold NaN, as freed pages do; three query heads share the keys."""
+    rng = np.random.default_rng([last, n_tokens, head_dim])
+    q = rng.normal(size=(n_tokens, 3, head_dim)).astype(np.float32)
+    k, v = rng.normal(size=(2, last + n_tokens, head_dim)).astype(np.float16).astype(np.float32)
     scale = head_dim**-0.5
-    scores = q.astype(np.float64) @ k[first : last + 1].T * scale
-    weights = np.exp(scores - scores.max(1, keepdims=True))
-    exact = weights @ v[first : last + 1] / weights.sum(1, keepdims=True)
-    np.testing.assert_allclose(_core.attention(q, k, v, first, last, scale, tier), exact, rtol=2e-5, atol=2e-6)
+    got = _core.attention(q, k, v, last, window, scale, tier)
+    for t in range(n_tokens):
+        first = max(0, last + t + 1 - window) if window else 0
+        scores = q[t].astype(np.float64) @ k[first : last + t + 1].T * scale
+        weights = np.exp(scores - scores.max(1, keepdims=True))
+        exact = weights @ v[first : last + t + 1] / weights.sum(1, keepdims=True)
+        np.testing.assert_allclose(got[t], exact, rtol=2e-5, atol=2e-6)
+        alone = _core.attention(q[t : t + 1], k[: last + t + 1], v[: last + t + 1], last + t, window, scale, tier)
+        assert np.array_equal(got[t], alone[0])
 
 
 def test_a_tier_that_is_missing_is_refused() -> None:

@@ -41,56 +41,65 @@ static float exponentiate(float *scores, size_t n) {
     return phi_hsum(total);
 }
 
+typedef struct {
+    const phi_attention *a;
+    int first, last;      /* positions seen, both included */
+    const float *weights; /* [last + 1 - first] */
+} seen;
+
 /* out[0 .. 8 * n_vectors - 1] = the same dimensions of sum of weights[p] * values[p]; n_vectors, at most 8, is a
  * constant where this is inlined. */
-PHI_INLINE void weigh(const phi_attention *a, const float *weights, size_t first_dim, int n_vectors, float *out) {
+PHI_INLINE void weigh(const seen *s, size_t first_dim, int n_vectors, float *out) {
+    const size_t head_dim = (size_t)s->a->head_dim;
     __m256 sum[8];
     for (int i = 0; i < n_vectors; i++) sum[i] = _mm256_setzero_ps();
-    for (int p = a->first; p <= a->last;) {
+    for (int p = s->first; p <= s->last;) {
         const int end = p / PHI_PAGE_TOKENS * PHI_PAGE_TOKENS + PHI_PAGE_TOKENS - 1;
-        const uint16_t *values = page_of(a, p) + (size_t)PHI_PAGE_TOKENS * (size_t)a->head_dim + first_dim;
-        for (; p <= a->last && p <= end; p++) {
-            const uint16_t *row = values + (size_t)(p % PHI_PAGE_TOKENS) * (size_t)a->head_dim;
-            const __m256 weight = _mm256_broadcast_ss(weights + (p - a->first));
+        const uint16_t *values = page_of(s->a, p) + (size_t)PHI_PAGE_TOKENS * head_dim + first_dim;
+        for (; p <= s->last && p <= end; p++) {
+            const uint16_t *row = values + (size_t)(p % PHI_PAGE_TOKENS) * head_dim;
+            const __m256 weight = _mm256_broadcast_ss(s->weights + (p - s->first));
             for (int i = 0; i < n_vectors; i++) sum[i] = _mm256_fmadd_ps(weight, phi_load_half(row + 8 * i), sum[i]);
         }
     }
     for (int i = 0; i < n_vectors; i++) _mm256_storeu_ps(out + 8 * i, sum[i]);
 }
 
-static void weigh_one(const phi_attention *a, const float *weights, size_t dim, float *out) {
+static void weigh_one(const seen *s, size_t dim, float *out) {
     float sum = 0.0f;
-    for (int p = a->first; p <= a->last; p++) {
+    for (int p = s->first; p <= s->last; p++) {
         const size_t row = (size_t)(PHI_PAGE_TOKENS + p % PHI_PAGE_TOKENS);
-        sum += weights[p - a->first] * phi_half(page_of(a, p)[row * (size_t)a->head_dim + dim]);
+        sum += s->weights[p - s->first] * phi_half(page_of(s->a, p)[row * (size_t)s->a->head_dim + dim]);
     }
     *out = sum;
 }
 
-static void attend(const phi_attention *a, const float *q, float *scores, float *out) {
+static void attend(const phi_attention *a, const float *q, int first, int last, float *out) {
     const size_t head_dim = (size_t)a->head_dim;
-    const int begin = a->first / PHI_KV_GROUP * PHI_KV_GROUP; /* of the group that holds the first position */
-    for (int p = begin; p <= a->last; p += PHI_KV_GROUP) {
+    const int begin = first / PHI_KV_GROUP * PHI_KV_GROUP; /* of the group that holds the first position */
+    for (int p = begin; p <= last; p += PHI_KV_GROUP) {
         const size_t group = (size_t)(p % PHI_PAGE_TOKENS / PHI_KV_GROUP);
-        score_group(q, a->head_dim, page_of(a, p) + group * head_dim * PHI_KV_GROUP, a->scale, scores + (p - begin));
+        score_group(q, a->head_dim, page_of(a, p) + group * head_dim * PHI_KV_GROUP, a->scale, a->scores + (p - begin));
     }
-    float *weights = scores + (a->first - begin);
-    const size_t kept = (size_t)(a->last - begin + 1), padded = (kept + 7) / 8 * 8;
-    for (int p = begin; p < a->first; p++) scores[p - begin] = -INFINITY;
-    for (size_t i = kept; i < padded; i++) scores[i] = -INFINITY;
-    const float inverse = 1.0f / exponentiate(scores, padded);
+    const size_t kept = (size_t)(last - begin + 1), padded = (kept + 7) / 8 * 8;
+    for (int p = begin; p < first; p++) a->scores[p - begin] = -INFINITY;
+    for (size_t i = kept; i < padded; i++) a->scores[i] = -INFINITY;
+    const float inverse = 1.0f / exponentiate(a->scores, padded);
 
+    const seen s = {a, first, last, a->scores + (first - begin)};
     size_t d = 0;
-    for (; d + 64 <= head_dim; d += 64) weigh(a, weights, d, 8, out + d);
-    for (; d + 32 <= head_dim; d += 32) weigh(a, weights, d, 4, out + d);
-    for (; d + 8 <= head_dim; d += 8) weigh(a, weights, d, 1, out + d);
-    for (; d < head_dim; d++) weigh_one(a, weights, d, out + d);
+    for (; d + 64 <= head_dim; d += 64) weigh(&s, d, 8, out + d);
+    for (; d + 32 <= head_dim; d += 32) weigh(&s, d, 4, out + d);
+    for (; d + 8 <= head_dim; d += 8) weigh(&s, d, 1, out + d);
+    for (; d < head_dim; d++) weigh_one(&s, d, out + d);
     for (size_t i = 0; i < head_dim; i++) out[i] *= inverse;
 }
 
 void phi_attention_avx2(const phi_attention *a) {
-    for (int i = 0; i < a->n_queries; i++) {
-        const size_t at = (size_t)i * (size_t)a->head_dim;
-        attend(a, a->q + at, a->scores + (size_t)i * a->scores_stride, a->out + at);
+    for (int t = 0; t < a->n_tokens; t++) {
+        for (int i = 0; i < a->n_queries; i++) {
+            const size_t at = (size_t)t * a->token_stride + (size_t)i * (size_t)a->head_dim;
+            attend(a, a->q + at, phi_first_seen(a->last + t, a->window), a->last + t, a->out + at);
+        }
     }
 }

@@ -53,7 +53,7 @@ static inline void matmul(unpack_fn unpack, size_t block_bytes, size_t block, co
     }
 PHI_QUANTISED_TYPES(PHI_DEFINE)
 
-void phi_quantize_q8_scalar(const float *x, size_t n, int8_t *q8, float *scales, float *sums) {
+void phi_quantize_q8_scalar(const float *x, size_t n, int8_t *q8, float *scales, float *sums, float *block_sums) {
     for (size_t b = 0; b < n / PHI_Q8_BLOCK; b++) {
         const float *block = x + b * PHI_Q8_BLOCK;
         float largest = 0.0f;
@@ -70,5 +70,6 @@ void phi_quantize_q8_scalar(const float *x, size_t n, int8_t *q8, float *scales,
         scales[b] = scale;
         sums[2 * b] = scale * (float)sum[0];
         sums[2 * b + 1] = scale * (float)sum[1];
+        block_sums[b] = scale * (float)(sum[0] + sum[1]);
     }
 }

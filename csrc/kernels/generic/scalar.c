@@ -87,21 +87,21 @@ static const uint16_t *page_of(const phi_attention *a, int position) {
                                             (size_t)a->page_table[position / PHI_PAGE_TOKENS] * a->page_bytes);
 }
 
-static void attend(const phi_attention *a, const float *q, float *scores, float *out) {
+static void attend(const phi_attention *a, const float *q, int first, int last, float *out) {
     const size_t head_dim = (size_t)a->head_dim;
     float largest = -INFINITY;
-    for (int p = a->first; p <= a->last; p++) {
+    for (int p = first; p <= last; p++) {
         const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
         const uint16_t *keys = page_of(a, p) + slot / PHI_KV_GROUP * head_dim * PHI_KV_GROUP + slot % PHI_KV_GROUP;
         double dot = 0.0;
         for (size_t d = 0; d < head_dim; d++) dot += (double)q[d] * (double)phi_half_to_float(keys[d * PHI_KV_GROUP]);
-        scores[p - a->first] = (float)dot * a->scale;
-        largest = fmaxf(largest, scores[p - a->first]);
+        a->scores[p - first] = (float)dot * a->scale;
+        largest = fmaxf(largest, a->scores[p - first]);
     }
     double total = 0.0;
     for (size_t d = 0; d < head_dim; d++) out[d] = 0.0f;
-    for (int p = a->first; p <= a->last; p++) {
-        const float weight = expf(scores[p - a->first] - largest);
+    for (int p = first; p <= last; p++) {
+        const float weight = expf(a->scores[p - first] - largest);
         const uint16_t *values = page_of(a, p) + (size_t)(PHI_PAGE_TOKENS + p % PHI_PAGE_TOKENS) * head_dim;
         total += (double)weight;
         for (size_t d = 0; d < head_dim; d++) out[d] += weight * phi_half_to_float(values[d]);
@@ -110,9 +110,11 @@ static void attend(const phi_attention *a, const float *q, float *scores, float 
 }
 
 static void phi_attention_scalar(const phi_attention *a) {
-    for (int i = 0; i < a->n_queries; i++) {
-        const size_t at = (size_t)i * (size_t)a->head_dim;
-        attend(a, a->q + at, a->scores + (size_t)i * a->scores_stride, a->out + at);
+    for (int t = 0; t < a->n_tokens; t++) {
+        for (int i = 0; i < a->n_queries; i++) {
+            const size_t at = (size_t)t * a->token_stride + (size_t)i * (size_t)a->head_dim;
+            attend(a, a->q + at, phi_first_seen(a->last + t, a->window), a->last + t, a->out + at);
+        }
     }
 }
 

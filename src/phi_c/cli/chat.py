@@ -53,10 +53,11 @@ def command(
     n_ctx: int | None,
     n_threads: int | None,
     n_batch: int,
+    layout: str | None,
     **options: Any,
 ) -> None:
     """Hold a conversation; /help lists what else can be typed."""
-    with load(model, tokenizer=tokenizer, n_ctx=n_ctx, n_threads=n_threads, n_batch=n_batch) as llm:
+    with load(model, tokenizer=tokenizer, n_ctx=n_ctx, n_threads=n_threads, n_batch=n_batch, layout=layout) as llm:
         conversation = Conversation(system)
         read = _reader()
         if sys.stdin.isatty():

@@ -43,6 +43,7 @@ def command(
     n_ctx: int | None,
     n_threads: int | None,
     n_batch: int,
+    layout: str | None,
     **options: Any,
 ) -> int:
     """Write the answer to PROMPT as it comes; PROMPT - reads it from stdin.
@@ -52,7 +53,7 @@ def command(
     text = _prompt(prompt, prompt_option)
     if options["logprobs"] is not None and not as_json:
         raise OptionError("--logprobs needs --json")
-    with load(model, tokenizer=tokenizer, n_ctx=n_ctx, n_threads=n_threads, n_batch=n_batch) as llm:
+    with load(model, tokenizer=tokenizer, n_ctx=n_ctx, n_threads=n_threads, n_batch=n_batch, layout=layout) as llm:
         pieces: list[Piece] = []
         interrupted = False
         stream = llm.stream(text, **given(options))

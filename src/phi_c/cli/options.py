@@ -46,6 +46,7 @@ LOADING = _all(
         "--n-ctx", type=int, metavar="N", help="Context in tokens; 0: the model's own.  [default: at most 4096]"
     ),
     click.option("--threads", "-t", "n_threads", type=int, metavar="N", help="Threads.  [default: physical cores]"),
+    click.option("--layout", type=click.Choice(["packed", "file"]), help="file: start at once, run slower."),
     click.option("--n-batch", type=int, default=512, show_default=True, metavar="N", help="Prompt tokens at a time."),
 )
 

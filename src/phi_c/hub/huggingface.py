@@ -1,5 +1,6 @@
 """Models on the Hugging Face hub, through its own client with its cache and its environment variables."""
 
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,7 +63,8 @@ def _download(wanted: HubFile, *, progress: bool) -> Path:
     from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars  # noqa: PLC0415
 
     (enable_progress_bars if progress else disable_progress_bars)()
-    huggingface_hub.logging.set_verbosity_error()  # what went wrong is said once, by us
+    # What went wrong is said once, by us.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     where = f"{wanted.repo}/{wanted.file}" + (f"@{wanted.revision}" if wanted.revision else "")
     try:
         return Path(huggingface_hub.hf_hub_download(wanted.repo, wanted.file, revision=wanted.revision))

@@ -122,6 +122,11 @@ class GGUFFile:
             raise ModelFileError(f"{self.path}: the file has no tensor {short(name)}")
         return np.frombuffer(self._map, np.uint8, info.n_bytes, info.offset)
 
+    def release(self) -> None:
+        """Let the pages read so far leave this process's memory; the system's file cache keeps them."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Unmap the file; views that `data` gave out stay valid and keep the mapping until they are gone."""
         mapping, self._map = self._map, None

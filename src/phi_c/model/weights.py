@@ -1,5 +1,6 @@
 """The tensors of a GGUF file as the engine takes them: views of the mapping, fused matrices cut into rows."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +38,7 @@ class Weights:
     layers: tuple[LayerWeights, ...]
     rope_inv_freq: Floats
     rope_inv_freq_long: Floats  # beyond the original context; the same for models without LongRoPE
+    release: Callable[[], None]  # lets the mapped pages leave memory; they come back when they are read
 
 
 def load_weights(file: GGUFFile, config: ModelConfig) -> Weights:
@@ -49,6 +51,7 @@ def load_weights(file: GGUFFile, config: ModelConfig) -> Weights:
         layers=tuple(_layer(file, config, i) for i in range(config.n_layers)),
         rope_inv_freq=_inv_freq(file, config, ROPE_SHORT),
         rope_inv_freq_long=_inv_freq(file, config, ROPE_LONG),
+        release=file.release,
     )
 
 

@@ -1,0 +1,15 @@
+/* The AVX-512 tier's kernels, gathered into one table by table.c. Needs AVX-512 F, BW, VL, DQ and VNNI. */
+#ifndef PHI_AVX512_H
+#define PHI_AVX512_H
+
+#include "../../kernels.h"
+
+#define PHI_AVX512_PACKED(X) X(Q4_0, q4_0) X(Q4_1, q4_1) X(Q8_0, q8_0) X(Q4_K, q4_k) X(Q5_K, q5_k) X(Q6_K, q6_k)
+
+#define PHI_DECLARE(UPPER, lower) void phi_matmul_packed_##lower##_avx512(const phi_matmul *m);
+PHI_AVX512_PACKED(PHI_DECLARE)
+#undef PHI_DECLARE
+
+void phi_attention_avx512(const phi_attention *a);
+
+#endif

@@ -1,0 +1,53 @@
+/* The packed layout: 16 rows interleaved, block by block, in as many bytes as in the file.
+ *
+ * A panel is a sequence of units, one for each block of a row (phi_panel_<type>). Within a unit the scales of the 16
+ * rows lie side by side, and the quants are cut into dwords: line i holds dword i of each row, so 64 bytes are the same
+ * four columns of 16 rows, and a product needs one broadcast of four activations and no horizontal sum. */
+#ifndef PHI_GENERIC_PACK_H
+#define PHI_GENERIC_PACK_H
+
+#include "../../kernels.h"
+
+typedef struct {
+    uint16_t d[16];
+    uint8_t lines[4][64];
+} phi_panel_q4_0;
+
+typedef struct {
+    uint16_t d[16], m[16];
+    uint8_t lines[4][64];
+} phi_panel_q4_1;
+
+typedef struct {
+    uint16_t d[16];
+    uint8_t lines[8][64];
+} phi_panel_q8_0;
+
+typedef struct {
+    uint16_t d[16], dmin[16];
+    uint8_t scales[12][16]; /* byte i of each row */
+    uint8_t lines[32][64];
+} phi_panel_q4_k;
+
+typedef struct {
+    uint16_t d[16], dmin[16];
+    uint8_t scales[12][16];
+    uint8_t high[8][64]; /* lines of qh */
+    uint8_t lines[32][64];
+} phi_panel_q5_k;
+
+typedef struct {
+    uint8_t lines[32][64]; /* of ql */
+    uint8_t high[16][64];  /* of qh */
+    int8_t scales[16][16];
+    uint16_t d[16];
+} phi_panel_q6_k;
+
+void phi_pack_q4_0(const uint8_t *rows, size_t row_bytes, uint8_t *panel);
+void phi_pack_q4_1(const uint8_t *rows, size_t row_bytes, uint8_t *panel);
+void phi_pack_q8_0(const uint8_t *rows, size_t row_bytes, uint8_t *panel);
+void phi_pack_q4_k(const uint8_t *rows, size_t row_bytes, uint8_t *panel);
+void phi_pack_q5_k(const uint8_t *rows, size_t row_bytes, uint8_t *panel);
+void phi_pack_q6_k(const uint8_t *rows, size_t row_bytes, uint8_t *panel);
+
+#endif

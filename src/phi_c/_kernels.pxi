@@ -1,0 +1,121 @@
+# ---- kernels, one by one: for tests, benchmarks and converters ----
+
+
+def dequantize(int type_id, const uint8_t[::1] data not None, size_t n_elements, tier=None):
+    """Return float32 [n_elements] of a row of blocks. Raises ValueError when the sizes do not fit."""
+    cdef int index = _type_index(type_id)
+    cdef const phi_kernels *kernels = _kernels(tier)
+    if n_elements % phi_types[index].block_elements or phi_row_bytes(index, n_elements) != <size_t>data.shape[0]:
+        raise ValueError(f"{n_elements} elements of type {type_id} do not take {data.shape[0]} bytes")
+    y = np.empty(n_elements, np.float32)
+    cdef float[::1] view = y
+    if n_elements:
+        with nogil:
+            kernels.dequantize[index](&data[0], n_elements, &view[0])
+    return y
+
+
+def quantize_q8(const float[::1] x not None, tier=None):
+    """Return activations as products take them: int8 [n], scales float32 [n / 32], their sums by 16 and by 32."""
+    cdef const phi_kernels *kernels = _kernels(tier)
+    cdef size_t n = x.shape[0]
+    if n == 0 or n % PHI_Q8_BLOCK:
+        raise ValueError(f"{n} activations, expected a positive multiple of {PHI_Q8_BLOCK}")
+    cdef int8_t[::1] q8 = np.empty(n, np.int8)
+    cdef float[::1] scales = np.empty(n // PHI_Q8_BLOCK, np.float32), sums = np.empty(n // PHI_SUM_BLOCK, np.float32)
+    cdef float[::1] block_sums = np.empty(n // PHI_Q8_BLOCK, np.float32)
+    kernels.quantize_q8(&x[0], n, &q8[0], &scales[0], &sums[0], &block_sums[0])
+    return np.asarray(q8), np.asarray(scales), np.asarray(sums), np.asarray(block_sums)
+
+
+def matmul(Matrix weights not None, const float[:, ::1] x not None, tier=None):
+    """Return x @ weights.T, float32 [n_tokens, n_rows], on one thread; x is [n_tokens, n_cols]."""
+    cdef const phi_kernels *kernels = _kernels(tier)
+    cdef int n_tokens = <int>x.shape[0], n_cols = weights.matrix.n_cols, n_rows = weights.matrix.n_rows
+    if x.shape[1] != n_cols or n_tokens == 0:
+        raise ValueError(f"x is {n_tokens} x {x.shape[1]}, expected rows of {n_cols}")
+    cdef phi_activations a
+    a.n_cols = n_cols
+    a.f32 = <float *>&x[0, 0]
+    cdef int8_t[::1] q8
+    cdef float[::1] scales, sums, block_sums
+    if n_cols % PHI_Q8_BLOCK == 0:
+        q8, scales, sums, block_sums = quantize_q8(np.asarray(x).reshape(-1), tier)
+        a.q8, a.scales, a.sums, a.block_sums = &q8[0], &scales[0], &sums[0], &block_sums[0]
+    cdef phi_matrix w = weights.matrix
+    y = np.empty((n_tokens, n_rows), np.float32)
+    cdef float[:, ::1] out = y
+    cdef phi_matmul m
+    m.rows = <const uint8_t *>w.data
+    m.row_bytes = phi_row_bytes(weights.matrix.type, n_cols)
+    m.n_rows, m.n_cols = n_rows, n_cols
+    m.x = &a
+    m.first_token, m.n_tokens = 0, n_tokens
+    m.out = &out[0, 0]
+    m.out_stride = n_rows
+    with nogil:
+        if w.layout == PHI_LAYOUT_PANELS:
+            kernels.matmul_packed[w.type](&m)
+        else:
+            kernels.matmul[w.type](&m)
+    return y
+
+
+def rms_norm(const float[::1] x not None, const float[::1] weight not None, float eps, tier=None):
+    """Return x / sqrt(mean(x^2) + eps) * weight, float32 [n]."""
+    cdef const phi_kernels *kernels = _kernels(tier)
+    if x.shape[0] != weight.shape[0] or x.shape[0] == 0:
+        raise ValueError("x and weight differ in length, or are empty")
+    y = np.empty(x.shape[0], np.float32)
+    cdef float[::1] view = y
+    kernels.rms_norm(&x[0], &weight[0], x.shape[0], eps, &view[0])
+    return y
+
+
+def silu_mul(const float[::1] gate not None, const float[::1] up not None, tier=None):
+    """Return silu(gate) * up, float32 [n]."""
+    cdef const phi_kernels *kernels = _kernels(tier)
+    if gate.shape[0] != up.shape[0] or gate.shape[0] == 0:
+        raise ValueError("gate and up differ in length, or are empty")
+    y = np.empty(gate.shape[0], np.float32)
+    cdef float[::1] view = y
+    kernels.silu_mul(&gate[0], &up[0], gate.shape[0], &view[0])
+    return y
+
+
+def attention(const float[:, :, ::1] q not None, const float[:, ::1] k not None, const float[:, ::1] v not None,
+              int last, int window, float scale, tier=None):
+    """Return softmax(scale * q @ k.T) @ v over the positions that each token sees: float32, shaped as q.
+
+    q is [n_tokens, n_queries, head_dim], at positions last, last + 1, ...; k and v are [n_positions, head_dim] of one
+    key/value head. A token sees `window` positions, itself included (0: all). Keys and values are stored in half
+    precision, in pages that lie in reverse order; what is not stored is NaN.
+    """
+    cdef const phi_kernels *kernels = _kernels(tier)
+    cdef int n = <int>k.shape[0], head_dim = <int>k.shape[1], n_pages = (n + PHI_PAGE_TOKENS - 1) // PHI_PAGE_TOKENS
+    if not (0 < q.shape[0] <= PHI_ATTENTION_ROWS and 0 <= last and last + q.shape[0] <= n and q.shape[1] > 0
+            and q.shape[2] == v.shape[1] == head_dim and v.shape[0] == n and head_dim > 0 and head_dim % 2 == 0):
+        raise ValueError("the shapes of q, k and v do not fit")
+    cdef size_t page_bytes = phi_page_head_bytes(head_dim)
+    cdef uint8_t[::1] pages = np.full(n_pages * page_bytes, 0xff, np.uint8)
+    cdef int32_t[::1] table = np.arange(n_pages - 1, -1, -1, dtype=np.int32)
+    cdef int p
+    for p in range(n):
+        kernels.store_kv(&k[p, 0], &v[p, 0], head_dim, p % PHI_PAGE_TOKENS,
+                         <uint16_t *>&pages[table[p // PHI_PAGE_TOKENS] * page_bytes])
+    cdef float[:, :, ::1] out = np.empty(np.shape(q), np.float32)
+    cdef phi_attention a
+    a.q = &q[0, 0, 0]
+    a.n_tokens, a.n_queries, a.head_dim = <int>q.shape[0], <int>q.shape[1], head_dim
+    a.token_stride = a.n_queries * head_dim
+    a.pages = &pages[0]
+    a.page_bytes = page_bytes
+    a.page_table = &table[0]
+    a.last, a.window, a.scale = last, window, scale
+    a.scores_stride = phi_scores_stride(n)
+    cdef float[::1] scores = np.empty(PHI_ATTENTION_ROWS * a.scores_stride, np.float32)
+    a.scores = &scores[0]
+    a.out = &out[0, 0, 0]
+    with nogil:
+        kernels.attention(&a)
+    return np.asarray(out)
