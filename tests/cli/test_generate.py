@@ -143,5 +143,6 @@ def test_a_closed_pipe_is_no_traceback(model: Path, endless: list[str]) -> None:
 
 
 def test_smollm2_writes_english(smollm2_path: Path) -> None:
-    done = run_cli("generate", "-m", smollm2_path, *GREEDY, "--raw", "--max-tokens", "6", "The capital of France is the city of")
+    prompt = "The capital of France is the city of"
+    done = run_cli("generate", "-m", smollm2_path, *GREEDY, "--raw", "--max-tokens", "6", prompt)
     assert "Paris" in done.stdout

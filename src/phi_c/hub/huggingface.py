@@ -1,5 +1,6 @@
 """Models on the Hugging Face hub, through its own client with its cache and its environment variables."""
 
+import hashlib
 import logging
 import re
 from collections.abc import Iterator
@@ -67,7 +68,10 @@ def _download(wanted: HubFile, *, progress: bool) -> Path:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     where = f"{wanted.repo}/{wanted.file}" + (f"@{wanted.revision}" if wanted.revision else "")
     try:
+        _fetch_blob(wanted)
         return Path(huggingface_hub.hf_hub_download(wanted.repo, wanted.file, revision=wanted.revision))
+    except DownloadError:
+        raise
     except errors.GatedRepoError:
         raise DownloadError(f"{wanted.repo} is gated: accept its terms on the hub and set HF_TOKEN") from None
     except errors.RepositoryNotFoundError:
@@ -98,6 +102,51 @@ def _download(wanted: HubFile, *, progress: bool) -> Path:
         raise DownloadError(
             f"{where} could not be downloaded: {_line(error)}; the next try goes on from here"
         ) from None
+
+
+def _fetch_blob(wanted: HubFile) -> None:
+    """Bring a file's content into the client's cache, going on where an interrupted download stopped.
+
+    The client itself begins anew (since its pull request 4228). It takes a blob that is there as its own.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url  # noqa: PLC0415
+    from huggingface_hub.file_download import http_get, repo_folder_name  # noqa: PLC0415
+    from huggingface_hub.utils import WeakFileLock, build_hf_headers  # noqa: PLC0415
+
+    url = hf_hub_url(wanted.repo, wanted.file, revision=wanted.revision)
+    metadata = get_hf_file_metadata(url)
+    if metadata.etag is None or metadata.size is None:
+        return
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=wanted.repo, repo_type="model") / "blobs"
+    blob, partial = folder / metadata.etag, folder / f"{metadata.etag}.phi-c.incomplete"
+    folder.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(folder / f"{metadata.etag}.phi-c.lock"):
+        if blob.exists():
+            return
+        with partial.open("ab") as file:
+            http_get(
+                url,
+                file,
+                resume_size=file.tell(),
+                headers=build_hf_headers(),
+                expected_size=metadata.size,
+                displayed_filename=Path(wanted.file).name,
+            )
+        _check_digest(partial, metadata.etag)
+        partial.replace(blob)
+
+
+def _check_digest(path: Path, etag: str) -> None:
+    """Compare a large file's sha256, which is its etag on the hub; raises DownloadError and removes the file."""
+    if re.fullmatch(r"[0-9a-f]{64}", etag) is None:
+        return  # a small file: its etag is a git hash
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != etag:
+        path.unlink()
+        raise DownloadError(f"what was downloaded has the wrong sha256, {digest.hexdigest()}: try again")
 
 
 def cached_files() -> Iterator[tuple[str, Path, int]]:
