@@ -3,6 +3,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import disjoint_base
 
 class TensorType(NamedTuple):
     name: str
@@ -42,6 +43,7 @@ def attention(
     tier: str | None = None,
 ) -> npt.NDArray[np.float32]: ...
 
+@disjoint_base
 class Matrix:
     def __init__(self, type_id: int, n_rows: int, n_cols: int, data: npt.NDArray[np.uint8]) -> None: ...
     def packed(self, tier: str | None = None) -> Matrix: ...
@@ -50,6 +52,7 @@ class Matrix:
     @property
     def shape(self) -> tuple[int, int]: ...
 
+@disjoint_base
 class Model:
     # config: model.config.ModelConfig, weights: model.weights.Weights; named loosely, for imports go down
     def __init__(
@@ -63,6 +66,7 @@ class Model:
     def packed_bytes(self) -> int: ...
     def close(self) -> None: ...
 
+@disjoint_base
 class KvCache:
     def __init__(self, model: Model, n_pages: int) -> None: ...
     @property
@@ -70,6 +74,7 @@ class KvCache:
     @property
     def page_bytes(self) -> int: ...
 
+@disjoint_base
 class CancelFlag:
     def set(self) -> None: ...
     def clear(self) -> None: ...

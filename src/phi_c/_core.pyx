@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, freethreading_compatible=False
+# cython: language_level=3, boundscheck=False, wraparound=False, auto_pickle=False, freethreading_compatible=False
 """The only boundary to C: buffers and sizes are checked here, then the engine in csrc/ trusts them."""
 
 import threading
