@@ -4,7 +4,8 @@
  * broadcast from memory, one conversion, one product with the scales of the 16 rows. A few tokens take the lines from
  * registers; for many, 256 columns of two panels are unpacked to the first-level cache once, and six tokens at a time
  * pass over them. A token's sum is built in the same order either way.
- * Bound: few: reading the panel, prefetched 2 KiB ahead; many: eleven vector instructions for 512 products. */
+ * Bound: few: reading the panel, asked for 2 KiB ahead and evenly, since bursts stall; many: eleven vector instructions
+ * for 512 products. */
 #include "avx512.h"
 
 #include <immintrin.h>
@@ -157,8 +158,9 @@ INLINE void lines_q6_k(const void *unit, int sub_block, __m512i *q) {
     const int half = sub_block / 4, quarter = sub_block % 4;
     const __m512i bits45 = _mm512_set1_epi8(48);
     for (int i = 0; i < LINES; i++) {
-        const __m512i low = nibbles_of(u->lines[half * 16 + quarter % 2 * 8 + i], quarter / 2);
-        const __m512i high = load_line(u->high[half * 8 + i]);
+        const __m512i high = load_line(u->halves[half].first[i].high);
+        const uint8_t *line = quarter % 2 ? u->halves[half].second[i] : u->halves[half].first[i].low;
+        const __m512i low = nibbles_of(line, quarter / 2);
         const __m512i top =
             quarter < 2 ? _mm512_slli_epi16(high, 4 - 2 * quarter) : _mm512_srli_epi16(high, 2 * quarter - 4);
         q[i] = _mm512_or_si512(low, _mm512_and_si512(top, bits45));
@@ -212,11 +214,11 @@ INLINE void multiply_few(const format f, const uint8_t *panel, const phi_matmul 
     for (int t = 0; t < n_tokens; t++) total[t] = _mm512_setzero_ps();
     for (size_t b = 0; b < a.n_blocks; b += (size_t)f.sub_blocks, panel += f.unit_bytes) {
         groups g;
-        prefetch(panel + PREFETCH_BYTES, f.unit_bytes);
         f.unpack_groups(panel, &g);
         UNROLL for (int j = 0; j < f.sub_blocks; j++) {
-            const size_t block = b + (size_t)j;
+            const size_t block = b + (size_t)j, part = f.unit_bytes / (size_t)f.sub_blocks;
             __m512i q[LINES];
+            prefetch(panel + PREFETCH_BYTES + (size_t)j * part, part);
             f.unpack_lines(panel, j, q);
             UNROLL for (int t = 0; t < n_tokens; t++) {
                 const int8_t *x = a.x + (size_t)t * a.n_cols + block * PHI_Q8_BLOCK;

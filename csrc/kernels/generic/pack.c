@@ -69,8 +69,13 @@ static void pack_block_q6_k(const void *block, int row, void *unit) {
     phi_panel_q6_k *u = unit;
     u->d[row] = b->d;
     pack_bytes(b->scales, sizeof b->scales, row, u->scales);
-    pack_lines(b->ql, sizeof b->ql, row, u->lines);
-    pack_lines(b->qh, sizeof b->qh, row, u->high);
+    for (size_t h = 0; h < 2; h++) {
+        for (size_t i = 0; i < 8; i++) {
+            memcpy(&u->halves[h].first[i].high[4 * row], b->qh + 32 * h + 4 * i, 4);
+            memcpy(&u->halves[h].first[i].low[4 * row], b->ql + 64 * h + 4 * i, 4);
+        }
+        pack_lines(b->ql + 64 * h + 32, 32, row, u->halves[h].second);
+    }
 }
 
 #define PHI_DEFINE(type)                                                                                  \

@@ -36,11 +36,16 @@ typedef struct {
     uint8_t lines[32][64];
 } phi_panel_q5_k;
 
+/* In the order in which a product reads it: the memory's own prefetchers follow one ascending stream, and lose two. */
 typedef struct {
-    uint8_t lines[32][64]; /* of ql */
-    uint8_t high[16][64];  /* of qh */
-    int8_t scales[16][16];
     uint16_t d[16];
+    int8_t scales[16][16];
+    struct {
+        struct {
+            uint8_t high[64], low[64]; /* line i of the half's qh, and of its first 32 bytes of ql */
+        } first[8];
+        uint8_t second[8][64]; /* lines of its other 32 bytes of ql */
+    } halves[2];
 } phi_panel_q6_k;
 
 void phi_pack_q4_0(const uint8_t *rows, size_t row_bytes, uint8_t *panel);
