@@ -310,17 +310,22 @@ cdef class Model:
         return matrix.matrix
 
     def close(self):
-        """Stop the threads; running the model afterwards raises ModelClosedError."""
+        """Stop the threads and free the packed weights; running the model afterwards raises ModelClosedError."""
         with self.lock:
             phi_pool_free(self.model.pool)
             self.model.pool = NULL
             self.keep = []
+            self._unmap()
+
+    cdef void _unmap(self) noexcept:
+        if self.panels != NULL:
+            phi_unmap(self.panels, self.packed_bytes)
+            self.panels = NULL
 
     def __dealloc__(self):
         phi_pool_free(self.model.pool)
         free(self.layers)
-        if self.panels != NULL:
-            phi_unmap(self.panels, self.packed_bytes)
+        self._unmap()
 
 
 cdef class KvCache:
