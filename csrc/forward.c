@@ -68,6 +68,19 @@ static void quantize(const phi_kernels *k, const phi_activations *x, int token, 
                    x->block_sums + at / PHI_Q8_BLOCK);
 }
 
+/* A whole row as products of many tokens take it, where they do. */
+static void quantize_wide(const phi_kernels *k, const phi_activations *x, int token) {
+    const size_t n_cols = (size_t)x->n_cols;
+    if (!x->wide) return;
+    k->quantize_wide(x->f32 + (size_t)token * n_cols, n_cols, phi_wide_of(x, token),
+                     x->wide_scales + (size_t)token * n_cols / PHI_WIDE_BLOCK);
+}
+
+static void quantize_row(const phi_kernels *k, const phi_activations *x, int token) {
+    quantize(k, x, token, 0, (size_t)x->n_cols);
+    quantize_wide(k, x, token);
+}
+
 static void multiply(const forward *f, const phi_matrix *w, int first_row, int n_rows, const phi_activations *x,
                      int n_tokens, float *out, size_t out_stride) {
     const size_t row_bytes = phi_row_bytes(w->type, (size_t)w->n_cols);
@@ -116,7 +129,7 @@ static void norm(worker *w, const float *weight) {
     FOR_EACH_TASK(w, t, f->batch->n_tokens) {
         model->kernels->rms_norm(f->residual + (size_t)t * n_embd, weight, n_embd, model->rms_eps,
                                  f->normed.f32 + (size_t)t * n_embd);
-        quantize(model->kernels, &f->normed, t, 0, n_embd);
+        quantize_row(model->kernels, &f->normed, t);
     }
     end_phase(w);
 }
@@ -196,7 +209,7 @@ static void attend(worker *w, int layer) {
         model->kernels->attention(&a);
     }
     end_phase(w);
-    FOR_EACH_TASK(w, t, f->batch->n_tokens) quantize(model->kernels, &f->attended, t, 0, q_dim);
+    FOR_EACH_TASK(w, t, f->batch->n_tokens) quantize_row(model->kernels, &f->attended, t);
     end_phase(w);
 }
 
@@ -235,6 +248,10 @@ static void gate(worker *w, const phi_layer *l) {
         }
     }
     end_phase(w);
+    if (!f->inner.wide) return;
+    /* A task has too few columns for a wide block. */
+    FOR_EACH_TASK(w, t, n_tokens) quantize_wide(kernels, &f->inner, t);
+    end_phase(w);
 }
 
 static void write_logits(worker *w) {
@@ -245,7 +262,7 @@ static void write_logits(worker *w) {
     FOR_EACH_TASK(w, i, batch->n_logit_rows) {
         model->kernels->rms_norm(f->residual + (size_t)batch->logit_rows[i] * n_embd, model->output_norm, n_embd,
                                  model->rms_eps, f->normed.f32 + (size_t)i * n_embd);
-        quantize(model->kernels, &f->normed, i, 0, n_embd);
+        quantize_row(model->kernels, &f->normed, i);
     }
     end_phase(w);
     FOR_EACH_TASK(w, task, batch->n_logit_rows ? chunks(model->n_vocab) : 0) {
@@ -290,8 +307,9 @@ static void *allot(arena *a, size_t n_bytes) {
     return p;
 }
 
-static phi_activations allot_activations(arena *a, size_t n_tokens, int n_cols) {
+static phi_activations allot_activations(arena *a, const phi_kernels *k, size_t n_tokens, int n_cols) {
     const size_t n = n_tokens * (size_t)n_cols;
+    const bool wide = k->quantize_wide && n_tokens > (size_t)k->few_tokens && n_cols % PHI_WIDE_BLOCK == 0;
     return (phi_activations){
         .n_cols = n_cols,
         .f32 = allot(a, n * sizeof(float)),
@@ -299,6 +317,8 @@ static phi_activations allot_activations(arena *a, size_t n_tokens, int n_cols) 
         .scales = allot(a, n / PHI_Q8_BLOCK * sizeof(float)),
         .sums = allot(a, n / PHI_SUM_BLOCK * sizeof(float)),
         .block_sums = allot(a, n / PHI_Q8_BLOCK * sizeof(float)),
+        .wide = wide ? allot(a, phi_n_wide_tokens(n_tokens) * (size_t)n_cols) : NULL,
+        .wide_scales = wide ? allot(a, n / PHI_WIDE_BLOCK * sizeof(float)) : NULL,
     };
 }
 
@@ -323,9 +343,9 @@ static void lay_out(forward *f, arena *a) {
     f->q = allot(a, n_tokens * (size_t)q_dim * sizeof(float));
     f->cos = allot(a, n_tokens * (size_t)model->rope_dims / 2 * sizeof(float));
     f->sin = allot(a, n_tokens * (size_t)model->rope_dims / 2 * sizeof(float));
-    f->normed = allot_activations(a, n_tokens, model->n_embd);
-    f->attended = allot_activations(a, n_tokens, q_dim);
-    f->inner = allot_activations(a, n_tokens, model->n_ffn);
+    f->normed = allot_activations(a, model->kernels, n_tokens, model->n_embd);
+    f->attended = allot_activations(a, model->kernels, n_tokens, q_dim);
+    f->inner = allot_activations(a, model->kernels, n_tokens, model->n_ffn);
     f->runs = allot(a, n_tokens * sizeof *f->runs);
     f->scratch = allot(a, (size_t)phi_pool_size(model->pool) * f->scratch_floats * sizeof(float));
 }
