@@ -317,7 +317,7 @@ static phi_activations allot_activations(arena *a, const phi_kernels *k, size_t 
         .scales = allot(a, n / PHI_Q8_BLOCK * sizeof(float)),
         .sums = allot(a, n / PHI_SUM_BLOCK * sizeof(float)),
         .block_sums = allot(a, n / PHI_Q8_BLOCK * sizeof(float)),
-        .wide = wide ? allot(a, phi_n_wide_tokens(n_tokens) * (size_t)n_cols) : NULL,
+        .wide = wide ? allot(a, phi_wide_bytes(n_tokens, (size_t)n_cols)) : NULL,
         .wide_scales = wide ? allot(a, n / PHI_WIDE_BLOCK * sizeof(float)) : NULL,
     };
 }

@@ -13,6 +13,7 @@ enum {
     PHI_Q8_BLOCK = 32,    /* activations that share a scale */
     PHI_SUM_BLOCK = 16,   /* activations whose sum is kept: the smallest sub-block of a weight type */
     PHI_WIDE_BLOCK = 256, /* wide activations that share a scale */
+    PHI_WIDE_STEPS = 254, /* steps of the low part of a wide activation in one of the high part */
     PHI_TILE_TOKENS = 16, /* tokens and columns of a tile of wide activations */
     PHI_TILE_COLS = 64,
     PHI_KV_GROUP = 16,      /* positions that lie side by side in a key page */
@@ -28,22 +29,22 @@ typedef struct {
     float *scales;     /* [n_tokens, n_cols / PHI_Q8_BLOCK]: x = scale * q8 */
     float *sums;       /* [n_tokens, n_cols / PHI_SUM_BLOCK]: scale * sum of q8 over the sub-block */
     float *block_sums; /* [n_tokens, n_cols / PHI_Q8_BLOCK]: the same over the block */
-    /* The same once more for products of many tokens; NULL where the tier has no quantize_wide, n_cols is no multiple
-     * of PHI_WIDE_BLOCK, or the tokens are few. */
-    int8_t *wide; /* tiles [n_wide_tokens / PHI_TILE_TOKENS, n_cols / PHI_TILE_COLS, PHI_TILE_TOKENS, PHI_TILE_COLS] */
+    /* The same once more for products of many tokens, in two parts: x = scale * (high + low / PHI_WIDE_STEPS). NULL
+     * where the tier has no quantize_wide, n_cols is no multiple of PHI_WIDE_BLOCK, or the tokens are few. */
+    int8_t *wide;       /* [n_tokens / PHI_TILE_TOKENS (rounded up), 2, n_cols / PHI_TILE_COLS] tiles of
+                           [PHI_TILE_TOKENS, PHI_TILE_COLS]; tokens that fill up may hold anything */
     float *wide_scales; /* [n_tokens, n_cols / PHI_WIDE_BLOCK] */
 } phi_activations;
 
-/* Products take wide activations in pairs of tiles: tokens are filled up to this with anything. */
-static inline size_t phi_n_wide_tokens(size_t n_tokens) {
-    const size_t pair = 2 * PHI_TILE_TOKENS;
-    return (n_tokens + pair - 1) / pair * pair;
+static inline size_t phi_wide_bytes(size_t n_tokens, size_t n_cols) {
+    return (n_tokens + PHI_TILE_TOKENS - 1) / PHI_TILE_TOKENS * PHI_TILE_TOKENS * 2 * n_cols;
 }
 
-/* Where the wide activations of a token begin: PHI_TILE_COLS of them, the next ones in the next tile. */
+/* Where the wide activations of a token begin: PHI_TILE_COLS of the high part, the next ones in the next tile. The low
+ * part is PHI_TILE_TOKENS * n_cols further on. */
 static inline int8_t *phi_wide_of(const phi_activations *x, int token) {
-    const size_t tile_row = (size_t)token / PHI_TILE_TOKENS, row = (size_t)token % PHI_TILE_TOKENS;
-    return x->wide + tile_row * PHI_TILE_TOKENS * (size_t)x->n_cols + row * PHI_TILE_COLS;
+    const size_t row = (size_t)token % PHI_TILE_TOKENS;
+    return x->wide + phi_wide_bytes((size_t)token - row, (size_t)x->n_cols) + row * PHI_TILE_COLS;
 }
 
 /* out[t, r] = dot(row r of the weights, activations of token t) */
@@ -97,8 +98,8 @@ struct phi_kernels {
     void (*matmul_packed[PHI_N_TYPES])(const phi_matmul *m); /* n_rows is a multiple of 16 */
     /* x [n] -> q8 [n], scales [n / 32], sums [n / 16], block_sums [n / 32]; n is a multiple of 32 */
     void (*quantize_q8)(const float *x, size_t n, int8_t *q8, float *scales, float *sums, float *block_sums);
-    /* x [n] -> tiles, as phi_wide_of, and scales [n / 256]; n is a multiple of 256. NULL: no product takes them. */
-    void (*quantize_wide)(const float *x, size_t n, int8_t *tiles, float *scales);
+    /* x [n_cols] -> wide activations from phi_wide_of on, scales [n_cols / 256]. NULL: no product takes them. */
+    void (*quantize_wide)(const float *x, size_t n_cols, int8_t *wide, float *scales);
     /* y = x / rms(x) * weight */
     void (*rms_norm)(const float *x, const float *weight, size_t n, float eps, float *y);
     /* x [head_dim] in place; cos, sin [rope_dims / 2] */

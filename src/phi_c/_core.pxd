@@ -35,7 +35,7 @@ cdef extern from "phi.h":
         void (*matmul_packed[32])(const phi_matmul *m) noexcept nogil
         void (*quantize_q8)(const float *x, size_t n, int8_t *q8, float *scales, float *sums,
                             float *block_sums) noexcept nogil
-        void (*quantize_wide)(const float *x, size_t n, int8_t *tiles, float *scales) noexcept nogil
+        void (*quantize_wide)(const float *x, size_t n_cols, int8_t *wide, float *scales) noexcept nogil
         void (*rms_norm)(const float *x, const float *weight, size_t n, float eps, float *y) noexcept nogil
         void (*silu_mul)(const float *gate, const float *up, size_t n, float *y) noexcept nogil
         void (*store_kv)(const float *k, const float *v, int head_dim, int slot, uint16_t *page) noexcept nogil
@@ -146,7 +146,7 @@ cdef extern from "kernels.h":
     const int PHI_ATTENTION_ROWS
     size_t phi_page_head_bytes(int head_dim)
     size_t phi_scores_stride(int n_seen)
-    size_t phi_n_wide_tokens(size_t n_tokens)
+    size_t phi_wide_bytes(size_t n_tokens, size_t n_cols)
     int8_t *phi_wide_of(const phi_activations *x, int token)
 
 cdef extern from "dispatch.h":

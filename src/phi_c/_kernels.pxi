@@ -48,7 +48,7 @@ def matmul(Matrix weights not None, const float[:, ::1] x not None, tier=None):
     cdef float[:, ::1] wide_scales
     cdef int t
     if kernels.quantize_wide != NULL and n_cols % PHI_WIDE_BLOCK == 0 and n_tokens > kernels.few_tokens:
-        wide = np.full(phi_n_wide_tokens(n_tokens) * n_cols, 127, np.int8)  # tokens that fill up may hold anything
+        wide = np.full(phi_wide_bytes(n_tokens, n_cols), 127, np.int8)  # tokens that fill up may hold anything
         wide_scales = np.empty((n_tokens, n_cols // PHI_WIDE_BLOCK), np.float32)
         a.wide, a.wide_scales = &wide[0], &wide_scales[0, 0]
         for t in range(n_tokens):

@@ -3,11 +3,11 @@
  * Idea: 256 columns of a row are requantised to int8 with one scale, bound / 127; the bound on |scale * q - min| needs
  * no scan, for it is reached at the ends of q. Minima and the scales of sub-blocks are gone then, and K = 256 stays in
  * int32: four products a tile. A weight is off by at most 1/2 + (half its quants + 1) / 512 of that scale: its own
- * rounding, and that of its factors to 1/256. Panels are unpacked once for all tokens; two panels by 32 tokens fill
- * four tiles of sums, which are scaled and added to the output while the products of the next block run. The sums of a
- * (row, token) pair are built in one order, whatever else is in the call.
- * Bound: 16 products of 16 cycles a block of 32 x 32 x 256, 3300 GMAC/s at 3.2 GHz, with 64 conversions and FMAs beside
- * them; unpacking, some 800 instructions for 256 columns of a panel, is not hidden. */
+ * rounding, and that of its factors to 1/256. Panels are unpacked once for all tokens; two panels by the high and low
+ * parts of 16 tokens fill four tiles of sums, which are scaled and added to the output while the products of the next
+ * block run. The sums of a (row, token) pair are built in one order, whatever else is in the call.
+ * Bound: 16 products of 16 cycles a block of 32 rows, 16 tokens, 256 columns, 1650 GMAC/s at 3.2 GHz, with 64
+ * conversions and FMAs beside them; unpacking, some 800 instructions for 256 columns of a panel, is not hidden. */
 #include "amx.h"
 
 #include "../avx512/avx512.h"
@@ -20,7 +20,6 @@ enum {
     STEPS = PHI_WIDE_BLOCK / PHI_TILE_COLS, /* products of a tile */
     TILE_BYTES = PHI_TILE_TOKENS * PHI_TILE_COLS,
     PANELS = 4, /* unpacked at a time: 16 KiB, so that two pairs take the activations from the first-level cache */
-    TOKENS = 2 * PHI_TILE_TOKENS,
 };
 
 /* 256 columns of a panel: w = scale * line's byte. */
@@ -87,9 +86,9 @@ INLINE void requantise(const format f, int half_quant, const uint8_t *unit, bloc
     }
 }
 
-/* Sums of two panels and 32 tokens, on their way to the output. */
+/* Sums of two panels and 16 tokens, on their way to the output. */
 typedef struct {
-    const __m512i *sums; /* [2 tiles of tokens, 2 panels, 16 tokens] vectors of 16 rows */
+    const __m512i *sums; /* [2 parts, 2 panels, 16 tokens] vectors of 16 rows */
     __m512 scale[2];     /* by panel */
     int n_panels, n_tokens;
     const float *x_scales; /* [n_tokens, x_stride] */
@@ -101,45 +100,41 @@ typedef struct {
 
 INLINE void finish_token(const pending *p, int token) {
     if (token >= p->n_tokens) return;
-    const __m512i *sums = p->sums + token / PHI_TILE_TOKENS * 2 * PHI_TILE_TOKENS + token % PHI_TILE_TOKENS;
     const __m512 x_scale = _mm512_set1_ps(p->x_scales[(size_t)token * p->x_stride]);
     float *out = p->out + (size_t)token * p->out_stride;
     for (int i = 0; i < p->n_panels; i++) {
         const __m512 scale = _mm512_mul_ps(p->scale[i], x_scale);
         const __m512 total = _mm512_maskz_loadu_ps(p->keep, out + i * ROWS);
-        const __m512 sum = _mm512_cvtepi32_ps(sums[i * PHI_TILE_TOKENS]);
+        const __m512 high = _mm512_cvtepi32_ps(p->sums[i * PHI_TILE_TOKENS + token]);
+        const __m512 low = _mm512_cvtepi32_ps(p->sums[(2 + i) * PHI_TILE_TOKENS + token]);
+        const __m512 sum = _mm512_fmadd_ps(low, _mm512_set1_ps(1.0f / (float)PHI_WIDE_STEPS), high);
         _mm512_storeu_ps(out + i * ROWS, _mm512_fmadd_ps(sum, scale, total));
     }
 }
 
-INLINE void finish_two(const pending *p, int token) {
-    finish_token(p, token);
-    finish_token(p, token + 1);
-}
-
-/* sums = 32 tokens of x times n_panels of w, and beside it the end of the block before. n_panels is a constant where
- * this is inlined; x_pitch: bytes from a tile of 16 tokens to the next 16. */
-INLINE void multiply_block(const int8_t *x, size_t x_pitch, const block *w, int n_panels, __m512i *sums,
+/* sums = both parts of 16 tokens times n_panels of w, and beside it the end of the block before. n_panels is a constant
+ * where this is inlined. */
+INLINE void multiply_block(const int8_t *high, const int8_t *low, const block *w, int n_panels, __m512i *sums,
                            const pending *before) {
     phi_tile_zero(0);
     phi_tile_zero(1);
     phi_tile_zero(2);
     phi_tile_zero(3);
     UNROLL for (int i = 0; i < STEPS; i++) {
-        phi_tile_load(4, x + i * TILE_BYTES, PHI_TILE_COLS);
+        phi_tile_load(4, high + i * TILE_BYTES, PHI_TILE_COLS);
         phi_tile_load(6, w[0].lines + i * ROWS, PHI_TILE_COLS);
         phi_tile_multiply(0, 4, 6);
-        finish_two(before, 8 * i);
+        finish_token(before, 4 * i);
         if (n_panels > 1) {
             phi_tile_load(7, w[1].lines + i * ROWS, PHI_TILE_COLS);
             phi_tile_multiply(1, 4, 7);
         }
-        finish_two(before, 8 * i + 2);
-        phi_tile_load(5, x + x_pitch + i * TILE_BYTES, PHI_TILE_COLS);
+        finish_token(before, 4 * i + 1);
+        phi_tile_load(5, low + i * TILE_BYTES, PHI_TILE_COLS);
         phi_tile_multiply(2, 5, 6);
-        finish_two(before, 8 * i + 4);
+        finish_token(before, 4 * i + 2);
         if (n_panels > 1) phi_tile_multiply(3, 5, 7);
-        finish_two(before, 8 * i + 6);
+        finish_token(before, 4 * i + 3);
     }
     phi_tile_store(0, sums, 64);
     phi_tile_store(2, sums + 2 * PHI_TILE_TOKENS, 64);
@@ -151,12 +146,11 @@ INLINE void multiply_block(const int8_t *x, size_t x_pitch, const block *w, int 
 
 static void multiply_panels(requantise_fn requantise_unit, const phi_matmul *m, int first_row, int n_panels) {
     const size_t n_cols = (size_t)m->n_cols, n_units = n_cols / PHI_WIDE_BLOCK, panel_bytes = ROWS * m->row_bytes;
-    const size_t unit_bytes = panel_bytes / n_units, x_pitch = PHI_TILE_TOKENS * n_cols;
+    const size_t unit_bytes = panel_bytes / n_units;
     const uint8_t *panels = m->rows + (size_t)first_row * m->row_bytes;
-    const int8_t *x = phi_wide_of(m->x, m->first_token);
     const float *x_scales = m->x->wide_scales + (size_t)m->first_token * n_units;
     block w[PANELS];
-    __m512i sums[2][2 * TOKENS];
+    __m512i sums[2][4 * PHI_TILE_TOKENS];
     pending before = {.n_tokens = 0};
     int turn = 0;
     for (size_t unit = 0; unit < n_units; unit++) {
@@ -167,19 +161,20 @@ static void multiply_panels(requantise_fn requantise_unit, const phi_matmul *m, 
             for (size_t b = 0; b < unit_bytes; b += 64) _mm_prefetch((const char *)at + unit_bytes + b, _MM_HINT_T0);
         }
         phi_tiles_fence(w);
-        for (int t = 0; t < m->n_tokens; t += TOKENS) {
-            const int8_t *tiles = x + (size_t)t * n_cols + unit * STEPS * TILE_BYTES;
+        for (int t = 0; t < m->n_tokens; t += PHI_TILE_TOKENS) {
+            const int8_t *high = phi_wide_of(m->x, m->first_token + t) + unit * STEPS * TILE_BYTES;
+            const int8_t *low = high + PHI_TILE_TOKENS * n_cols;
             for (int i = 0; i < n_panels; i += 2, turn ^= 1) {
                 const bool pair = i + 1 < n_panels;
                 if (pair)
-                    multiply_block(tiles, x_pitch, &w[i], 2, sums[turn], &before);
+                    multiply_block(high, low, &w[i], 2, sums[turn], &before);
                 else
-                    multiply_block(tiles, x_pitch, &w[i], 1, sums[turn], &before);
+                    multiply_block(high, low, &w[i], 1, sums[turn], &before);
                 before = (pending){
                     .sums = sums[turn],
                     .scale = {w[i].scale, w[pair ? i + 1 : i].scale},
                     .n_panels = pair ? 2 : 1,
-                    .n_tokens = m->n_tokens - t < TOKENS ? m->n_tokens - t : TOKENS,
+                    .n_tokens = m->n_tokens - t < PHI_TILE_TOKENS ? m->n_tokens - t : PHI_TILE_TOKENS,
                     .x_scales = x_scales + (size_t)t * n_units + unit,
                     .x_stride = n_units,
                     .out = m->out + (size_t)t * m->out_stride + first_row + i * ROWS,
@@ -189,11 +184,11 @@ static void multiply_panels(requantise_fn requantise_unit, const phi_matmul *m, 
             }
         }
     }
-    for (int t = 0; t < TOKENS; t++) finish_token(&before, t);
+    for (int t = 0; t < PHI_TILE_TOKENS; t++) finish_token(&before, t);
 }
 
 static void matmul(requantise_fn requantise_unit, void (*few)(const phi_matmul *), const phi_matmul *m) {
-    if (m->n_tokens <= PHI_AMX_FEW_TOKENS || !m->x->wide || m->first_token % TOKENS != 0) {
+    if (m->n_tokens <= PHI_AMX_FEW_TOKENS || !m->x->wide || m->first_token % PHI_TILE_TOKENS != 0) {
         few(m);
         return;
     }
