@@ -67,8 +67,12 @@ INLINE void requantise(const format f, int half_quant, const uint8_t *unit, bloc
     w->scale = _mm512_fmadd_ps(bound, _mm512_set1_ps(1.0f / 127.0f), poison);
     const __mmask16 some = _mm512_cmp_ps_mask(bound, zero, _CMP_GT_OQ);
     const __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(127.0f * 256.0f), bound);
+    const size_t part = f.unit_bytes / (size_t)f.sub_blocks;
     UNROLL for (int j = 0; j < SUB_BLOCKS; j++) {
         __m512i q[LINES];
+        /* The next 256 columns, a part at a time, as bursts stall; behind a panel's last ones follows the next panel.
+         */
+        prefetch(unit + (size_t)(SUB_BLOCKS + j) * part, part);
         f.unpack_lines(unit + (size_t)(j / f.sub_blocks) * f.unit_bytes, j % f.sub_blocks, q);
         UNROLL for (int k = 0; k < f.groups_per_block; k++) {
             const int group = j * f.groups_per_block + k, n_lines = LINES / f.groups_per_block;
@@ -157,8 +161,6 @@ static void multiply_panels(requantise_fn requantise_unit, const phi_matmul *m, 
         for (int i = 0; i < n_panels; i++) {
             const uint8_t *at = panels + (size_t)i * panel_bytes + unit * unit_bytes;
             requantise_unit(at, &w[i]);
-            /* Behind a panel's last unit follows the next panel: no address is too far for a prefetch. */
-            for (size_t b = 0; b < unit_bytes; b += 64) _mm_prefetch((const char *)at + unit_bytes + b, _MM_HINT_T0);
         }
         phi_tiles_fence(w);
         for (int t = 0; t < m->n_tokens; t += PHI_TILE_TOKENS) {

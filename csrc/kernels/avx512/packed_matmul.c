@@ -45,10 +45,6 @@ INLINE __m512 accumulate(__m512 total, __m512i dot, __m512 scale, __m512 x_scale
     return _mm512_fnmadd_ps(min, x_sum, total);
 }
 
-INLINE void prefetch(const uint8_t *bytes, size_t n_bytes) {
-    for (size_t i = 0; i < n_bytes; i += 64) _mm_prefetch((const char *)bytes + i, _MM_HINT_T0);
-}
-
 /* ---- few tokens: straight from the panel ---- */
 
 /* n_tokens is a constant where this is inlined. */

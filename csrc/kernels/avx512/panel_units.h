@@ -42,6 +42,10 @@ INLINE __m512 from_u8(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_
 INLINE __m512 from_i8(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); }
 INLINE __m128i load_16_bytes(const void *bytes) { return _mm_loadu_si128((const __m128i *)bytes); }
 
+INLINE void prefetch(const uint8_t *bytes, size_t n_bytes) {
+    for (size_t i = 0; i < n_bytes; i += 64) _mm_prefetch((const char *)bytes + i, _MM_HINT_T0);
+}
+
 /* ---- blocks of 32 ---- */
 
 INLINE void unpack_nibbles_32(const uint8_t (*lines)[64], __m512i *q) {
