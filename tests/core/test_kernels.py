@@ -181,6 +181,12 @@ def test_wide_products(shape: tuple[int, int, int], name: str, tier: str) -> Non
 
 
 @pytest.mark.parametrize(("tier", "name"), WIDE)
+def test_every_weight_of_a_wide_product(name: str, tier: str) -> None:
+    """One column a token: no sum hides what a weight, or its place, is off by."""
+    check_wide_product(name, random_rows(name, 48, 256, np.random.default_rng(11)), np.eye(256, dtype=np.float32), tier)
+
+
+@pytest.mark.parametrize(("tier", "name"), WIDE)
 def test_wide_products_do_not_depend_on_what_is_beside(name: str, tier: str) -> None:
     rng = np.random.default_rng(6)
     rows, x = random_rows(name, 112, 512, rng), spiky(70, 512, rng)
