@@ -1,8 +1,10 @@
 /* One forward pass of a batch: every thread of the pool walks through the same phases, takes tasks from a shared
  * counter within each, and waits for the others before the next.
  *
- * A layer:   norm | q, k, v by head, rotated, keys and values stored | attention by token and head | quantise |
- *            output projection | norm | gate, up and their product | quantise, if wide | down projection */
+ * A layer:   norm, and q, k, v by head, rotated, keys and values stored | attention by token and head | output
+ *            projection | norm, and gate, up and their product | down projection
+ * Few tokens are normed by every thread for itself, which takes less time than to meet; many by all together.
+ * Where products take wide activations, inputs of the output and the down projection become such in phases before. */
 #include "phi.h"
 
 #include <math.h>
@@ -12,7 +14,10 @@
 #include "kv_cache.h"
 #include "threads.h"
 
-enum { CHUNK_ROWS = 64 }; /* rows of a weight matrix a task; a multiple of PHI_Q8_BLOCK */
+enum {
+    CHUNK_ROWS = 64, /* rows of a weight matrix a task, at most; a multiple of PHI_Q8_BLOCK */
+    FEW_TOKENS = 4,  /* normed by every thread for itself */
+};
 
 /* Tokens at consecutive positions of one sequence, at most PHI_ATTENTION_ROWS of them. */
 typedef struct {
@@ -23,10 +28,11 @@ typedef struct {
     const phi_model *model;
     const phi_kv *kv;
     const phi_batch *batch;
-    float *residual;          /* [n_tokens, n_embd] */
-    float *q;                 /* [n_tokens, n_heads * head_dim] */
-    float *cos, *sin;         /* [n_tokens, rope_dims / 2] */
-    phi_activations normed;   /* [n_tokens, n_embd] */
+    float *residual;         /* [n_tokens, n_embd] */
+    float *q;                /* [n_tokens, n_heads * head_dim] */
+    float *cos, *sin;        /* [n_tokens, rope_dims / 2] */
+    phi_activations *normed; /* [n_norms] of [n_tokens, n_embd]: one for all threads, or one each */
+    int n_norms;
     phi_activations attended; /* [n_tokens, n_heads * head_dim] */
     phi_activations inner;    /* [n_tokens, n_ffn] */
     token_run *runs;          /* [n_runs] */
@@ -46,7 +52,6 @@ typedef struct {
 
 static int max_int(int a, int b) { return a > b ? a : b; }
 static int min_int(int a, int b) { return a < b ? a : b; }
-static int chunks(int n_rows) { return (n_rows + CHUNK_ROWS - 1) / CHUNK_ROWS; }
 static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 static int take_task(const worker *w) { return atomic_fetch_add(&w->f->next_task[w->phase % 3], 1); }
@@ -76,9 +81,11 @@ static void quantize_wide(const phi_kernels *k, const phi_activations *x, int to
                      x->wide_scales + (size_t)token * n_cols / PHI_WIDE_BLOCK);
 }
 
-static void quantize_row(const phi_kernels *k, const phi_activations *x, int token) {
-    quantize(k, x, token, 0, (size_t)x->n_cols);
-    quantize_wide(k, x, token);
+/* The same for all rows, as a phase: for activations whose tasks have too few columns for a wide block. */
+static void quantize_all_wide(worker *w, const phi_activations *x) {
+    if (!x->wide) return;
+    FOR_EACH_TASK(w, t, w->f->batch->n_tokens) quantize_wide(w->f->model->kernels, x, t);
+    end_phase(w);
 }
 
 static void multiply(const forward *f, const phi_matrix *w, int first_row, int n_rows, const phi_activations *x,
@@ -122,16 +129,26 @@ static void embed(worker *w) {
     end_phase(w);
 }
 
-static void norm(worker *w, const float *weight) {
-    const forward *f = w->f;
+static void norm_row(const forward *f, int residual_row, const float *weight, const phi_activations *normed, int row) {
     const phi_model *model = f->model;
     const size_t n_embd = (size_t)model->n_embd;
-    FOR_EACH_TASK(w, t, f->batch->n_tokens) {
-        model->kernels->rms_norm(f->residual + (size_t)t * n_embd, weight, n_embd, model->rms_eps,
-                                 f->normed.f32 + (size_t)t * n_embd);
-        quantize_row(model->kernels, &f->normed, t);
+    model->kernels->rms_norm(f->residual + (size_t)residual_row * n_embd, weight, n_embd, model->rms_eps,
+                             normed->f32 + (size_t)row * n_embd);
+    quantize(model->kernels, normed, row, 0, n_embd);
+    quantize_wide(model->kernels, normed, row);
+}
+
+/* Norms n_rows rows of the residual: row i is rows[i], or i where rows is NULL. Returns where the thread finds them. */
+static const phi_activations *norm(worker *w, const float *weight, int n_rows, const int32_t *rows) {
+    const forward *f = w->f;
+    const phi_activations *normed = &f->normed[f->n_norms == 1 ? 0 : w->thread];
+    if (f->n_norms > 1) {
+        for (int i = 0; i < n_rows; i++) norm_row(f, rows ? rows[i] : i, weight, normed, i);
+    } else {
+        FOR_EACH_TASK(w, i, n_rows) norm_row(f, rows ? rows[i] : i, weight, normed, i);
+        end_phase(w);
     }
-    end_phase(w);
+    return normed;
 }
 
 static void rotate(const forward *f, float *heads, size_t stride) {
@@ -162,18 +179,19 @@ static void project_heads(worker *w, int layer) {
     const phi_layer *l = &model->layers[layer];
     const int head_dim = model->head_dim, n_tokens = f->batch->n_tokens;
     const size_t q_dim = (size_t)model->n_heads * (size_t)head_dim;
+    const phi_activations *normed = norm(w, l->attn_norm, n_tokens, NULL);
     float *k = f->scratch + (size_t)w->thread * f->scratch_floats;
     float *v = k + (size_t)n_tokens * (size_t)head_dim;
     FOR_EACH_TASK(w, task, model->n_kv_heads + model->n_heads) {
         if (task < model->n_kv_heads) {
-            multiply(f, &l->wk, task * head_dim, head_dim, &f->normed, n_tokens, k, (size_t)head_dim);
-            multiply(f, &l->wv, task * head_dim, head_dim, &f->normed, n_tokens, v, (size_t)head_dim);
+            multiply(f, &l->wk, task * head_dim, head_dim, normed, n_tokens, k, (size_t)head_dim);
+            multiply(f, &l->wv, task * head_dim, head_dim, normed, n_tokens, v, (size_t)head_dim);
             rotate(f, k, (size_t)head_dim);
             store(f, layer, task, k, v);
         } else {
             const int head = task - model->n_kv_heads;
             float *q = f->q + (size_t)head * (size_t)head_dim;
-            multiply(f, &l->wq, head * head_dim, head_dim, &f->normed, n_tokens, q, q_dim);
+            multiply(f, &l->wq, head * head_dim, head_dim, normed, n_tokens, q, q_dim);
             rotate(f, q, q_dim);
         }
     }
@@ -185,11 +203,13 @@ static void attend(worker *w, int layer) {
     const phi_model *model = f->model;
     const int n_queries = model->n_heads / model->n_kv_heads;
     const size_t q_dim = (size_t)model->n_heads * (size_t)model->head_dim;
+    const size_t group_dim = (size_t)n_queries * (size_t)model->head_dim;
+    const bool whole_blocks = group_dim % PHI_Q8_BLOCK == 0; /* of the row, for each task */
     FOR_EACH_TASK(w, task, f->n_runs * model->n_kv_heads) {
         /* The last run of a prompt sees the most: it goes first. */
         const token_run *run = &f->runs[f->n_runs - 1 - task / model->n_kv_heads];
         const int kv_head = task % model->n_kv_heads;
-        const size_t at = (size_t)run->first * q_dim + (size_t)(kv_head * n_queries) * (size_t)model->head_dim;
+        const size_t first_col = (size_t)kv_head * group_dim, at = (size_t)run->first * q_dim + first_col;
         const phi_attention a = {
             .q = f->q + at,
             .n_tokens = run->n_tokens,
@@ -207,19 +227,31 @@ static void attend(worker *w, int layer) {
             .out = f->attended.f32 + at,
         };
         model->kernels->attention(&a);
+        for (int t = run->first; whole_blocks && t < run->first + run->n_tokens; t++)
+            quantize(model->kernels, &f->attended, t, first_col, group_dim);
     }
     end_phase(w);
-    FOR_EACH_TASK(w, t, f->batch->n_tokens) quantize_row(model->kernels, &f->attended, t);
+    quantize_all_wide(w, &f->attended);
+    if (whole_blocks) return;
+    FOR_EACH_TASK(w, t, f->batch->n_tokens) quantize(model->kernels, &f->attended, t, 0, q_dim);
     end_phase(w);
 }
+
+/* Cuts n_rows into tasks: at least eight for each thread where that leaves whole blocks, so that none waits for long.
+ */
+static int chunk_rows(const forward *f, int n_rows) {
+    return n_rows / CHUNK_ROWS >= 8 * phi_pool_size(f->model->pool) ? CHUNK_ROWS : PHI_Q8_BLOCK;
+}
+static int n_chunks(int n_rows, int chunk) { return (n_rows + chunk - 1) / chunk; }
 
 /* residual += x @ matrix.T */
 static void project_back(worker *w, const phi_matrix *matrix, const phi_activations *x) {
     const forward *f = w->f;
     const size_t n_embd = (size_t)f->model->n_embd;
     float *out = f->scratch + (size_t)w->thread * f->scratch_floats;
-    FOR_EACH_TASK(w, task, chunks(matrix->n_rows)) {
-        const int first = task * CHUNK_ROWS, n_rows = min_int(CHUNK_ROWS, matrix->n_rows - first);
+    const int chunk = chunk_rows(f, matrix->n_rows);
+    FOR_EACH_TASK(w, task, n_chunks(matrix->n_rows, chunk)) {
+        const int first = task * chunk, n_rows = min_int(chunk, matrix->n_rows - first);
         multiply(f, matrix, first, n_rows, x, f->batch->n_tokens, out, CHUNK_ROWS);
         for (int t = 0; t < f->batch->n_tokens; t++) {
             f->model->kernels->add(out + (size_t)t * CHUNK_ROWS, (size_t)n_rows,
@@ -236,10 +268,12 @@ static void gate(worker *w, const phi_layer *l) {
     const int n_tokens = f->batch->n_tokens, n_ffn = f->model->n_ffn;
     float *gates = f->scratch + (size_t)w->thread * f->scratch_floats;
     float *ups = gates + (size_t)n_tokens * CHUNK_ROWS;
-    FOR_EACH_TASK(w, task, chunks(n_ffn)) {
-        const int first = task * CHUNK_ROWS, n_rows = min_int(CHUNK_ROWS, n_ffn - first);
-        multiply(f, &l->gate, first, n_rows, &f->normed, n_tokens, gates, CHUNK_ROWS);
-        multiply(f, &l->up, first, n_rows, &f->normed, n_tokens, ups, CHUNK_ROWS);
+    const phi_activations *normed = norm(w, l->ffn_norm, n_tokens, NULL);
+    const int chunk = chunk_rows(f, n_ffn);
+    FOR_EACH_TASK(w, task, n_chunks(n_ffn, chunk)) {
+        const int first = task * chunk, n_rows = min_int(chunk, n_ffn - first);
+        multiply(f, &l->gate, first, n_rows, normed, n_tokens, gates, CHUNK_ROWS);
+        multiply(f, &l->up, first, n_rows, normed, n_tokens, ups, CHUNK_ROWS);
         for (int t = 0; t < n_tokens; t++) {
             const size_t at = (size_t)t * CHUNK_ROWS;
             float *y = f->inner.f32 + (size_t)t * (size_t)n_ffn + (size_t)first;
@@ -248,26 +282,19 @@ static void gate(worker *w, const phi_layer *l) {
         }
     }
     end_phase(w);
-    if (!f->inner.wide) return;
-    /* A task has too few columns for a wide block. */
-    FOR_EACH_TASK(w, t, n_tokens) quantize_wide(kernels, &f->inner, t);
-    end_phase(w);
+    quantize_all_wide(w, &f->inner);
 }
 
 static void write_logits(worker *w) {
     const forward *f = w->f;
     const phi_model *model = f->model;
     const phi_batch *batch = f->batch;
-    const size_t n_embd = (size_t)model->n_embd;
-    FOR_EACH_TASK(w, i, batch->n_logit_rows) {
-        model->kernels->rms_norm(f->residual + (size_t)batch->logit_rows[i] * n_embd, model->output_norm, n_embd,
-                                 model->rms_eps, f->normed.f32 + (size_t)i * n_embd);
-        quantize_row(model->kernels, &f->normed, i);
-    }
-    end_phase(w);
-    FOR_EACH_TASK(w, task, batch->n_logit_rows ? chunks(model->n_vocab) : 0) {
-        const int first = task * CHUNK_ROWS, n_rows = min_int(CHUNK_ROWS, model->n_vocab - first);
-        multiply(f, &model->output, first, n_rows, &f->normed, batch->n_logit_rows, batch->logits + first,
+    if (batch->n_logit_rows == 0) return;
+    const phi_activations *normed = norm(w, model->output_norm, batch->n_logit_rows, batch->logit_rows);
+    const int chunk = chunk_rows(f, model->n_vocab);
+    FOR_EACH_TASK(w, task, n_chunks(model->n_vocab, chunk)) {
+        const int first = task * chunk, n_rows = min_int(chunk, model->n_vocab - first);
+        multiply(f, &model->output, first, n_rows, normed, batch->n_logit_rows, batch->logits + first,
                  (size_t)model->n_vocab);
     }
 }
@@ -279,13 +306,11 @@ static void run(void *context, int thread) {
     embed(&w);
     for (int layer = 0; layer < model->n_layers; layer++) {
         const phi_layer *l = &model->layers[layer];
-        norm(&w, l->attn_norm);
         /* Read after a barrier that follows the write, so that all threads leave at the same place. */
         if (atomic_load(&f->stop)) return;
         project_heads(&w, layer);
         attend(&w, layer);
         project_back(&w, &l->wo, &f->attended);
-        norm(&w, l->ffn_norm);
         gate(&w, l);
         if (thread == 0 && f->batch->poll && f->batch->poll(f->batch->poll_context)) atomic_store(&f->stop, true);
         project_back(&w, &l->down, &f->inner);
@@ -328,6 +353,7 @@ static void lay_out(forward *f, arena *a) {
     const phi_batch *batch = f->batch;
     /* The final norm reuses the activations of the batch for its logit rows, which may repeat a token. */
     const size_t n_tokens = (size_t)max_int(batch->n_tokens, batch->n_logit_rows);
+    const int n_threads = phi_pool_size(model->pool);
     const int q_dim = model->n_heads * model->head_dim;
 
     int longest = 0;
@@ -343,11 +369,16 @@ static void lay_out(forward *f, arena *a) {
     f->q = allot(a, n_tokens * (size_t)q_dim * sizeof(float));
     f->cos = allot(a, n_tokens * (size_t)model->rope_dims / 2 * sizeof(float));
     f->sin = allot(a, n_tokens * (size_t)model->rope_dims / 2 * sizeof(float));
-    f->normed = allot_activations(a, model->kernels, n_tokens, model->n_embd);
+    f->n_norms = n_tokens <= FEW_TOKENS ? n_threads : 1;
+    f->normed = allot(a, (size_t)f->n_norms * sizeof *f->normed);
+    for (int i = 0; i < f->n_norms; i++) {
+        const phi_activations normed = allot_activations(a, model->kernels, n_tokens, model->n_embd);
+        if (a->memory) f->normed[i] = normed;
+    }
     f->attended = allot_activations(a, model->kernels, n_tokens, q_dim);
     f->inner = allot_activations(a, model->kernels, n_tokens, model->n_ffn);
     f->runs = allot(a, n_tokens * sizeof *f->runs);
-    f->scratch = allot(a, (size_t)phi_pool_size(model->pool) * f->scratch_floats * sizeof(float));
+    f->scratch = allot(a, (size_t)n_threads * f->scratch_floats * sizeof(float));
 }
 
 static void find_runs(forward *f) {
