@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nox
 
-nox.options.sessions = ["lint", "types", "tests", "sanitize"]
+nox.options.sessions = ["lint", "types", "tests", "sanitize", "emulate_amx"]
 nox.options.default_venv_backend = "venv"
 C_SOURCES = sorted(str(p) for p in Path("csrc").rglob("*.[ch]"))
 PYTHON = ["src", "tests", "benchmarks", "noxfile.py"]
@@ -57,3 +57,17 @@ def sanitize(session: nox.Session) -> None:
             "PATH": os.environ["PATH"],
         },
     )
+
+
+@nox.session
+def emulate_amx(session: nox.Session) -> None:
+    """Kernels and forward passes of the amx tier, its tiles emulated in plain C."""
+    # A build folder of its own: CMake would remember the option for the next build.
+    session.install(
+        *("-C", "cmake.define.PHI_EMULATE_AMX=ON", "-C", "cmake.define.PHI_WARNINGS_AS_ERRORS=ON"),
+        *("-C", "build-dir=build/emulate_amx", ".[test]"),
+    )
+    tiers = session.run("python", "-c", "from phi_c import _core; print(*_core.tiers())", silent=True)
+    if "amx" not in str(tiers).split():
+        session.skip("everything but the tiles runs natively: this machine lacks AVX-512 VNNI")
+    session.run("pytest", *(session.posargs or ["tests/core", "-k", "amx"]))

@@ -1,3 +1,4 @@
+#define _DEFAULT_SOURCE /* syscall */
 /* CPUID leaves 1, 7.0 and 7.1 (Intel SDM volume 2A), and XCR0 for the register state that the system saves. */
 #include "cpu.h"
 
@@ -12,6 +13,10 @@
 #include <intrin.h>
 #else
 #include <cpuid.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 #endif
 
@@ -84,6 +89,23 @@ const phi_cpu *phi_cpu_detect(void) {
         detected = true;
     }
     return &cpu;
+}
+
+bool phi_cpu_request_tiles(void) {
+#if defined(PHI_X86) && defined(__linux__) && defined(SYS_arch_prctl)
+    /* ARCH_REQ_XCOMP_PERM for XTILEDATA (Linux, Documentation/arch/x86/xstate.rst). Threads, those that run already
+     * too, and forked children share the answer; kernels before 5.16 refuse, and so do a signal stack that is too small
+     * for the tiles and some sandboxes. */
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    static bool asked, granted;
+    if (!asked) {
+        granted = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+        asked = true;
+    }
+    return granted;
+#else
+    return true; /* other systems save what XCR0 says without being asked */
+#endif
 }
 
 const char *phi_cpu_features(void) {

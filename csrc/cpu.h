@@ -12,5 +12,7 @@ typedef struct {
 } phi_cpu;
 
 const phi_cpu *phi_cpu_detect(void);
+/* Asks the system once for the use of AMX tile registers in this process; whether it grants it. */
+bool phi_cpu_request_tiles(void);
 
 #endif

@@ -16,17 +16,32 @@ static bool avx512_available(void) {
     return avx2_available() && c->avx512f && c->avx512bw && c->avx512vl && c->avx512dq && c->avx512vnni;
 }
 #endif
+#ifdef PHI_HAVE_AMX
+static bool amx_available(void) {
+#ifdef PHI_EMULATE_AMX
+    return avx512_available();
+#else
+    const phi_cpu *c = phi_cpu_detect();
+    return avx512_available() && c->amx_tile && c->amx_int8 && phi_cpu_request_tiles();
+#endif
+}
+#endif
 
 typedef struct {
     const phi_kernels *own;
     bool (*available)(void);
+    bool automatic; /* chosen when no tier is named */
 } tier;
 
 static const tier tiers[] = {
-    {&phi_kernels_scalar, scalar_available},
+    {&phi_kernels_scalar, scalar_available, true},
 #ifdef PHI_HAVE_AVX2
-    {&phi_kernels_avx2, avx2_available},
-    {&phi_kernels_avx512, avx512_available},
+    {&phi_kernels_avx2, avx2_available, true},
+    {&phi_kernels_avx512, avx512_available, true},
+#endif
+#ifdef PHI_HAVE_AMX
+    /* Only on request: its arithmetic was checked in emulation, its speed was never measured on hardware. */
+    {&phi_kernels_amx, amx_available, false},
 #endif
 };
 enum { N_TIERS = sizeof tiers / sizeof tiers[0] };
@@ -64,6 +79,7 @@ static void resolve(int last, phi_kernels *table) {
     for (int i = 1; i <= last; i++) {
         const phi_kernels *own = tiers[i].own;
         table->name = own->name;
+        INHERIT(few_tokens);
         for (int t = 0; t < PHI_N_TYPES; t++) {
             INHERIT(dequantize[t]);
             INHERIT(matmul[t]);
@@ -71,6 +87,7 @@ static void resolve(int last, phi_kernels *table) {
             INHERIT(matmul_packed[t]);
         }
         INHERIT(quantize_q8);
+        INHERIT(quantize_wide);
         INHERIT(rms_norm);
         INHERIT(rope[PHI_ROPE_NEOX]);
         INHERIT(rope[PHI_ROPE_NORM]);
@@ -88,7 +105,7 @@ phi_status phi_select_kernels(const char *name, const phi_kernels **kernels) {
         i = find_tier(name);
         if (i < 0 || !tiers[i].available()) return PHI_NO_SUCH_TIER;
     } else {
-        while (!tiers[i].available()) i--; /* scalar always is */
+        while (!tiers[i].automatic || !tiers[i].available()) i--; /* scalar always is */
     }
     /* Once: a model that is running reads its table. Callers hold the interpreter's lock. */
     if (!tables[i].name) resolve(i, &tables[i]);

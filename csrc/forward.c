@@ -3,7 +3,8 @@
  *
  * A layer:   norm, and q, k, v by head, rotated, keys and values stored | attention by token and head | output
  *            projection | norm, and gate, up and their product | down projection
- * Few tokens are normed by every thread for itself, which takes less time than to meet; many by all together. */
+ * Few tokens are normed by every thread for itself, which takes less time than to meet; many by all together.
+ * Where products take wide activations, inputs of the output and the down projection become such in phases before. */
 #include "phi.h"
 
 #include <math.h>
@@ -72,6 +73,21 @@ static void quantize(const phi_kernels *k, const phi_activations *x, int token, 
                    x->block_sums + at / PHI_Q8_BLOCK);
 }
 
+/* A whole row as products of many tokens take it, where they do. */
+static void quantize_wide(const phi_kernels *k, const phi_activations *x, int token) {
+    const size_t n_cols = (size_t)x->n_cols;
+    if (!x->wide) return;
+    k->quantize_wide(x->f32 + (size_t)token * n_cols, n_cols, phi_wide_of(x, token),
+                     x->wide_scales + (size_t)token * n_cols / PHI_WIDE_BLOCK);
+}
+
+/* The same for all rows, as a phase: for activations whose tasks have too few columns for a wide block. */
+static void quantize_all_wide(worker *w, const phi_activations *x) {
+    if (!x->wide) return;
+    FOR_EACH_TASK(w, t, w->f->batch->n_tokens) quantize_wide(w->f->model->kernels, x, t);
+    end_phase(w);
+}
+
 static void multiply(const forward *f, const phi_matrix *w, int first_row, int n_rows, const phi_activations *x,
                      int n_tokens, float *out, size_t out_stride) {
     const size_t row_bytes = phi_row_bytes(w->type, (size_t)w->n_cols);
@@ -119,6 +135,7 @@ static void norm_row(const forward *f, int residual_row, const float *weight, co
     model->kernels->rms_norm(f->residual + (size_t)residual_row * n_embd, weight, n_embd, model->rms_eps,
                              normed->f32 + (size_t)row * n_embd);
     quantize(model->kernels, normed, row, 0, n_embd);
+    quantize_wide(model->kernels, normed, row);
 }
 
 /* Norms n_rows rows of the residual: row i is rows[i], or i where rows is NULL. Returns where the thread finds them. */
@@ -214,6 +231,7 @@ static void attend(worker *w, int layer) {
             quantize(model->kernels, &f->attended, t, first_col, group_dim);
     }
     end_phase(w);
+    quantize_all_wide(w, &f->attended);
     if (whole_blocks) return;
     FOR_EACH_TASK(w, t, f->batch->n_tokens) quantize(model->kernels, &f->attended, t, 0, q_dim);
     end_phase(w);
@@ -264,6 +282,7 @@ static void gate(worker *w, const phi_layer *l) {
         }
     }
     end_phase(w);
+    quantize_all_wide(w, &f->inner);
 }
 
 static void write_logits(worker *w) {
@@ -313,8 +332,9 @@ static void *allot(arena *a, size_t n_bytes) {
     return p;
 }
 
-static phi_activations allot_activations(arena *a, size_t n_tokens, int n_cols) {
+static phi_activations allot_activations(arena *a, const phi_kernels *k, size_t n_tokens, int n_cols) {
     const size_t n = n_tokens * (size_t)n_cols;
+    const bool wide = k->quantize_wide && n_tokens > (size_t)k->few_tokens && n_cols % PHI_WIDE_BLOCK == 0;
     return (phi_activations){
         .n_cols = n_cols,
         .f32 = allot(a, n * sizeof(float)),
@@ -322,6 +342,8 @@ static phi_activations allot_activations(arena *a, size_t n_tokens, int n_cols) 
         .scales = allot(a, n / PHI_Q8_BLOCK * sizeof(float)),
         .sums = allot(a, n / PHI_SUM_BLOCK * sizeof(float)),
         .block_sums = allot(a, n / PHI_Q8_BLOCK * sizeof(float)),
+        .wide = wide ? allot(a, phi_wide_bytes(n_tokens, (size_t)n_cols)) : NULL,
+        .wide_scales = wide ? allot(a, n / PHI_WIDE_BLOCK * sizeof(float)) : NULL,
     };
 }
 
@@ -350,11 +372,11 @@ static void lay_out(forward *f, arena *a) {
     f->n_norms = n_tokens <= FEW_TOKENS ? n_threads : 1;
     f->normed = allot(a, (size_t)f->n_norms * sizeof *f->normed);
     for (int i = 0; i < f->n_norms; i++) {
-        const phi_activations normed = allot_activations(a, n_tokens, model->n_embd);
+        const phi_activations normed = allot_activations(a, model->kernels, n_tokens, model->n_embd);
         if (a->memory) f->normed[i] = normed;
     }
-    f->attended = allot_activations(a, n_tokens, q_dim);
-    f->inner = allot_activations(a, n_tokens, model->n_ffn);
+    f->attended = allot_activations(a, model->kernels, n_tokens, q_dim);
+    f->inner = allot_activations(a, model->kernels, n_tokens, model->n_ffn);
     f->runs = allot(a, n_tokens * sizeof *f->runs);
     f->scratch = allot(a, (size_t)n_threads * f->scratch_floats * sizeof(float));
 }

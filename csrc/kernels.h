@@ -3,15 +3,19 @@
  * A tier fills the slots that it does better and leaves the rest NULL; dispatch.c inherits those from the tier below.
  * Kernels take const inputs and caller-owned outputs; they neither allocate, start threads, nor fail.
  * Every kernel computes one (row, token) pair with the same operations in the same order however many rows and tokens
- * it is given: a batch gives the same bits as its tokens one by one. */
+ * it is given: a batch gives the same bits as its tokens one by one, up to the tier's few_tokens. */
 #ifndef PHI_KERNELS_H
 #define PHI_KERNELS_H
 
 #include "phi.h"
 
 enum {
-    PHI_Q8_BLOCK = 32,      /* activations that share a scale */
-    PHI_SUM_BLOCK = 16,     /* activations whose sum is kept: the smallest sub-block of a weight type */
+    PHI_Q8_BLOCK = 32,    /* activations that share a scale */
+    PHI_SUM_BLOCK = 16,   /* activations whose sum is kept: the smallest sub-block of a weight type */
+    PHI_WIDE_BLOCK = 256, /* wide activations that share a scale */
+    PHI_WIDE_STEPS = 254, /* steps of the low part of a wide activation in one of the high part */
+    PHI_TILE_TOKENS = 16, /* tokens and columns of a tile of wide activations */
+    PHI_TILE_COLS = 64,
     PHI_KV_GROUP = 16,      /* positions that lie side by side in a key page */
     PHI_ATTENTION_ROWS = 8, /* (token, query head) pairs whose scores are held at a time, and tokens a call */
     PHI_ALIGN_BYTES = 64,
@@ -25,7 +29,23 @@ typedef struct {
     float *scales;     /* [n_tokens, n_cols / PHI_Q8_BLOCK]: x = scale * q8 */
     float *sums;       /* [n_tokens, n_cols / PHI_SUM_BLOCK]: scale * sum of q8 over the sub-block */
     float *block_sums; /* [n_tokens, n_cols / PHI_Q8_BLOCK]: the same over the block */
+    /* The same once more for products of many tokens, in two parts: x = scale * (high + low / PHI_WIDE_STEPS). NULL
+     * where the tier has no quantize_wide, n_cols is no multiple of PHI_WIDE_BLOCK, or the tokens are few. */
+    int8_t *wide;       /* [n_tokens / PHI_TILE_TOKENS (rounded up), 2, n_cols / PHI_TILE_COLS] tiles of
+                           [PHI_TILE_TOKENS, PHI_TILE_COLS]; tokens that fill up may hold anything */
+    float *wide_scales; /* [n_tokens, n_cols / PHI_WIDE_BLOCK] */
 } phi_activations;
+
+static inline size_t phi_wide_bytes(size_t n_tokens, size_t n_cols) {
+    return (n_tokens + PHI_TILE_TOKENS - 1) / PHI_TILE_TOKENS * PHI_TILE_TOKENS * 2 * n_cols;
+}
+
+/* Where the wide activations of a token begin: PHI_TILE_COLS of the high part, the next ones in the next tile. The low
+ * part is PHI_TILE_TOKENS * n_cols further on. */
+static inline int8_t *phi_wide_of(const phi_activations *x, int token) {
+    const size_t row = (size_t)token % PHI_TILE_TOKENS;
+    return x->wide + phi_wide_bytes((size_t)token - row, (size_t)x->n_cols) + row * PHI_TILE_COLS;
+}
 
 /* out[t, r] = dot(row r of the weights, activations of token t) */
 typedef struct {
@@ -68,6 +88,8 @@ typedef void (*phi_pack_fn)(const uint8_t *rows, size_t row_bytes, uint8_t *pane
 
 struct phi_kernels {
     const char *name;
+    /* Products of more tokens than these may round otherwise than those of one token do; 0: none does. */
+    int few_tokens;
     /* y[i] = element i of a row of blocks */
     void (*dequantize[PHI_N_TYPES])(const void *row, size_t n, float *y);
     void (*matmul[PHI_N_TYPES])(const phi_matmul *m);
@@ -76,6 +98,8 @@ struct phi_kernels {
     void (*matmul_packed[PHI_N_TYPES])(const phi_matmul *m); /* n_rows is a multiple of 16 */
     /* x [n] -> q8 [n], scales [n / 32], sums [n / 16], block_sums [n / 32]; n is a multiple of 32 */
     void (*quantize_q8)(const float *x, size_t n, int8_t *q8, float *scales, float *sums, float *block_sums);
+    /* x [n_cols] -> wide activations from phi_wide_of on, scales [n_cols / 256]. NULL: no product takes them. */
+    void (*quantize_wide)(const float *x, size_t n_cols, int8_t *wide, float *scales);
     /* y = x / rms(x) * weight */
     void (*rms_norm)(const float *x, const float *weight, size_t n, float eps, float *y);
     /* x [head_dim] in place; cos, sin [rope_dims / 2] */
@@ -92,6 +116,9 @@ extern const phi_kernels phi_kernels_scalar;
 #ifdef PHI_HAVE_AVX2
 extern const phi_kernels phi_kernels_avx2;
 extern const phi_kernels phi_kernels_avx512;
+#endif
+#ifdef PHI_HAVE_AMX
+extern const phi_kernels phi_kernels_amx;
 #endif
 
 /* Bytes of one head in a page: k [PHI_PAGE_TOKENS / 16, head_dim, 16], then v [PHI_PAGE_TOKENS, head_dim]. */

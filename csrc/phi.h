@@ -50,10 +50,11 @@ static inline size_t phi_row_bytes(phi_type type, size_t n_cols) {
 
 typedef struct phi_kernels phi_kernels;
 
-/* The tiers that this build knows, worst first, NULL-terminated; available: this CPU and system can run it. */
+/* The tiers that this build knows, worst first, NULL-terminated; available: this CPU and system can run it, which for
+ * tile registers the process must ask the system. */
 const char *const *phi_tier_names(void);
 bool phi_tier_available(const char *tier);
-/* The table of a tier, the best available one for NULL. */
+/* The table of a tier; for NULL the best available one of those that are chosen without being asked for. */
 phi_status phi_select_kernels(const char *tier, const phi_kernels **kernels);
 /* Comma-separated instruction sets that detection found. */
 const char *phi_cpu_features(void);
@@ -154,7 +155,8 @@ typedef struct {
 
 /* Runs the batch: appends its keys and values to the cache and writes the logits asked for. A token sees the
  * positions before it in its sequence, those of this batch included. A token's result does not depend on what else
- * is in the batch: the bits are the same alone, in a chunk, or among other sequences. */
+ * is in the batch: the bits are the same alone, in a chunk, or among other sequences. (On the amx tier in batches of at
+ * most 16 tokens; larger ones take their products with coarser rounding.) */
 phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batch);
 
 #endif

@@ -29,11 +29,13 @@ cdef extern from "phi.h":
 
     ctypedef struct phi_kernels:
         const char *name
+        int few_tokens
         void (*dequantize[32])(const void *row, size_t n, float *y) noexcept nogil
         void (*matmul[32])(const phi_matmul *m) noexcept nogil
         void (*matmul_packed[32])(const phi_matmul *m) noexcept nogil
         void (*quantize_q8)(const float *x, size_t n, int8_t *q8, float *scales, float *sums,
                             float *block_sums) noexcept nogil
+        void (*quantize_wide)(const float *x, size_t n_cols, int8_t *wide, float *scales) noexcept nogil
         void (*rms_norm)(const float *x, const float *weight, size_t n, float eps, float *y) noexcept nogil
         void (*silu_mul)(const float *gate, const float *up, size_t n, float *y) noexcept nogil
         void (*store_kv)(const float *k, const float *v, int head_dim, int slot, uint16_t *page) noexcept nogil
@@ -115,6 +117,8 @@ cdef extern from "kernels.h":
         float *scales
         float *sums
         float *block_sums
+        int8_t *wide
+        float *wide_scales
     ctypedef struct phi_matmul:
         const uint8_t *rows
         size_t row_bytes
@@ -137,10 +141,13 @@ cdef extern from "kernels.h":
         float *out
     const int PHI_Q8_BLOCK
     const int PHI_SUM_BLOCK
+    const int PHI_WIDE_BLOCK
     const int PHI_KV_GROUP
     const int PHI_ATTENTION_ROWS
     size_t phi_page_head_bytes(int head_dim)
     size_t phi_scores_stride(int n_seen)
+    size_t phi_wide_bytes(size_t n_tokens, size_t n_cols)
+    int8_t *phi_wide_of(const phi_activations *x, int token)
 
 cdef extern from "dispatch.h":
     const char *phi_matmul_tier(const char *tier, phi_type type)

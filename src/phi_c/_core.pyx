@@ -53,7 +53,7 @@ cdef int _type_index(int type_id) except -1:
 
 
 def tiers():
-    """Return the names of the instruction-set tiers that this machine runs, slowest first."""
+    """Return the names of the instruction-set tiers that this machine runs, slowest first; default_tier is among them."""
     names = []
     cdef const char *const *name = phi_tier_names()
     while name[0] != NULL:
@@ -61,6 +61,16 @@ def tiers():
             names.append(name[0].decode())
         name += 1
     return names
+
+
+def default_tier():
+    """Return the tier that is chosen where none is named: the fastest of those that were measured on hardware."""
+    return _kernels(None).name.decode()
+
+
+def few_tokens(tier=None):
+    """Return up to how many tokens a tier's products round as those of one token do; None: always."""
+    return _kernels(tier).few_tokens or None
 
 
 def kernel_table():

@@ -38,7 +38,7 @@ def test_json() -> None:
         "name": machine.cpu_name(),
         "features": _core.cpu_features(),
         "tiers": _core.tiers(),
-        "tier": _core.tiers()[-1],
+        "tier": _core.default_tier(),
         "forced": False,
     }
     assert found["cores"] == {
@@ -88,7 +88,7 @@ def test_tier_that_the_machine_lacks(flags: list[str]) -> None:
 
 
 def test_empty_variable_forces_nothing() -> None:
-    assert doctor.chosen_tier({"PHI_C_ISA": ""}) == doctor.chosen_tier({}) == _core.tiers()[-1]
+    assert doctor.chosen_tier({"PHI_C_ISA": ""}) == doctor.chosen_tier({}) == _core.default_tier()
 
 
 def test_broken_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +100,7 @@ def test_broken_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(result.exception, errors.CacheError)
     found = json.loads(result.stdout)
     assert found["errors"] == ["the cache folder /cache cannot be read"]
-    assert found["cpu"]["tier"] == _core.tiers()[-1]
+    assert found["cpu"]["tier"] == _core.default_tier()
 
 
 def test_little_memory_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:

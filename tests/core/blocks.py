@@ -24,6 +24,24 @@ SCALE_OFFSETS = {
     "Q6_K": (208,),
 }
 
+# Where quants lie in a block, and the bytes that make the least and the largest of them.
+QUANT_BYTES = {
+    "Q4_0": (slice(2, 18), 0x00, 0xFF),
+    "Q4_1": (slice(4, 20), 0x00, 0xFF),
+    "Q8_0": (slice(2, 34), 0x80, 0x7F),
+    "Q4_K": (slice(16, 144), 0x00, 0xFF),
+    "Q5_K": (slice(16, 176), 0x00, 0xFF),
+    "Q6_K": (slice(0, 192), 0x00, 0xFF),
+}
+
+
+def set_quants(rows: Bytes, kind: TensorType, *, largest: bool) -> Bytes:
+    """Return a copy of the rows whose quants are all the largest, or the least, of the type."""
+    where, low, high = QUANT_BYTES[kind.name]
+    blocks = rows.copy().reshape(rows.shape[0], -1, kind.block_bytes)
+    blocks[:, :, where] = high if largest else low
+    return blocks.reshape(rows.shape)
+
 
 def set_scales(rows: Bytes, kind: TensorType, scales: npt.NDArray[np.float16]) -> Bytes:
     """Overwrite every block's scales: rows [n_rows, row_bytes], scales broadcast to [n_rows, n_blocks]."""

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from closeness import nmse
 from forward_helper import Runner
 
 from fuse import fuse_llama_to_phi3
@@ -16,12 +17,6 @@ from tiny_gguf import ALL_TYPES, write_tiny
 Floats = npt.NDArray[np.float32]
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(3, 350, 70)]
 FLOAT_TYPES = ("F32", "F16", "BF16")
-
-
-def nmse(got: Floats, expected: Floats) -> float:
-    """Return the squared error as a share of the squared signal."""
-    error = (got.astype(np.float64) - expected) ** 2
-    return float(error.sum() / (expected.astype(np.float64) ** 2).sum())
 
 
 @pytest.mark.parametrize("tier", _core.tiers())

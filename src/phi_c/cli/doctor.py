@@ -91,12 +91,12 @@ def examine() -> tuple[dict[str, Any], list[PhiError]]:
 
 
 def chosen_tier(environment: Mapping[str, str]) -> str:
-    """Return the tier that models run on: the fastest, or the one that PHI_C_ISA names.
+    """Return the tier that models run on: the default one, or the one that PHI_C_ISA names.
 
     Raises OptionError when this machine lacks it.
     """
     tiers = _core.tiers()
-    wanted = environment.get(TIER_VARIABLE) or tiers[-1]
+    wanted = environment.get(TIER_VARIABLE) or _core.default_tier()
     if wanted not in tiers:
         raise OptionError(f"{TIER_VARIABLE} is {wanted!r}, expected one that this machine runs: {', '.join(tiers)}")
     return wanted

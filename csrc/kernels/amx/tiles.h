@@ -1,0 +1,107 @@
+/* The tile operations that products use: AMX, or the same in plain C on any machine (PHI_EMULATE_AMX).
+ * All eight tiles are 16 rows of 64 bytes: int8 [16, 64] and, as the right factor, [16, 16, 4], or int32 [16, 16].
+ * Numbers of tiles are literals: they end up in the names of registers. */
+#ifndef PHI_AMX_TILES_H
+#define PHI_AMX_TILES_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+typedef struct { /* palette 1 of LDTILECFG (Intel SDM volume 1, chapter 18) */
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t n_rows[16];
+} phi_tile_config;
+
+static inline phi_tile_config phi_tiles_of_64_bytes(void) {
+    phi_tile_config config = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        config.row_bytes[i] = 64;
+        config.n_rows[i] = 16;
+    }
+    return config;
+}
+
+#ifndef PHI_EMULATE_AMX
+
+#include <immintrin.h>
+
+/* The compiler does not see that a tile operation reads memory (gcc), so stores before it need a fence; gcc 12 also
+ * believes that a configuration has 8 bytes. */
+#ifdef _MSC_VER
+#define phi_tiles_fence(memory) _ReadWriteBarrier()
+#else
+#define phi_tiles_fence(memory) __asm__ volatile("" ::"r"(memory) : "memory")
+#endif
+
+static inline void phi_tiles_configure(void) {
+    const phi_tile_config config = phi_tiles_of_64_bytes();
+    phi_tiles_fence(&config);
+    _tile_loadconfig(&config);
+}
+
+#define phi_tiles_release() _tile_release()
+#define phi_tile_zero(tile) _tile_zero(tile)
+#define phi_tile_load(tile, rows, stride_bytes) _tile_loadd(tile, rows, stride_bytes)
+#define phi_tile_store(tile, rows, stride_bytes) _tile_stored(tile, rows, stride_bytes)
+/* sums[m, n] += sum over k of left[m, k] * right[k / 4, n, k % 4] */
+#define phi_tile_multiply(sums, left, right) _tile_dpbssd(sums, left, right)
+
+#else
+
+#include <stdlib.h>
+#include <string.h>
+
+typedef union {
+    int8_t bytes[16][64];
+    int32_t dwords[16][16];
+} phi_tile;
+
+static _Thread_local struct {
+    phi_tile_config config;
+    phi_tile tiles[8];
+} phi_tile_state;
+
+#define phi_tiles_fence(memory) ((void)(memory))
+
+static inline void phi_tiles_configure(void) {
+    memset(&phi_tile_state, 0, sizeof phi_tile_state);
+    phi_tile_state.config = phi_tiles_of_64_bytes();
+}
+
+static inline void phi_tiles_release(void) { memset(&phi_tile_state, 0, sizeof phi_tile_state); }
+
+/* Without a configuration the hardware raises an exception. */
+static inline phi_tile *phi_tile_of(int tile) {
+    if (phi_tile_state.config.palette != 1) abort();
+    return &phi_tile_state.tiles[tile];
+}
+
+static inline void phi_tile_zero(int tile) { memset(phi_tile_of(tile), 0, sizeof(phi_tile)); }
+
+static inline void phi_tile_load(int tile, const void *rows, size_t stride_bytes) {
+    for (size_t i = 0; i < 16; i++) {
+        memcpy(phi_tile_of(tile)->bytes[i], (const uint8_t *)rows + i * stride_bytes, 64);
+    }
+}
+
+static inline void phi_tile_store(int tile, void *rows, size_t stride_bytes) {
+    for (size_t i = 0; i < 16; i++) memcpy((uint8_t *)rows + i * stride_bytes, phi_tile_of(tile)->bytes[i], 64);
+}
+
+static inline void phi_tile_multiply(int sums, int left, int right) {
+    const phi_tile *a = phi_tile_of(left), *b = phi_tile_of(right);
+    phi_tile *c = phi_tile_of(sums);
+    for (int m = 0; m < 16; m++) {
+        for (int k = 0; k < 16; k++) {
+            for (int n = 0; n < 16; n++) {
+                int32_t dot = 0;
+                for (int i = 0; i < 4; i++) dot += a->bytes[m][4 * k + i] * b->bytes[k][4 * n + i];
+                c->dwords[m][n] += dot;
+            }
+        }
+    }
+}
+
+#endif
+#endif

@@ -1,0 +1,180 @@
+/* Units of packed rows (kernels/generic/pack.h) to integers, for the products of the AVX-512 and AMX tiers.
+ * Layout: a line is four columns of 16 rows, one dword a row; eight lines are a sub-block of 32 columns.
+ * Idea: quants become unsigned bytes in the order of the columns; scales and minima, one vector for 16 rows, absorb
+ * their offsets: w = scale * q - min. A type is a `format`, whose functions vanish where it is inlined as a constant.
+ */
+#ifndef PHI_AVX512_PANEL_UNITS_H
+#define PHI_AVX512_PANEL_UNITS_H
+
+#include <immintrin.h>
+
+#include "../generic/pack.h"
+
+#ifdef _MSC_VER
+#define INLINE static __forceinline
+#define UNROLL
+#else
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16") /* shifts need constants, tokens need registers of their own */
+#endif
+
+enum { LINES = 8, MAX_GROUPS = 16 };
+
+/* Scales and minima of the groups of a unit, each for 16 rows: w = scale * q - min. */
+typedef struct {
+    __m512 scale[MAX_GROUPS], min[MAX_GROUPS];
+} groups;
+
+/* What a type is made of; every field is a constant where this is inlined. */
+typedef struct {
+    size_t unit_bytes;
+    int sub_blocks;       /* of 32 columns in a unit */
+    int groups_per_block; /* scales in a sub-block: 1 or 2 */
+    void (*unpack_groups)(const void *unit, groups *g);
+    void (*unpack_lines)(const void *unit, int sub_block, __m512i *q);
+} format;
+
+INLINE __m512 load_16_halves(const uint16_t *h) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)h));
+}
+INLINE __m512i load_line(const uint8_t *line) { return _mm512_loadu_si512((const void *)line); }
+INLINE __m512 from_u8(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)); }
+INLINE __m512 from_i8(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); }
+INLINE __m128i load_16_bytes(const void *bytes) { return _mm_loadu_si128((const __m128i *)bytes); }
+
+INLINE void prefetch(const uint8_t *bytes, size_t n_bytes) {
+    for (size_t i = 0; i < n_bytes; i += 64) _mm_prefetch((const char *)bytes + i, _MM_HINT_T0);
+}
+
+/* ---- blocks of 32 ---- */
+
+INLINE void unpack_nibbles_32(const uint8_t (*lines)[64], __m512i *q) {
+    const __m512i low4 = _mm512_set1_epi8(15);
+    for (int i = 0; i < 4; i++) {
+        const __m512i line = load_line(lines[i]);
+        q[i] = _mm512_and_si512(line, low4);
+        q[i + 4] = _mm512_and_si512(_mm512_srli_epi16(line, 4), low4);
+    }
+}
+
+INLINE void groups_q4_0(const void *unit, groups *g) {
+    const phi_panel_q4_0 *u = unit;
+    g->scale[0] = load_16_halves(u->d);
+    g->min[0] = _mm512_mul_ps(g->scale[0], _mm512_set1_ps(8.0f));
+}
+INLINE void lines_q4_0(const void *unit, int sub_block, __m512i *q) {
+    (void)sub_block;
+    unpack_nibbles_32(((const phi_panel_q4_0 *)unit)->lines, q);
+}
+
+INLINE void groups_q4_1(const void *unit, groups *g) {
+    const phi_panel_q4_1 *u = unit;
+    g->scale[0] = load_16_halves(u->d);
+    g->min[0] = _mm512_sub_ps(_mm512_setzero_ps(), load_16_halves(u->m));
+}
+INLINE void lines_q4_1(const void *unit, int sub_block, __m512i *q) {
+    (void)sub_block;
+    unpack_nibbles_32(((const phi_panel_q4_1 *)unit)->lines, q);
+}
+
+INLINE void groups_q8_0(const void *unit, groups *g) {
+    const phi_panel_q8_0 *u = unit;
+    g->scale[0] = load_16_halves(u->d);
+    g->min[0] = _mm512_mul_ps(g->scale[0], _mm512_set1_ps(128.0f));
+}
+INLINE void lines_q8_0(const void *unit, int sub_block, __m512i *q) {
+    const phi_panel_q8_0 *u = unit;
+    (void)sub_block;
+    for (int i = 0; i < LINES; i++) q[i] = _mm512_xor_si512(load_line(u->lines[i]), _mm512_set1_epi8(-128));
+}
+
+/* ---- blocks of 256 ---- */
+
+/* The 6-bit scales and minima of Q4_K and Q5_K, as phi_unpack_scales_k4, for 16 rows and four sub-blocks at a time. */
+INLINE void groups_k4(const uint8_t (*packed)[16], __m512 d, __m512 dmin, groups *g) {
+    const __m512i a = load_line(packed[0]), b = load_line(packed[4]), c = load_line(packed[8]);
+    const __m512i low4 = _mm512_set1_epi8(15), low6 = _mm512_set1_epi8(63), bits45 = _mm512_set1_epi8(48);
+    const __m512i scales[2] = {
+        _mm512_and_si512(a, low6),
+        _mm512_or_si512(_mm512_and_si512(c, low4), _mm512_and_si512(_mm512_srli_epi16(a, 2), bits45)),
+    };
+    const __m512i mins[2] = {
+        _mm512_and_si512(b, low6),
+        _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(c, 4), low4),
+                        _mm512_and_si512(_mm512_srli_epi16(b, 2), bits45)),
+    };
+    for (int h = 0; h < 2; h++) {
+        g->scale[4 * h] = _mm512_mul_ps(d, from_u8(_mm512_castsi512_si128(scales[h])));
+        g->scale[4 * h + 1] = _mm512_mul_ps(d, from_u8(_mm512_extracti32x4_epi32(scales[h], 1)));
+        g->scale[4 * h + 2] = _mm512_mul_ps(d, from_u8(_mm512_extracti32x4_epi32(scales[h], 2)));
+        g->scale[4 * h + 3] = _mm512_mul_ps(d, from_u8(_mm512_extracti32x4_epi32(scales[h], 3)));
+        g->min[4 * h] = _mm512_mul_ps(dmin, from_u8(_mm512_castsi512_si128(mins[h])));
+        g->min[4 * h + 1] = _mm512_mul_ps(dmin, from_u8(_mm512_extracti32x4_epi32(mins[h], 1)));
+        g->min[4 * h + 2] = _mm512_mul_ps(dmin, from_u8(_mm512_extracti32x4_epi32(mins[h], 2)));
+        g->min[4 * h + 3] = _mm512_mul_ps(dmin, from_u8(_mm512_extracti32x4_epi32(mins[h], 3)));
+    }
+}
+
+/* Even sub-blocks are the low nibbles of their pair's lines, odd ones the high nibbles. */
+INLINE __m512i nibbles_of(const uint8_t *line, int high) {
+    const __m512i q = load_line(line);
+    return _mm512_and_si512(high ? _mm512_srli_epi16(q, 4) : q, _mm512_set1_epi8(15));
+}
+
+INLINE void groups_q4_k(const void *unit, groups *g) {
+    const phi_panel_q4_k *u = unit;
+    groups_k4(u->scales, load_16_halves(u->d), load_16_halves(u->dmin), g);
+}
+INLINE void lines_q4_k(const void *unit, int sub_block, __m512i *q) {
+    const phi_panel_q4_k *u = unit;
+    for (int i = 0; i < LINES; i++) q[i] = nibbles_of(u->lines[sub_block / 2 * 8 + i], sub_block % 2);
+}
+
+INLINE void groups_q5_k(const void *unit, groups *g) {
+    const phi_panel_q5_k *u = unit;
+    groups_k4(u->scales, load_16_halves(u->d), load_16_halves(u->dmin), g);
+}
+INLINE void lines_q5_k(const void *unit, int sub_block, __m512i *q) {
+    const phi_panel_q5_k *u = unit;
+    const __m512i bit4 = _mm512_set1_epi8(16);
+    for (int i = 0; i < LINES; i++) {
+        const __m512i high = load_line(u->high[i]);
+        const __m512i fifth =
+            sub_block < 4 ? _mm512_slli_epi16(high, 4 - sub_block) : _mm512_srli_epi16(high, sub_block - 4);
+        q[i] =
+            _mm512_or_si512(nibbles_of(u->lines[sub_block / 2 * 8 + i], sub_block % 2), _mm512_and_si512(fifth, bit4));
+    }
+}
+
+INLINE void groups_q6_k(const void *unit, groups *g) {
+    const phi_panel_q6_k *u = unit;
+    const __m512 d = load_16_halves(u->d);
+    for (int i = 0; i < 16; i++) {
+        g->scale[i] = _mm512_mul_ps(d, from_i8(load_16_bytes(u->scales[i])));
+        g->min[i] = _mm512_mul_ps(g->scale[i], _mm512_set1_ps(32.0f));
+    }
+}
+INLINE void lines_q6_k(const void *unit, int sub_block, __m512i *q) {
+    const phi_panel_q6_k *u = unit;
+    const int half = sub_block / 4, quarter = sub_block % 4;
+    const __m512i bits45 = _mm512_set1_epi8(48);
+    for (int i = 0; i < LINES; i++) {
+        const __m512i high = load_line(u->halves[half].first[i].high);
+        const uint8_t *line = quarter % 2 ? u->halves[half].second[i] : u->halves[half].first[i].low;
+        const __m512i low = nibbles_of(line, quarter / 2);
+        const __m512i top =
+            quarter < 2 ? _mm512_slli_epi16(high, 4 - 2 * quarter) : _mm512_srli_epi16(high, 2 * quarter - 4);
+        q[i] = _mm512_or_si512(low, _mm512_and_si512(top, bits45));
+    }
+}
+
+#define PHI_FORMAT(type, n_sub_blocks, n_groups) \
+    ((format){sizeof(phi_panel_##type), n_sub_blocks, n_groups, groups_##type, lines_##type})
+#define PHI_FORMAT_q4_0 PHI_FORMAT(q4_0, 1, 1)
+#define PHI_FORMAT_q4_1 PHI_FORMAT(q4_1, 1, 1)
+#define PHI_FORMAT_q8_0 PHI_FORMAT(q8_0, 1, 1)
+#define PHI_FORMAT_q4_k PHI_FORMAT(q4_k, 8, 1)
+#define PHI_FORMAT_q5_k PHI_FORMAT(q5_k, 8, 1)
+#define PHI_FORMAT_q6_k PHI_FORMAT(q6_k, 8, 2)
+
+#endif

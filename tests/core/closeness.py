@@ -1,0 +1,20 @@
+"""How near two results must be on a tier: the same bits, or an error that rounding explains."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from phi_c import _core
+
+
+def nmse(got: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+    """Return the squared error as a share of the squared signal."""
+    error = (got.astype(np.float64) - expected) ** 2
+    return float(error.sum() / (expected.astype(np.float64) ** 2).sum())
+
+
+def rounds_anew(tier: str, n_tokens: int) -> bool:
+    """Return whether products of as many tokens may round otherwise on a tier than those of one token do."""
+    few = _core.few_tokens(tier)
+    return few is not None and n_tokens > few
