@@ -39,7 +39,7 @@ class Plan:
     @property
     def n_ctx(self) -> int:
         """Positions of KV cache that the largest part takes."""
-        deepest = pages_for(max(self.contexts) + 1 + self.n_decode)
+        deepest = pages_for(max(*self.contexts, 1) + self.n_decode)
         widest = max(self.n_seqs) * pages_for(1 + self.n_decode)
         return max(pages_for(self.n_prefill), deepest, widest) * PAGE_TOKENS
 
