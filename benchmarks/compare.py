@@ -62,10 +62,11 @@ def main() -> None:
     found: dict[str, list[Speeds]] = {engine.label: [] for engine in engines}
     for i in range(options.rounds):
         for engine in engines:
-            print(f"round {i + 1} of {options.rounds}: {engine.label}", file=sys.stderr)
             speeds = _measure(engine, task)
             if speeds is not None:
                 found[engine.label].append(speeds)
+                shown = ", ".join(f"{column} {speed:.1f}" for column, speed in speeds.items())
+                print(f"round {i + 1} of {options.rounds}: {engine.label}: {shown}", file=sys.stderr)
     medians = {label: _medians(rounds) for label, rounds in found.items() if rounds}
     if not medians:
         raise SystemExit("compare.py: error: nothing could be measured")
