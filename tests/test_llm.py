@@ -186,7 +186,7 @@ def test_cancelled_from_another_thread(llm: phi_c.LLM) -> None:
 
 
 def n_free(llm: phi_c.LLM) -> int:
-    return llm._engine.scheduler.n_unpromised
+    return llm.engine.scheduler.n_unpromised
 
 
 def test_an_abandoned_stream_gives_its_pages_back(llm: phi_c.LLM) -> None:

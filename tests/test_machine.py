@@ -219,3 +219,13 @@ def test_this_machine_is_plausible() -> None:
     assert 1 <= machine.usable_cores() <= (n_cpus if quota is None else max(1, math.floor(quota)))
     assert 64 * MIB < machine.memory_available() <= machine.memory_total() < 1 << 50
     assert machine.cpu_name() == machine.cpu_name().strip() != ""
+
+
+def test_peak_rss(tmp_path: Path) -> None:
+    before = machine.peak_rss()
+    assert before is not None
+    block = b"x" * (64 << 20)
+    after = machine.peak_rss()
+    assert after is not None
+    assert before + len(block) // 2 < after < machine.memory_total()
+    assert machine.peak_rss(tmp_path) == pytest.approx(after, rel=0.5)  # getrusage, where there is no /proc

@@ -149,7 +149,8 @@ class LLM:
             )
             self.n_batch = n_batch
             n_ctx_orig = self.config.n_ctx_orig if self.config.long_rope else None
-            self._engine = Engine(model, self.n_ctx, n_batch, n_ctx_orig)
+            # Public for tools that serve or measure: it takes sequences of their own.
+            self.engine = Engine(model, self.n_ctx, n_batch, n_ctx_orig)
         except BaseException:
             self._file.close()
             raise
@@ -239,11 +240,11 @@ class LLM:
         ids = self._checked_ids(tokens)
         self._check_fits(len(ids))
         long_rope = self.config.long_rope and len(ids) > self.config.n_ctx_orig
-        return self._engine.logits(ids, long_rope, self.n_batch)
+        return self.engine.logits(ids, long_rope, self.n_batch)
 
     def close(self) -> None:
         """Free the model; calls that run, and later ones, raise ModelClosedError."""
-        self._engine.close()
+        self.engine.close()
         self._file.close()
 
     def __enter__(self) -> "LLM":
@@ -319,10 +320,10 @@ class LLM:
         start = time.perf_counter()
         first: float | None = None
         n_given = 0
-        self._engine.add(sequence)
+        self.engine.add(sequence)
         try:
             while not sequence.is_done:
-                self._engine.step(sequence)
+                self.engine.step(sequence)
                 n_now = len(sequence.tokens) - sequence.n_prompt
                 if n_now and first is None:
                     first = time.perf_counter()
@@ -330,7 +331,7 @@ class LLM:
                     yield _piece(sequence, n_given, n_now, _taken(ready))
                     n_given = n_now
         finally:
-            self._engine.remove(sequence)
+            self.engine.remove(sequence)
         if sequence.error is not None:  # another thread met it
             raise sequence.error
         end = time.perf_counter()

@@ -119,6 +119,15 @@ def memory_available(root: Path | None = None) -> int:
     return memory_total() if available is None else available
 
 
+def peak_rss(root: Path | None = None) -> int | None:
+    """Return the most bytes of memory that this process had in RAM so far, mapped files included; None: unknown."""
+    if root is None and sys.platform == "win32":
+        return _attempt(_windows_peak_rss, None)
+    # Linux hands ru_maxrss on to the programs that a process starts; VmHWM is this program's own.
+    peak = _integer(_fields(_read((root or _ROOT) / "proc/self/status")).get("VmHWM", "").removesuffix("kB"))
+    return peak * 1024 if peak is not None else _attempt(_unix_peak_rss, None)
+
+
 def _linux_cpu_name(root: Path) -> str:
     fields = _fields(_read(root / "proc/cpuinfo"))
     for key in ("model name", "Hardware", "cpu model", "cpu"):  # x86; some ARM; MIPS; POWER
@@ -283,6 +292,39 @@ def _windows_physical_cores(cpus: frozenset[int]) -> int:
             affinity = sum(1 << cpu for cpu in cpus)
             return sum(row.relationship == 0 and row.mask & affinity != 0 for row in rows)  # 0: a core
     raise OSError("GetLogicalProcessorInformation failed")
+
+
+class _MemoryCounters(ctypes.Structure):
+    """PROCESS_MEMORY_COUNTERS of the Windows API."""
+
+    _fields_ = (
+        ("length", ctypes.c_uint32),
+        ("page_faults", ctypes.c_uint32),
+        ("peak_working_set", ctypes.c_size_t),
+        ("rest", ctypes.c_size_t * 7),
+    )
+
+
+def _windows_peak_rss() -> int:
+    """Return the peak working set in bytes. Raises OSError."""
+    if sys.platform == "win32":
+        kernel32 = ctypes.windll.kernel32
+        kernel32.GetCurrentProcess.restype = ctypes.c_void_p
+        counters = _MemoryCounters(length=ctypes.sizeof(_MemoryCounters))
+        handle = ctypes.c_void_p(kernel32.GetCurrentProcess())
+        if kernel32.K32GetProcessMemoryInfo(handle, ctypes.byref(counters), counters.length):
+            return counters.peak_working_set
+    raise OSError("GetProcessMemoryInfo failed")
+
+
+def _unix_peak_rss() -> int:
+    """Return ru_maxrss in bytes. Raises OSError."""
+    if sys.platform == "win32":
+        raise OSError("Windows has no getrusage")
+    import resource  # noqa: PLC0415 - Windows lacks it
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, the others KiB
 
 
 def _attempt(ask: Callable[[], _T], fallback: _T) -> _T:

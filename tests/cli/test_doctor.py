@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from phi_c import _core, errors, hub, machine
+from phi_c.bench import memory
 from phi_c.cli import doctor
 
 
@@ -17,7 +18,7 @@ from phi_c.cli import doctor
 def calm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read little memory, and a cache with one model in it."""
     model = SimpleNamespace(name="smollm2", source="pypi:p", path=Path("/cache/m.gguf"), n_bytes=93_000_000)
-    monkeypatch.setattr(doctor, "_MAX_READ_BYTES", 16 << 20)
+    monkeypatch.setattr(memory, "_MAX_READ_BYTES", 16 << 20)
     monkeypatch.setattr(hub, "cached", lambda: [model])
     monkeypatch.setattr(hub, "cache_dir", lambda: Path("/cache"))
     monkeypatch.delenv("PHI_C_ISA", raising=False)

@@ -14,12 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from phi_c import _core, hub, machine
+from phi_c.bench.memory import read_rate
 from phi_c.errors import OptionError, PhiError
 
 TIER_VARIABLE = "PHI_C_ISA"
-
-_MAX_READ_BYTES = 512 << 20  # above the caches of most machines
-_MIN_READ_BYTES = 16 << 20
 
 _EPILOG = """\b
 Examples:
@@ -100,17 +98,6 @@ def chosen_tier(environment: Mapping[str, str]) -> str:
     if wanted not in tiers:
         raise OptionError(f"{TIER_VARIABLE} is {wanted!r}, expected one that this machine runs: {', '.join(tiers)}")
     return wanted
-
-
-def read_rate(n_threads: int) -> float | None:
-    """Return the bytes per second that n_threads read from memory, or None when there is no room to try."""
-    n_bytes = min(_MAX_READ_BYTES, machine.memory_available() // 4)
-    if n_bytes < _MIN_READ_BYTES:
-        return None
-    try:
-        return _core.read_bandwidth(n_threads, n_bytes)
-    except MemoryError:
-        return None
 
 
 def _version() -> str:

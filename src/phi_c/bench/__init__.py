@@ -1,0 +1,1 @@
+"""Measures how fast models and kernels run; writes models of random weights, to measure without a download."""

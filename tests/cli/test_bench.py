@@ -1,0 +1,214 @@
+"""phi-c bench: its keys, figures that can be known, random models, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from run_cli import command, run_cli
+
+import phi_c
+from phi_c import _core, errors, machine
+from phi_c.bench import kernels, memory, shapes, speed
+from phi_c.bench.random_model import random_model
+from phi_c.bench.shapes import SHAPES, Shape
+from phi_c.cli import bench
+from phi_c.model.config import read_config
+from phi_c.model.gguf_file import GGUFFile
+from tiny_gguf import write_tiny
+
+KEYS = {
+    "model", "prefill_tok_s", "decode_tok_s", "batch", "context", "read_gb_s", "weight_bytes_per_token",
+    "bandwidth_share", "load_s", "first_token_s", "peak_rss_bytes", "tier", "n_threads", "logits_hash",
+}  # fmt: skip
+QUICK = ("--prefill", "40", "--decode", "3", "--batch", "1,3", "--repeat", "2", "--threads", "1")
+TINY = Shape("tiny", 8, 512, 768, 4, 2, 96, 300, 8192, 4096)
+
+
+@pytest.fixture(autouse=True)
+def calm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Read little memory, write random models to a folder of the test's own."""
+    monkeypatch.setattr(memory, "_MAX_READ_BYTES", 16 << 20)
+    monkeypatch.setenv("PHI_C_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return write_tiny(tmp_path / "tiny.gguf")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(bench.command, [str(a) for a in arguments], env={"COLUMNS": "200"})
+
+
+def report(*arguments: object) -> dict[str, Any]:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    parsed: dict[str, Any] = json.loads(result.stdout)
+    return parsed
+
+
+def test_json(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PHI_C_ISA", raising=False)
+    start = time.perf_counter()
+    found = report(tiny, *QUICK, "--context", "0,70")
+    seconds = time.perf_counter() - start
+    assert found.keys() == KEYS
+    assert (found["tier"], found["n_threads"], found["model"]) == (_core.tiers()[-1], 1, "tiny phi3")
+    assert [row["n_seqs"] for row in found["batch"]] == [1, 3]
+    assert [row["n_tokens"] for row in found["context"]] == [0, 70]
+    assert found["decode_tok_s"] == found["batch"][0]["tok_s"] == found["context"][0]["tok_s"]
+    assert 40 / seconds < found["prefill_tok_s"] < 1e7
+    assert all(3 / seconds < row["tok_s"] < 1e6 for row in found["batch"] + found["context"])
+    assert 0.1 < found["read_gb_s"] < 1e4
+    share = found["decode_tok_s"] * found["weight_bytes_per_token"] / (found["read_gb_s"] * 1e9)
+    assert found["bandwidth_share"] == pytest.approx(share, abs=1e-3)
+    assert 0 < found["load_s"] <= found["first_token_s"] < seconds
+    assert tiny.stat().st_size < found["peak_rss_bytes"] < machine.memory_total()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("architecture", ["phi3", "llama"])
+def test_weight_bytes(tmp_path: Path, architecture: str, tied: bool) -> None:
+    """Two layers of hidden 256, feed-forward 512, 4 heads and 2 KV heads of 64: Q8_0 takes 34 bytes for 32 weights."""
+    path = write_tiny(tmp_path / "tiny.gguf", architecture, "Q8_0", tied=tied)
+    layer = 256 * (4 + 2 + 2) * 64 + 4 * 64 * 256 + 3 * 256 * 512
+    with GGUFFile(path) as file:
+        n_vocab = read_config(file).n_vocab
+        assert speed.weight_bytes_per_token(file) == (2 * layer + 256 * n_vocab) // 32 * 34
+
+
+def test_logits_hash(tiny: Path, tmp_path: Path) -> None:
+    other = write_tiny(tmp_path / "other.gguf", seed=1)
+    first, again, different = (report(path, *QUICK)["logits_hash"] for path in (tiny, tiny, other))
+    assert first == again != different
+    assert len(bytes.fromhex(first)) == 8
+
+
+def test_nothing_is_served_from_the_prefix_cache(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every prompt runs whole, however often the measurement is repeated; what comes before a context does not."""
+    computed: list[int] = []
+    forward = _core.forward
+
+    def counting(model: Any, kv: Any, tokens: Any, *rest: Any) -> Any:
+        computed.append(len(tokens))
+        return forward(model, kv, tokens, *rest)
+
+    monkeypatch.setattr("phi_c.engine.engine.forward", counting)
+    report(tiny, "--prefill", "96", "--decode", "2", "--batch", "2", "--repeat", "3", "--context", "65")
+    assert computed.count(96) == 3
+    assert computed.count(65) == 1
+
+
+def test_a_machine_without_room_to_read(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "read_rate", lambda n_threads: None)
+    found = report(tiny, *QUICK)
+    assert found["read_gb_s"] is None and found["bandwidth_share"] is None
+    assert "the read rate is unknown" in run(tiny, *QUICK).stdout
+
+
+def test_table(tiny: Path) -> None:
+    result = run(tiny, *QUICK, "--context", "50", "--layout", "file")
+    assert result.exit_code == 0
+    for text in ("tiny phi3", "prompt of 40", "text of 3", "3 together", "after 50", "of weights a token", "1 threads"):
+        assert text in result.stdout
+    assert result.stderr == ""  # no terminal, no progress
+
+
+def test_random_model(tmp_path: Path) -> None:
+    """The file is one that loads, with logits that are finite and differ between tokens."""
+    parts: list[tuple[int, int]] = []
+    path = random_model("tiny", lambda done, total: parts.append((done, total)))
+    assert path == tmp_path / "cache/random/tiny.gguf"
+    assert parts[-1][0] == parts[-1][1] and sorted(parts) == parts
+    with phi_c.load(path, n_ctx=64) as llm:
+        config = llm.config
+        assert (config.n_layers, config.n_embd, config.n_ffn, config.n_vocab) == (8, 512, 768, 300)
+        assert (config.n_heads, config.n_kv_heads, config.head_dim, config.rope_dims) == (4, 2, 128, 96)
+        assert config.long_rope and config.n_ctx_orig == 4096
+        logits = llm.logits([1, 2, 3])
+        assert 0.1 < logits.std() < 10 and abs(logits).max() < 100
+        assert llm.tokenizer.decode(llm.tokenizer.encode("Hi there \u00e9")) == "Hi there \u00e9"
+    before = path.stat()
+    assert random_model("tiny") == path and path.stat() == before
+    assert report("--random", "tiny", *QUICK)["model"] == "tiny, random weights"
+
+
+def test_published_type_mix() -> None:
+    """Phi-3-mini's Q4_K_M file: which ffn_down are Q6_K, how many tensors of each type, bytes read a token."""
+    shape = SHAPES["phi-3-mini"]
+    down = [i for i in range(32) if shapes.tensor_type(f"blk.{i}.ffn_down.weight", shape) == "Q6_K"]
+    assert down == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]
+    names = ["attn_norm", "ffn_norm", "attn_qkv", "attn_output", "ffn_up", "ffn_down"]
+    tensors = [f"blk.{i}.{name}.weight" for i in range(32) for name in names]
+    tensors += ["token_embd.weight", "output_norm.weight", "output.weight"]
+    types = [shapes.tensor_type(name, shape) for name in tensors]
+    assert {kind: types.count(kind) for kind in set(types)} == {"F32": 65, "Q4_K": 81, "Q5_K": 32, "Q6_K": 17}
+
+
+def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "N_ROWS", 16)
+    monkeypatch.setattr(kernels, "N_COLS", 256)
+    rows = report("--kernels", "--repeat", "1")["kernels"]
+    expected = [
+        (kind.name, tier, n) for kind in _core.TENSOR_TYPES.values() for tier in _core.tiers() for n in (1, 4, 16, 512)
+    ]
+    assert [(row["type"], row["tier"], row["n_tokens"]) for row in rows] == expected
+    assert all(0 < row["gmac_s"] < 1e4 and row["us"] > 0 for row in rows)
+    text = run("--kernels", "--repeat", "1").stdout
+    assert "512 tokens" in text and "Q4_K" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "1,x"], "--batch is '1,x', expected integers of at least 1, such as 1,16"),
+        (["--batch", "0"], "--batch is '0', expected integers of at least 1"),
+        (["--context", "-1"], "--context is '-1', expected integers of at least 0"),
+        (["--batch", "300"], "these sizes take a context of 28800 tokens, the model has 512: lower --prefill"),
+        (["--prefill", "600", "--batch", "1"], "these sizes take a context of 608 tokens, the model has 512"),
+        (["--threads", "0", "--batch", "1"], "n_threads is 0, expected an integer from 1 to 1024"),
+    ],
+)
+def test_bad_options(tiny: Path, arguments: list[str], message: str) -> None:
+    done = run_cli("bench", tiny, *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"phi-c: error: {message}")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["--repeat", "0", "m"], ["m", "--kernels"], ["m", "--random", "tiny"]])
+def test_wrong_usage(arguments: list[str]) -> None:
+    done = run_cli("bench", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Usage: phi-c bench ") and done.stderr.count("\n") == 2
+
+
+def test_unknown_random_model() -> None:
+    result = run("--random", "phi-9")
+    assert isinstance(result.exception, errors.OptionError)
+    assert str(result.exception).startswith("there are no random weights for 'phi-9', expected one of phi-3-mini, ")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_interrupt(tiny: Path) -> None:
+    """Ctrl-C ends it with exit code 130 and without a traceback."""
+    arguments = command("bench", tiny, "--batch", "1", "--repeat", "100000")
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ) as process:
+        time.sleep(3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err.strip()) == (130, b"", b"")
+
+
+def test_help_has_an_example() -> None:
+    assert "phi-c bench smollm2" in run("--help").stdout
