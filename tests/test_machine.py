@@ -2,6 +2,7 @@
 
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -222,10 +223,10 @@ def test_this_machine_is_plausible() -> None:
 
 
 def test_peak_rss(tmp_path: Path) -> None:
-    before = machine.peak_rss()
-    assert before is not None
-    block = b"x" * (64 << 20)
-    after = machine.peak_rss()
-    assert after is not None
-    assert before + len(block) // 2 < after < machine.memory_total()
-    assert machine.peak_rss(tmp_path) == pytest.approx(after, rel=0.5)  # getrusage, where there is no /proc
+    """In a process of its own: in this one, earlier tests may have had more memory than this one takes."""
+    code = "from phi_c import machine; a = machine.peak_rss(); x = b'x' * (64 << 20); print(a, machine.peak_rss())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before + (48 << 20) < after < before + (96 << 20)
+    fallback = machine.peak_rss(tmp_path)  # getrusage, where there is no /proc
+    assert fallback is not None and 1 << 20 < fallback < machine.memory_total()
