@@ -23,6 +23,12 @@
 PHI_AVX2_TYPES(PHI_DECLARE)
 #undef PHI_DECLARE
 
+#define PHI_AVX2_PACKED(X) X(Q4_0, q4_0) X(Q4_1, q4_1) X(Q8_0, q8_0) X(Q4_K, q4_k) X(Q5_K, q5_k) X(Q6_K, q6_k)
+
+#define PHI_DECLARE(UPPER, lower) void phi_matmul_packed_##lower##_avx2(const phi_matmul *m);
+PHI_AVX2_PACKED(PHI_DECLARE)
+#undef PHI_DECLARE
+
 void phi_quantize_q8_avx2(const float *x, size_t n, int8_t *q8, float *scales, float *sums, float *block_sums);
 void phi_rms_norm_avx2(const float *x, const float *weight, size_t n, float eps, float *y);
 void phi_silu_mul_avx2(const float *gate, const float *up, size_t n, float *y);

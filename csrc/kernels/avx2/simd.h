@@ -25,6 +25,7 @@ PHI_INLINE float phi_hmax(__m256 v) {
 }
 
 PHI_INLINE __m256i phi_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+PHI_INLINE void phi_store(void *p, __m256i v) { _mm256_storeu_si256((__m256i *)p, v); }
 PHI_INLINE __m256 phi_load_half(const uint16_t *p) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p));
 }
