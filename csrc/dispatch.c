@@ -1,4 +1,5 @@
-/* The tiers in order, and the table that each resolves to: a slot that a tier leaves NULL comes from the tier below. */
+/* The tiers in order, and the table that each resolves to: a slot that a tier leaves NULL comes from the next tier
+ * below that this machine runs, for a CPU may have a tier and lack one below it (AVX-512 without AVX-VNNI). */
 #include "dispatch.h"
 
 #include <string.h>
@@ -11,6 +12,16 @@ static bool avx2_available(void) {
     const phi_cpu *c = phi_cpu_detect();
     return c->avx2 && c->fma && c->f16c;
 }
+#ifdef PHI_HAVE_AVXVNNI
+static bool avxvnni_available(void) {
+    const phi_cpu *c = phi_cpu_detect();
+#ifdef PHI_AVXVNNI_BY_AVX512
+    return avx2_available() && c->avx512vl && c->avx512vnni;
+#else
+    return avx2_available() && c->avxvnni;
+#endif
+}
+#endif
 static bool avx512_available(void) {
     const phi_cpu *c = phi_cpu_detect();
     return avx2_available() && c->avx512f && c->avx512bw && c->avx512vl && c->avx512dq && c->avx512vnni;
@@ -37,6 +48,9 @@ static const tier tiers[] = {
     {&phi_kernels_scalar, scalar_available, true},
 #ifdef PHI_HAVE_AVX2
     {&phi_kernels_avx2, avx2_available, true},
+#ifdef PHI_HAVE_AVXVNNI
+    {&phi_kernels_avxvnni, avxvnni_available, true},
+#endif
     {&phi_kernels_avx512, avx512_available, true},
 #endif
 #ifdef PHI_HAVE_AMX
@@ -78,6 +92,7 @@ static void resolve(int last, phi_kernels *table) {
     *table = *tiers[0].own; /* complete */
     for (int i = 1; i <= last; i++) {
         const phi_kernels *own = tiers[i].own;
+        if (!tiers[i].available()) continue;
         table->name = own->name;
         INHERIT(few_tokens);
         for (int t = 0; t < PHI_N_TYPES; t++) {
@@ -115,6 +130,7 @@ phi_status phi_select_kernels(const char *name, const phi_kernels **kernels) {
 
 const char *phi_matmul_tier(const char *name, phi_type type) {
     for (int i = find_tier(name); i >= 0; i--) {
+        if (!tiers[i].available()) continue;
         if (tiers[i].own->matmul[type] || tiers[i].own->matmul_packed[type]) return tiers[i].own->name;
     }
     return NULL;

@@ -1,6 +1,6 @@
 /* The kernel table: what one instruction-set tier offers.
  *
- * A tier fills the slots that it does better and leaves the rest NULL; dispatch.c inherits those from the tier below.
+ * A tier fills the slots that it does better and leaves the rest NULL; dispatch.c inherits those from a tier below.
  * Kernels take const inputs and caller-owned outputs; they neither allocate, start threads, nor fail.
  * Every kernel computes one (row, token) pair with the same operations in the same order however many rows and tokens
  * it is given: a batch gives the same bits as its tokens one by one, up to the tier's few_tokens. */
@@ -115,6 +115,7 @@ struct phi_kernels {
 extern const phi_kernels phi_kernels_scalar;
 #ifdef PHI_HAVE_AVX2
 extern const phi_kernels phi_kernels_avx2;
+extern const phi_kernels phi_kernels_avxvnni; /* where the compiler knows it: PHI_HAVE_AVXVNNI */
 extern const phi_kernels phi_kernels_avx512;
 #endif
 #ifdef PHI_HAVE_AMX

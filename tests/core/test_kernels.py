@@ -78,9 +78,9 @@ def check_wide_product(name: str, rows: npt.NDArray[np.uint8], x: Floats, tier: 
     assert (np.abs(got - x64 @ weights.T) <= limit + 1e-12).all()
 
 
-def check_product(name: str, rows: npt.NDArray[np.uint8], x: Floats, tier: str) -> None:
+def check_product(name: str, rows: npt.NDArray[np.uint8], x: Floats, tier: str, layout: str = "packed") -> None:
     """Compare with float64 on the int8 activations of the same tier: what is left is float32 summation."""
-    if takes_wide(name, rows, len(x), tier):
+    if layout == "packed" and takes_wide(name, rows, len(x), tier):
         check_wide_product(name, rows, x, tier)
         return
     weights = reference_values(name, rows).astype(np.float64)
@@ -92,7 +92,8 @@ def check_product(name: str, rows: npt.NDArray[np.uint8], x: Floats, tier: str) 
     exact = x64 @ weights.T
     # Relative to the sum of magnitudes: a product that cancels has no digits of its own.
     magnitude = np.abs(x64) @ np.abs(weights).T
-    got = _core.matmul(matrix(name, rows).packed(tier), x, tier)
+    weights_as_stored = matrix(name, rows)
+    got = _core.matmul(weights_as_stored.packed(tier) if layout == "packed" else weights_as_stored, x, tier)
     assert np.isfinite(got).all()
     # A minimum or an offset is subtracted whole, so its size counts with the weights' own.
     if TYPES[name].quantised_activations:
@@ -132,7 +133,7 @@ def test_dequantize_every_half_precision_scale(name: str) -> None:
 
 
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("n_tokens", [1, 2, 3, 4, 5, 33])
+@pytest.mark.parametrize("n_tokens", [1, 2, 3, 4, 5, 7, 8, 16, 23, 33])
 @pytest.mark.parametrize("n_rows", [1, 2, 15, 16, 17, 33, 48])
 @pytest.mark.parametrize("name", TYPES)
 def test_matmul(name: str, n_rows: int, n_tokens: int, tier: str) -> None:
@@ -142,14 +143,23 @@ def test_matmul(name: str, n_rows: int, n_tokens: int, tier: str) -> None:
 
 
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("n_rows", [19, 48])  # 48: a pair of panels and a single one
+@pytest.mark.parametrize("n_tokens", [1, 5, 33])
+@pytest.mark.parametrize("name", TYPES)
+def test_matmul_from_the_file_layout(name: str, n_tokens: int, tier: str) -> None:
+    """Matrices whose rows fill panels, left as they are in the file."""
+    rng = np.random.default_rng(n_tokens)
+    check_product(name, random_rows(name, 48, 768, rng), spiky(n_tokens, 768, rng), tier, "file")
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("n_rows", [16, 19, 48])  # 48: a pair of panels and a single one
 @pytest.mark.parametrize("name", TYPES)
 def test_matmul_of_a_batch_is_the_matmul_of_each(name: str, n_rows: int, tier: str) -> None:
     rng = np.random.default_rng(3)
     weights = matrix(name, random_rows(name, n_rows, 1280, rng)).packed(tier)
-    x = spiky(23, 1280, rng)
+    x = spiky(33, 1280, rng)
     alone = np.concatenate([_core.matmul(weights, x[i : i + 1], tier) for i in range(len(x))])
-    for n in (2, 3, 4, 5, 7, 16, 23):
+    for n in (2, 3, 4, 5, 7, 8, 16, 23, 33):
         got = _core.matmul(weights, x[:n], tier)
         if rounds_anew(tier, n):
             assert nmse(got, alone[:n]) <= 1e-3
@@ -161,12 +171,14 @@ def test_matmul_of_a_batch_is_the_matmul_of_each(name: str, n_rows: int, tier: s
 @pytest.mark.parametrize("name", QUANTISED)
 def test_matmul_extreme_blocks(name: str, tier: str) -> None:
     """The largest quants against activations of +-127: sums of pairs must not saturate."""
-    rows = extreme_rows(name, 512)
+    rows = np.tile(extreme_rows(name, 512), (2, 1))  # a panel
     ones = np.ones((4, 512), np.float32)
     ones[1] *= -1
     ones[2, ::2] *= -1
     ones[3] *= np.float32(1e-30)
     check_product(name, rows, ones, tier)
+    check_product(name, rows, np.tile(ones, (2, 1)), tier)
+    check_product(name, rows, ones, tier, "file")
 
 
 @pytest.mark.parametrize(("tier", "name"), WIDE)
@@ -265,7 +277,8 @@ def test_wide_products_of_activations_that_are_not_finite(name: str, tier: str) 
 def test_matmul_of_short_rows(name: str, tier: str) -> None:
     rng = np.random.default_rng(4)
     for n_cols in (32, 96, 160) if TYPES[name].block_elements == 32 else (1, 7, 8, 15, 17, 100):
-        check_product(name, random_rows(name, 3, n_cols, rng), spiky(5, n_cols, rng), tier)
+        for n_rows in (3, 16):
+            check_product(name, random_rows(name, n_rows, n_cols, rng), spiky(5, n_cols, rng), tier)
 
 
 @pytest.mark.parametrize("tier", FAST_TIERS)
@@ -280,7 +293,9 @@ def test_matmul_of_any_blocks(tier: str, data: st.DataObject) -> None:
     rows = np.frombuffer(data.draw(st.binary(min_size=size, max_size=size)), np.uint8).reshape(1, -1).copy()
     set_scales(rows, kind, np.float16(data.draw(st.floats(-1, 1, width=16))))
     seed = data.draw(st.integers(0, 2**32 - 1))
-    check_product(name, rows, spiky(3, 512, np.random.default_rng(seed)), tier)
+    x = spiky(3, 512, np.random.default_rng(seed))
+    check_product(name, rows, x, tier)
+    check_product(name, np.repeat(rows, 16, 0), x, tier)
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -358,3 +373,9 @@ def test_kernel_table_names_a_provider_for_every_slot() -> None:
     for tier, row in table.items():
         assert set(row) == set(TYPES)
         assert all(TIERS.index(provider) <= TIERS.index(tier) for provider in row.values())
+
+
+def test_no_kernel_comes_from_a_tier_that_the_machine_lacks() -> None:
+    """AVX-512 lies above AVX-VNNI, and many CPUs have only the former."""
+    providers = {provider for row in _core.kernel_table().values() for provider in row.values()}
+    assert providers <= set(_core.tiers())

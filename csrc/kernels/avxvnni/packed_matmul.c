@@ -1,0 +1,33 @@
+/* Products of packed rows with int8 activations: see avx2/packed.h.
+ * Idea: vpdpbusd adds four products of unsigned quants and activations to an int32; bytes of Q8_0 are moved up by 128.
+ * Bound for many tokens: 12 vector instructions for 256 products. */
+#include "avxvnni.h"
+
+#include "../avx2/simd.h"
+
+#define PHI_SIGNED_BYTES 0
+
+PHI_INLINE int phi_lines_a_sum(int bits) {
+    (void)bits;
+    return 8;
+}
+
+PHI_INLINE __m256i phi_sum(int bits, __m256i q, __m256i x, const __m256i *sum) {
+    const __m256i before = sum ? *sum : _mm256_setzero_si256();
+    (void)bits;
+#ifdef PHI_AVXVNNI_BY_AVX512
+    return _mm256_dpbusd_epi32(before, q, x);
+#else
+    return _mm256_dpbusd_avx_epi32(before, q, x);
+#endif
+}
+
+PHI_INLINE __m256i phi_to_int32(__m256i sum) { return sum; }
+
+#include "../avx2/packed.h"
+
+#define PHI_DEFINE(type, bits, n_sub_blocks, n_groups)                      \
+    void phi_matmul_packed_##type##_avxvnni(const phi_matmul *m) {          \
+        multiply_packed(PHI_FORMAT(type, bits, n_sub_blocks, n_groups), m); \
+    }
+PHI_PACKED_FORMATS(PHI_DEFINE)
