@@ -100,6 +100,7 @@ static void multiply(const forward *f, const phi_matrix *w, int first_row, int n
         .n_tokens = n_tokens,
         .out = out,
         .out_stride = out_stride,
+        .prefetch_bytes = f->model->kernels->prefetch_bytes,
     };
     const phi_kernels *k = f->model->kernels;
     (w->layout == PHI_LAYOUT_PANELS ? k->matmul_packed : k->matmul)[w->type](&m);

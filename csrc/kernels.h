@@ -54,8 +54,9 @@ typedef struct {
     int n_rows, n_cols;
     const phi_activations *x; /* of tokens first_token .. first_token + n_tokens - 1 */
     int first_token, n_tokens;
-    float *out;        /* [n_tokens, out_stride], row r in column r */
-    size_t out_stride; /* floats */
+    float *out;            /* [n_tokens, out_stride], row r in column r */
+    size_t out_stride;     /* floats */
+    size_t prefetch_bytes; /* how far ahead of few tokens' products packed rows are asked for; 0: not at all */
 } phi_matmul;
 
 /* Attention of the query heads that share a key/value head, for tokens at consecutive positions of one sequence. */
@@ -88,6 +89,7 @@ typedef void (*phi_pack_fn)(const uint8_t *rows, size_t row_bytes, uint8_t *pane
 
 struct phi_kernels {
     const char *name;
+    size_t prefetch_bytes; /* for phi_matmul; dispatch.c sets it, since it depends on who made the CPU */
     /* Products of more tokens than these may round otherwise than those of one token do; 0: none does. */
     int few_tokens;
     /* y[i] = element i of a row of blocks */

@@ -29,6 +29,7 @@ cdef extern from "phi.h":
 
     ctypedef struct phi_kernels:
         const char *name
+        size_t prefetch_bytes
         int few_tokens
         void (*dequantize[32])(const void *row, size_t n, float *y) noexcept nogil
         void (*matmul[32])(const phi_matmul *m) noexcept nogil
@@ -127,6 +128,7 @@ cdef extern from "kernels.h":
         int first_token, n_tokens
         float *out
         size_t out_stride
+        size_t prefetch_bytes
     ctypedef struct phi_attention:
         const float *q
         int n_tokens, n_queries, head_dim

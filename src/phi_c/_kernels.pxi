@@ -64,6 +64,7 @@ def matmul(Matrix weights not None, const float[:, ::1] x not None, tier=None):
     m.first_token, m.n_tokens = 0, n_tokens
     m.out = &out[0, 0]
     m.out_stride = n_rows
+    m.prefetch_bytes = kernels.prefetch_bytes
     with nogil:
         if w.layout == PHI_LAYOUT_PANELS:
             kernels.matmul_packed[w.type](&m)

@@ -4,15 +4,15 @@
  * broadcast from memory, one conversion, one product with the scales of the 16 rows. A few tokens take the lines from
  * registers; for many, 256 columns of two panels are unpacked to the first-level cache once, and six tokens at a time
  * pass over them. A token's sum is built in the same order either way.
- * Bound: few: reading the panel, asked for 2 KiB ahead and evenly, since bursts stall; many: eleven vector instructions
- * for 512 products. */
+ * Bound: few: reading the panel, asked for evenly where asking pays, since bursts stall; many: eleven vector
+ * instructions for 512 products. */
 #include "avx512.h"
 
 #include <string.h>
 
 #include "panel_units.h"
 
-enum { FEW_TOKENS = 4, MANY_TOKENS = 6, PREFETCH_BYTES = 2048 };
+enum { FEW_TOKENS = 3, MANY_TOKENS = 6 };
 
 INLINE __m512i broadcast_4(const int8_t *x) {
     int32_t four;
@@ -59,7 +59,7 @@ INLINE void multiply_few(const format f, const uint8_t *panel, const phi_matmul 
         UNROLL for (int j = 0; j < f.sub_blocks; j++) {
             const size_t block = b + (size_t)j, part = f.unit_bytes / (size_t)f.sub_blocks;
             __m512i q[LINES];
-            prefetch(panel + PREFETCH_BYTES + (size_t)j * part, part);
+            if (m->prefetch_bytes) prefetch(panel + m->prefetch_bytes + (size_t)j * part, part);
             f.unpack_lines(panel, j, q);
             UNROLL for (int t = 0; t < n_tokens; t++) {
                 const int8_t *x = a.x + (size_t)t * a.n_cols + block * PHI_Q8_BLOCK;
@@ -195,11 +195,8 @@ INLINE void matmul(const format f, const phi_matmul *m) {
         case 2:
             multiply_few(f, panel, m, 0, 2, out);
             break;
-        case 3:
-            multiply_few(f, panel, m, 0, 3, out);
-            break;
         default:
-            multiply_few(f, panel, m, 0, 4, out);
+            multiply_few(f, panel, m, 0, 3, out);
             break;
         }
         r += PHI_PANEL_ROWS;
