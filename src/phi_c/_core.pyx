@@ -64,7 +64,7 @@ def tiers():
 
 
 def default_tier():
-    """Return the tier that is chosen where none is named: the fastest of those that were measured on hardware."""
+    """Return the tier that is chosen where none is named: the fastest that does not have to be asked for."""
     return _kernels(None).name.decode()
 
 
