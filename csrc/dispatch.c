@@ -88,13 +88,15 @@ bool phi_tier_available(const char *name) {
 #define INHERIT(slot) \
     if (own->slot) table->slot = own->slot
 
-/* Intel's cores stop at each page unless they are asked for the next; on AMD's asking costs a quarter of the rate
- * (docs/performance.md). */
-static size_t prefetch_bytes(void) { return phi_cpu_detect()->amd ? 0 : 2048; }
+/* Intel's cores stop at each page unless they are asked for the next. AMD's stop reading when products take longer than
+ * the memory, while for one token asking costs a quarter of the rate (docs/performance.md). */
+static phi_prefetch prefetch_for_cpu(void) {
+    return phi_cpu_detect()->amd ? (phi_prefetch){.into_l2_bytes = 16384} : (phi_prefetch){.into_l1_bytes = 2048};
+}
 
 static void resolve(int last, phi_kernels *table) {
     *table = *tiers[0].own; /* complete */
-    table->prefetch_bytes = prefetch_bytes();
+    table->prefetch = prefetch_for_cpu();
     for (int i = 1; i <= last; i++) {
         const phi_kernels *own = tiers[i].own;
         if (!tiers[i].available()) continue;

@@ -69,8 +69,7 @@ static void end_phase(worker *w) {
 static void quantize(const phi_kernels *k, const phi_activations *x, int token, size_t first_col, size_t n) {
     const size_t n_cols = (size_t)x->n_cols, at = (size_t)token * n_cols + first_col;
     if (n_cols % PHI_Q8_BLOCK != 0) return;
-    k->quantize_q8(x->f32 + at, n, x->q8 + at, x->scales + at / PHI_Q8_BLOCK, x->sums + at / PHI_SUM_BLOCK,
-                   x->block_sums + at / PHI_Q8_BLOCK);
+    k->quantize_q8(x->f32 + at, n, phi_q8_from(x->q8, at));
 }
 
 /* A whole row as products of many tokens take it, where they do. */
@@ -100,7 +99,7 @@ static void multiply(const forward *f, const phi_matrix *w, int first_row, int n
         .n_tokens = n_tokens,
         .out = out,
         .out_stride = out_stride,
-        .prefetch_bytes = f->model->kernels->prefetch_bytes,
+        .prefetch = f->model->kernels->prefetch,
     };
     const phi_kernels *k = f->model->kernels;
     (w->layout == PHI_LAYOUT_PANELS ? k->matmul_packed : k->matmul)[w->type](&m);
@@ -339,10 +338,12 @@ static phi_activations allot_activations(arena *a, const phi_kernels *k, size_t 
     return (phi_activations){
         .n_cols = n_cols,
         .f32 = allot(a, n * sizeof(float)),
-        .q8 = allot(a, n),
-        .scales = allot(a, n / PHI_Q8_BLOCK * sizeof(float)),
-        .sums = allot(a, n / PHI_SUM_BLOCK * sizeof(float)),
-        .block_sums = allot(a, n / PHI_Q8_BLOCK * sizeof(float)),
+        .q8 = {.quants = allot(a, n),
+               .scales = allot(a, n / PHI_Q8_BLOCK * sizeof(float)),
+               .sums = allot(a, n / PHI_SUM_BLOCK * sizeof(float)),
+               .block_sums = allot(a, n / PHI_Q8_BLOCK * sizeof(float)),
+               .offsets = allot(a, n / PHI_SUM_BLOCK * sizeof(int32_t)),
+               .block_offsets = allot(a, n / PHI_Q8_BLOCK * sizeof(int32_t))},
         .wide = wide ? allot(a, phi_wide_bytes(n_tokens, (size_t)n_cols)) : NULL,
         .wide_scales = wide ? allot(a, n / PHI_WIDE_BLOCK * sizeof(float)) : NULL,
     };

@@ -21,14 +21,31 @@ enum {
     PHI_ALIGN_BYTES = 64,
 };
 
-/* Activations of n_tokens tokens; q8, scales and sums are there for PHI_ACT_Q8 products only. */
+/* n numbers as int8 with a scale for each PHI_Q8_BLOCK, and what products want to know of them. */
+typedef struct {
+    int8_t *quants;    /* [n], -127..127 */
+    float *scales;     /* [n / PHI_Q8_BLOCK]: x = scale * quant */
+    float *sums;       /* [n / PHI_SUM_BLOCK]: scale * sum of the sub-block's quants */
+    float *block_sums; /* [n / PHI_Q8_BLOCK]: the same of the block */
+    int32_t *offsets;  /* [n / PHI_SUM_BLOCK]: -128 * sum of the sub-block's quants, which takes 128 off the other */
+    int32_t *block_offsets; /* [n / PHI_Q8_BLOCK]   factor of an integer product; the same of the block */
+} phi_q8;
+
+/* From an element on that begins a block. */
+static inline phi_q8 phi_q8_from(phi_q8 q, size_t element) {
+    return (phi_q8){q.quants + element,
+                    q.scales + element / PHI_Q8_BLOCK,
+                    q.sums + element / PHI_SUM_BLOCK,
+                    q.block_sums + element / PHI_Q8_BLOCK,
+                    q.offsets + element / PHI_SUM_BLOCK,
+                    q.block_offsets + element / PHI_Q8_BLOCK};
+}
+
+/* Activations of n_tokens tokens. */
 typedef struct {
     int n_cols;
-    float *f32;        /* [n_tokens, n_cols] */
-    int8_t *q8;        /* [n_tokens, n_cols], -127..127 */
-    float *scales;     /* [n_tokens, n_cols / PHI_Q8_BLOCK]: x = scale * q8 */
-    float *sums;       /* [n_tokens, n_cols / PHI_SUM_BLOCK]: scale * sum of q8 over the sub-block */
-    float *block_sums; /* [n_tokens, n_cols / PHI_Q8_BLOCK]: the same over the block */
+    float *f32; /* [n_tokens, n_cols] */
+    phi_q8 q8;  /* of n_tokens * n_cols; for PHI_ACT_Q8 products only */
     /* The same once more for products of many tokens, in two parts: x = scale * (high + low / PHI_WIDE_STEPS). NULL
      * where the tier has no quantize_wide, n_cols is no multiple of PHI_WIDE_BLOCK, or the tokens are few. */
     int8_t *wide;       /* [n_tokens / PHI_TILE_TOKENS (rounded up), 2, n_cols / PHI_TILE_COLS] tiles of
@@ -47,6 +64,12 @@ static inline int8_t *phi_wide_of(const phi_activations *x, int token) {
     return x->wide + phi_wide_bytes((size_t)token - row, (size_t)x->n_cols) + row * PHI_TILE_COLS;
 }
 
+/* How far ahead of the weights being multiplied those to come are asked for, in bytes; 0: not at all. */
+typedef struct {
+    size_t into_l1_bytes;
+    size_t into_l2_bytes; /* by products of several tokens, which take long enough */
+} phi_prefetch;
+
 /* out[t, r] = dot(row r of the weights, activations of token t) */
 typedef struct {
     const uint8_t *rows; /* [n_rows, row_bytes]; [n_rows / 16, 16 * row_bytes] when packed */
@@ -56,7 +79,7 @@ typedef struct {
     int first_token, n_tokens;
     float *out;            /* [n_tokens, out_stride], row r in column r */
     size_t out_stride;     /* floats */
-    size_t prefetch_bytes; /* how far ahead of few tokens' products packed rows are asked for; 0: not at all */
+    phi_prefetch prefetch; /* by products of few tokens with packed rows */
 } phi_matmul;
 
 /* Attention of the query heads that share a key/value head, for tokens at consecutive positions of one sequence. */
@@ -89,7 +112,7 @@ typedef void (*phi_pack_fn)(const uint8_t *rows, size_t row_bytes, uint8_t *pane
 
 struct phi_kernels {
     const char *name;
-    size_t prefetch_bytes; /* for phi_matmul; dispatch.c sets it, since it depends on who made the CPU */
+    phi_prefetch prefetch; /* for phi_matmul; dispatch.c sets it, since it depends on who made the CPU */
     /* Products of more tokens than these may round otherwise than those of one token do; 0: none does. */
     int few_tokens;
     /* y[i] = element i of a row of blocks */
@@ -97,9 +120,8 @@ struct phi_kernels {
     void (*matmul[PHI_N_TYPES])(const phi_matmul *m);
     /* NULL for types that are run from the file layout. */
     phi_pack_fn pack[PHI_N_TYPES];
-    void (*matmul_packed[PHI_N_TYPES])(const phi_matmul *m); /* n_rows is a multiple of 16 */
-    /* x [n] -> q8 [n], scales [n / 32], sums [n / 16], block_sums [n / 32]; n is a multiple of 32 */
-    void (*quantize_q8)(const float *x, size_t n, int8_t *q8, float *scales, float *sums, float *block_sums);
+    void (*matmul_packed[PHI_N_TYPES])(const phi_matmul *m);  /* n_rows is a multiple of 16 */
+    void (*quantize_q8)(const float *x, size_t n, phi_q8 q8); /* n is a multiple of PHI_Q8_BLOCK */
     /* x [n_cols] -> wide activations from phi_wide_of on, scales [n_cols / 256]. NULL: no product takes them. */
     void (*quantize_wide)(const float *x, size_t n_cols, int8_t *wide, float *scales);
     /* y = x / rms(x) * weight */

@@ -27,15 +27,23 @@ cdef extern from "phi.h":
     const phi_type_traits phi_types[]
     size_t phi_row_bytes(phi_type type, size_t n_cols) nogil
 
+    ctypedef struct phi_prefetch:
+        size_t into_l1_bytes, into_l2_bytes
+    ctypedef struct phi_q8:
+        int8_t *quants
+        float *scales
+        float *sums
+        float *block_sums
+        int32_t *offsets
+        int32_t *block_offsets
     ctypedef struct phi_kernels:
         const char *name
-        size_t prefetch_bytes
+        phi_prefetch prefetch
         int few_tokens
         void (*dequantize[32])(const void *row, size_t n, float *y) noexcept nogil
         void (*matmul[32])(const phi_matmul *m) noexcept nogil
         void (*matmul_packed[32])(const phi_matmul *m) noexcept nogil
-        void (*quantize_q8)(const float *x, size_t n, int8_t *q8, float *scales, float *sums,
-                            float *block_sums) noexcept nogil
+        void (*quantize_q8)(const float *x, size_t n, phi_q8 q8) noexcept nogil
         void (*quantize_wide)(const float *x, size_t n_cols, int8_t *wide, float *scales) noexcept nogil
         void (*rms_norm)(const float *x, const float *weight, size_t n, float eps, float *y) noexcept nogil
         void (*silu_mul)(const float *gate, const float *up, size_t n, float *y) noexcept nogil
@@ -114,10 +122,7 @@ cdef extern from "kernels.h":
     ctypedef struct phi_activations:
         int n_cols
         float *f32
-        int8_t *q8
-        float *scales
-        float *sums
-        float *block_sums
+        phi_q8 q8
         int8_t *wide
         float *wide_scales
     ctypedef struct phi_matmul:
@@ -128,7 +133,7 @@ cdef extern from "kernels.h":
         int first_token, n_tokens
         float *out
         size_t out_stride
-        size_t prefetch_bytes
+        phi_prefetch prefetch
     ctypedef struct phi_attention:
         const float *q
         int n_tokens, n_queries, head_dim

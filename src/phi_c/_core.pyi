@@ -25,9 +25,15 @@ def read_strings(buffer: bytes | mmap, offset: int, count: int) -> tuple[list[st
 def dequantize(
     type_id: int, data: npt.NDArray[np.uint8], n_elements: int, tier: str | None = None
 ) -> npt.NDArray[np.float32]: ...
-def quantize_q8(
-    x: npt.NDArray[np.float32], tier: str | None = None
-) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]: ...
+class Q8(NamedTuple):
+    quants: npt.NDArray[np.int8]
+    scales: npt.NDArray[np.float32]
+    sums: npt.NDArray[np.float32]
+    block_sums: npt.NDArray[np.float32]
+    offsets: npt.NDArray[np.int32]
+    block_offsets: npt.NDArray[np.int32]
+
+def quantize_q8(x: npt.NDArray[np.float32], tier: str | None = None) -> Q8: ...
 def matmul(weights: Matrix, x: npt.NDArray[np.float32], tier: str | None = None) -> npt.NDArray[np.float32]: ...
 def rms_norm(
     x: npt.NDArray[np.float32], weight: npt.NDArray[np.float32], eps: float, tier: str | None = None

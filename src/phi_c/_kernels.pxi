@@ -15,17 +15,41 @@ def dequantize(int type_id, const uint8_t[::1] data not None, size_t n_elements,
     return y
 
 
+class Q8(NamedTuple):
+    """Activations as products take them, phi_q8 in csrc/kernels.h."""
+
+    quants: np.ndarray
+    scales: np.ndarray
+    sums: np.ndarray
+    block_sums: np.ndarray
+    offsets: np.ndarray
+    block_offsets: np.ndarray
+
+
+cdef phi_q8 _pointers(q8) except *:
+    cdef int8_t[::1] quants = q8.quants
+    cdef float[::1] scales = q8.scales, sums = q8.sums, block_sums = q8.block_sums
+    cdef int32_t[::1] offsets = q8.offsets, block_offsets = q8.block_offsets
+    return phi_q8(&quants[0], &scales[0], &sums[0], &block_sums[0], &offsets[0], &block_offsets[0])
+
+
 def quantize_q8(const float[::1] x not None, tier=None):
-    """Return activations as products take them: int8 [n], scales float32 [n / 32], their sums by 16 and by 32."""
+    """Return activations [n] as products take them, with a scale for each 32."""
     cdef const phi_kernels *kernels = _kernels(tier)
     cdef size_t n = x.shape[0]
     if n == 0 or n % PHI_Q8_BLOCK:
         raise ValueError(f"{n} activations, expected a positive multiple of {PHI_Q8_BLOCK}")
-    cdef int8_t[::1] q8 = np.empty(n, np.int8)
-    cdef float[::1] scales = np.empty(n // PHI_Q8_BLOCK, np.float32), sums = np.empty(n // PHI_SUM_BLOCK, np.float32)
-    cdef float[::1] block_sums = np.empty(n // PHI_Q8_BLOCK, np.float32)
-    kernels.quantize_q8(&x[0], n, &q8[0], &scales[0], &sums[0], &block_sums[0])
-    return np.asarray(q8), np.asarray(scales), np.asarray(sums), np.asarray(block_sums)
+    n_blocks, n_sums = n // PHI_Q8_BLOCK, n // PHI_SUM_BLOCK
+    q8 = Q8(
+        quants=np.empty(n, np.int8),
+        scales=np.empty(n_blocks, np.float32),
+        sums=np.empty(n_sums, np.float32),
+        block_sums=np.empty(n_blocks, np.float32),
+        offsets=np.empty(n_sums, np.int32),
+        block_offsets=np.empty(n_blocks, np.int32),
+    )
+    kernels.quantize_q8(&x[0], n, _pointers(q8))
+    return q8
 
 
 def matmul(Matrix weights not None, const float[:, ::1] x not None, tier=None):
@@ -37,11 +61,9 @@ def matmul(Matrix weights not None, const float[:, ::1] x not None, tier=None):
     cdef phi_activations a
     a.n_cols = n_cols
     a.f32 = <float *>&x[0, 0]
-    cdef int8_t[::1] q8
-    cdef float[::1] scales, sums, block_sums
     if n_cols % PHI_Q8_BLOCK == 0:
-        q8, scales, sums, block_sums = quantize_q8(np.asarray(x).reshape(-1), tier)
-        a.q8, a.scales, a.sums, a.block_sums = &q8[0], &scales[0], &sums[0], &block_sums[0]
+        q8 = quantize_q8(np.asarray(x).reshape(-1), tier)
+        a.q8 = _pointers(q8)
     a.wide = NULL
     a.wide_scales = NULL
     cdef int8_t[::1] wide
@@ -64,7 +86,7 @@ def matmul(Matrix weights not None, const float[:, ::1] x not None, tier=None):
     m.first_token, m.n_tokens = 0, n_tokens
     m.out = &out[0, 0]
     m.out_stride = n_rows
-    m.prefetch_bytes = kernels.prefetch_bytes
+    m.prefetch = kernels.prefetch
     with nogil:
         if w.layout == PHI_LAYOUT_PANELS:
             kernels.matmul_packed[w.type](&m)

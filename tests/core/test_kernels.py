@@ -307,17 +307,19 @@ def test_quantize_q8(tier: str) -> None:
     x[2] = 1e37  # its sums still fit
     x[3, ::32] = 1.0
     x[3, 1::32] = 0.5 / 127  # a tie: to even
-    q8, scales, sums, block_sums = _core.quantize_q8(x.reshape(-1), tier)
+    found = _core.quantize_q8(x.reshape(-1), tier)
+    q8, scales = found.quants, found.scales
     blocks = x.reshape(-1, 32)
     assert np.array_equal(scales, np.abs(blocks).max(1) / np.float32(127))
     assert np.abs(q8.astype(int)).max() == 127
     error = np.abs(q8.reshape(-1, 32) * scales[:, None].astype(np.float64) - blocks)
     assert (error <= 0.5001 * scales[:, None] + 1e-40).all()
-    assert np.array_equal(sums, (q8.reshape(-1, 2, 16).sum(2) * scales[:, None]).astype(np.float32).reshape(-1))
-    expected_sums = (q8.reshape(-1, 32).sum(1) * scales).astype(np.float32)
-    assert np.array_equal(block_sums, expected_sums)
-    scalar_results = _core.quantize_q8(x.reshape(-1), "scalar")
-    for got, scalar in zip((q8, scales, sums, block_sums), scalar_results, strict=True):
+    sums, block_sums = q8.reshape(-1, 2, 16).sum(2), q8.reshape(-1, 32).sum(1)
+    assert np.array_equal(found.sums, (sums * scales[:, None]).astype(np.float32).reshape(-1))
+    assert np.array_equal(found.block_sums, (block_sums * scales).astype(np.float32))
+    assert np.array_equal(found.offsets, -128 * sums.reshape(-1))
+    assert np.array_equal(found.block_offsets, -128 * block_sums)
+    for got, scalar in zip(found, _core.quantize_q8(x.reshape(-1), "scalar"), strict=True):
         assert np.array_equal(got, scalar)
 
 

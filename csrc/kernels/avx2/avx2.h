@@ -29,7 +29,7 @@ PHI_AVX2_TYPES(PHI_DECLARE)
 PHI_AVX2_PACKED(PHI_DECLARE)
 #undef PHI_DECLARE
 
-void phi_quantize_q8_avx2(const float *x, size_t n, int8_t *q8, float *scales, float *sums, float *block_sums);
+void phi_quantize_q8_avx2(const float *x, size_t n, phi_q8 q8);
 void phi_rms_norm_avx2(const float *x, const float *weight, size_t n, float eps, float *y);
 void phi_silu_mul_avx2(const float *gate, const float *up, size_t n, float *y);
 void phi_add_avx2(const float *x, size_t n, float *y);

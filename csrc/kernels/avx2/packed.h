@@ -181,11 +181,12 @@ typedef struct {
 } tokens;
 
 PHI_INLINE tokens tokens_from(const format f, const phi_matmul *m, int token) {
-    const size_t n = (size_t)m->n_cols, first = (size_t)(m->first_token + token) * n, n_blocks = n / PHI_Q8_BLOCK;
+    const size_t n = (size_t)m->n_cols, n_blocks = n / PHI_Q8_BLOCK;
+    const phi_q8 x = phi_q8_from(m->x->q8, (size_t)(m->first_token + token) * n);
     return (tokens){
-        .x = m->x->q8 + first,
-        .scales = m->x->scales + first / PHI_Q8_BLOCK,
-        .sums = f.groups_per_block == 1 ? m->x->block_sums + first / PHI_Q8_BLOCK : m->x->sums + first / PHI_SUM_BLOCK,
+        .x = x.quants,
+        .scales = x.scales,
+        .sums = f.groups_per_block == 1 ? x.block_sums : x.sums,
         .n_cols = n,
         .n_blocks = n_blocks,
         .n_sums = n_blocks * (size_t)f.groups_per_block,

@@ -5,7 +5,7 @@
 #include "avx2.h"
 #include "simd.h"
 
-void phi_quantize_q8_avx2(const float *x, size_t n, int8_t *q8, float *scales, float *sums, float *block_sums) {
+void phi_quantize_q8_avx2(const float *x, size_t n, phi_q8 q8) {
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     const __m256 limit = _mm256_set1_ps(127.0f);
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
@@ -27,14 +27,17 @@ void phi_quantize_q8_avx2(const float *x, size_t n, int8_t *q8, float *scales, f
         }
         const __m256i low = _mm256_packs_epi32(q[0], q[1]), high = _mm256_packs_epi32(q[2], q[3]);
         const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
-        _mm256_storeu_si256((__m256i *)(void *)(q8 + b * PHI_Q8_BLOCK), bytes);
+        _mm256_storeu_si256((__m256i *)(void *)(q8.quants + b * PHI_Q8_BLOCK), bytes);
         const __m256i first = _mm256_add_epi32(q[0], q[1]), second = _mm256_add_epi32(q[2], q[3]);
-        scales[b] = scale;
         /* Sums of small integers are exact in float, in any order. */
         const float sum0 = phi_hsum(_mm256_cvtepi32_ps(first)), sum1 = phi_hsum(_mm256_cvtepi32_ps(second));
-        sums[2 * b] = scale * sum0;
-        sums[2 * b + 1] = scale * sum1;
-        block_sums[b] = scale * (sum0 + sum1);
+        q8.scales[b] = scale;
+        q8.sums[2 * b] = scale * sum0;
+        q8.sums[2 * b + 1] = scale * sum1;
+        q8.block_sums[b] = scale * (sum0 + sum1);
+        q8.offsets[2 * b] = -128 * (int32_t)sum0;
+        q8.offsets[2 * b + 1] = -128 * (int32_t)sum1;
+        q8.block_offsets[b] = -128 * (int32_t)(sum0 + sum1);
     }
 }
 

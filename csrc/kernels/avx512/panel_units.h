@@ -1,7 +1,9 @@
 /* Units of packed rows (kernels/generic/pack.h) to integers, for the products of the AVX-512 and AMX tiers.
  * Layout: a line is four columns of 16 rows, one dword a row; eight lines are a sub-block of 32 columns.
  * Idea: quants become unsigned bytes in the order of the columns; scales and minima, one vector for 16 rows, absorb
- * their offsets: w = scale * q - min. A type is a `format`, whose functions vanish where it is inlined as a constant.
+ * their offsets: w = scale * q - min. Types without minima are centred:
+ * their bytes are moved up by 128, w = scale * (q - 128), and products begin with the activations' offsets. A type is a
+ * `format`, whose functions vanish where it is inlined as a constant.
  */
 #ifndef PHI_AVX512_PANEL_UNITS_H
 #define PHI_AVX512_PANEL_UNITS_H
@@ -20,9 +22,9 @@
 
 enum { LINES = 8, MAX_GROUPS = 16 };
 
-/* Scales and minima of the groups of a unit, each for 16 rows: w = scale * q - min. */
+/* Scales and minima of the groups of a unit, each for 16 rows. */
 typedef struct {
-    __m512 scale[MAX_GROUPS], min[MAX_GROUPS];
+    __m512 scale[MAX_GROUPS], min[MAX_GROUPS]; /* centred types have no min */
 } groups;
 
 /* What a type is made of; every field is a constant where this is inlined. */
@@ -30,6 +32,8 @@ typedef struct {
     size_t unit_bytes;
     int sub_blocks;       /* of 32 columns in a unit */
     int groups_per_block; /* scales in a sub-block: 1 or 2 */
+    int shift;            /* bytes hold quants shifted left by so many bits, which the scale makes up for */
+    bool centred;
     void (*unpack_groups)(const void *unit, groups *g);
     void (*unpack_lines)(const void *unit, int sub_block, __m512i *q);
 } format;
@@ -45,6 +49,9 @@ INLINE __m128i load_16_bytes(const void *bytes) { return _mm_loadu_si128((const 
 INLINE void prefetch(const uint8_t *bytes, size_t n_bytes) {
     for (size_t i = 0; i < n_bytes; i += 64) _mm_prefetch((const char *)bytes + i, _MM_HINT_T0);
 }
+INLINE void prefetch_to_second_level(const uint8_t *bytes, size_t n_bytes) {
+    for (size_t i = 0; i < n_bytes; i += 64) _mm_prefetch((const char *)bytes + i, _MM_HINT_T1);
+}
 
 /* ---- blocks of 32 ---- */
 
@@ -59,12 +66,17 @@ INLINE void unpack_nibbles_32(const uint8_t (*lines)[64], __m512i *q) {
 
 INLINE void groups_q4_0(const void *unit, groups *g) {
     const phi_panel_q4_0 *u = unit;
-    g->scale[0] = load_16_halves(u->d);
-    g->min[0] = _mm512_mul_ps(g->scale[0], _mm512_set1_ps(8.0f));
+    g->scale[0] = _mm512_mul_ps(load_16_halves(u->d), _mm512_set1_ps(1.0f / 16));
 }
 INLINE void lines_q4_0(const void *unit, int sub_block, __m512i *q) {
+    const phi_panel_q4_0 *u = unit;
+    const __m512i high4 = _mm512_set1_epi8(-16);
     (void)sub_block;
-    unpack_nibbles_32(((const phi_panel_q4_0 *)unit)->lines, q);
+    for (int i = 0; i < 4; i++) {
+        const __m512i line = load_line(u->lines[i]);
+        q[i] = _mm512_and_si512(_mm512_slli_epi16(line, 4), high4);
+        q[i + 4] = _mm512_and_si512(line, high4);
+    }
 }
 
 INLINE void groups_q4_1(const void *unit, groups *g) {
@@ -80,7 +92,6 @@ INLINE void lines_q4_1(const void *unit, int sub_block, __m512i *q) {
 INLINE void groups_q8_0(const void *unit, groups *g) {
     const phi_panel_q8_0 *u = unit;
     g->scale[0] = load_16_halves(u->d);
-    g->min[0] = _mm512_mul_ps(g->scale[0], _mm512_set1_ps(128.0f));
 }
 INLINE void lines_q8_0(const void *unit, int sub_block, __m512i *q) {
     const phi_panel_q8_0 *u = unit;
@@ -115,6 +126,9 @@ INLINE void groups_k4(const uint8_t (*packed)[16], __m512 d, __m512 dmin, groups
     }
 }
 
+/* a | b & mask */
+INLINE __m512i or_bits(__m512i a, __m512i b, __m512i mask) { return _mm512_ternarylogic_epi32(a, b, mask, 0xf8); }
+
 /* Even sub-blocks are the low nibbles of their pair's lines, odd ones the high nibbles. */
 INLINE __m512i nibbles_of(const uint8_t *line, int high) {
     const __m512i q = load_line(line);
@@ -141,40 +155,36 @@ INLINE void lines_q5_k(const void *unit, int sub_block, __m512i *q) {
         const __m512i high = load_line(u->high[i]);
         const __m512i fifth =
             sub_block < 4 ? _mm512_slli_epi16(high, 4 - sub_block) : _mm512_srli_epi16(high, sub_block - 4);
-        q[i] =
-            _mm512_or_si512(nibbles_of(u->lines[sub_block / 2 * 8 + i], sub_block % 2), _mm512_and_si512(fifth, bit4));
+        q[i] = or_bits(nibbles_of(u->lines[sub_block / 2 * 8 + i], sub_block % 2), fifth, bit4);
     }
 }
 
 INLINE void groups_q6_k(const void *unit, groups *g) {
     const phi_panel_q6_k *u = unit;
-    const __m512 d = load_16_halves(u->d);
+    const __m512 quarter = _mm512_mul_ps(load_16_halves(u->d), _mm512_set1_ps(1.0f / 4));
     for (int i = 0; i < 16; i++) {
-        g->scale[i] = _mm512_mul_ps(d, from_i8(load_16_bytes(u->scales[i])));
-        g->min[i] = _mm512_mul_ps(g->scale[i], _mm512_set1_ps(32.0f));
+        g->scale[i] = _mm512_mul_ps(quarter, from_i8(load_16_bytes(u->scales[i])));
     }
 }
 INLINE void lines_q6_k(const void *unit, int sub_block, __m512i *q) {
     const phi_panel_q6_k *u = unit;
     const int half = sub_block / 4, quarter = sub_block % 4;
-    const __m512i bits45 = _mm512_set1_epi8(48);
+    const __m512i bits25 = _mm512_set1_epi8(0x3c), bits67 = _mm512_set1_epi8(-64);
     for (int i = 0; i < LINES; i++) {
         const __m512i high = load_line(u->halves[half].first[i].high);
-        const uint8_t *line = quarter % 2 ? u->halves[half].second[i] : u->halves[half].first[i].low;
-        const __m512i low = nibbles_of(line, quarter / 2);
-        const __m512i top =
-            quarter < 2 ? _mm512_slli_epi16(high, 4 - 2 * quarter) : _mm512_srli_epi16(high, 2 * quarter - 4);
-        q[i] = _mm512_or_si512(low, _mm512_and_si512(top, bits45));
+        const __m512i low = load_line(quarter % 2 ? u->halves[half].second[i] : u->halves[half].first[i].low);
+        const __m512i nibbles = quarter < 2 ? _mm512_slli_epi16(low, 2) : _mm512_srli_epi16(low, 2);
+        q[i] = or_bits(_mm512_and_si512(nibbles, bits25), _mm512_slli_epi16(high, 6 - 2 * quarter), bits67);
     }
 }
 
-#define PHI_FORMAT(type, n_sub_blocks, n_groups) \
-    ((format){sizeof(phi_panel_##type), n_sub_blocks, n_groups, groups_##type, lines_##type})
-#define PHI_FORMAT_q4_0 PHI_FORMAT(q4_0, 1, 1)
-#define PHI_FORMAT_q4_1 PHI_FORMAT(q4_1, 1, 1)
-#define PHI_FORMAT_q8_0 PHI_FORMAT(q8_0, 1, 1)
-#define PHI_FORMAT_q4_k PHI_FORMAT(q4_k, 8, 1)
-#define PHI_FORMAT_q5_k PHI_FORMAT(q5_k, 8, 1)
-#define PHI_FORMAT_q6_k PHI_FORMAT(q6_k, 8, 2)
+#define PHI_FORMAT(type, n_sub_blocks, n_groups, shift, centred) \
+    ((format){sizeof(phi_panel_##type), n_sub_blocks, n_groups, shift, centred, groups_##type, lines_##type})
+#define PHI_FORMAT_q4_0 PHI_FORMAT(q4_0, 1, 1, 4, true)
+#define PHI_FORMAT_q4_1 PHI_FORMAT(q4_1, 1, 1, 0, false)
+#define PHI_FORMAT_q8_0 PHI_FORMAT(q8_0, 1, 1, 0, true)
+#define PHI_FORMAT_q4_k PHI_FORMAT(q4_k, 8, 1, 0, false)
+#define PHI_FORMAT_q5_k PHI_FORMAT(q5_k, 8, 1, 0, false)
+#define PHI_FORMAT_q6_k PHI_FORMAT(q6_k, 8, 2, 2, true)
 
 #endif

@@ -17,12 +17,12 @@ static inline void dequantize(unpack_fn unpack, size_t block_bytes, size_t block
     }
 }
 
-static float dot_block(const phi_unpacked *u, size_t block, const int8_t *q8, const float *scales, const float *sums) {
+static float dot_block(const phi_unpacked *u, size_t block, phi_q8 x) {
     float total = 0.0f;
     for (size_t g = 0; g < block / PHI_SUM_BLOCK; g++) {
         int32_t dot = 0;
-        for (size_t k = g * PHI_SUM_BLOCK; k < (g + 1) * PHI_SUM_BLOCK; k++) dot += u->q[k] * q8[k];
-        total += u->scale[g] * scales[g * PHI_SUM_BLOCK / PHI_Q8_BLOCK] * (float)dot - u->min[g] * sums[g];
+        for (size_t k = g * PHI_SUM_BLOCK; k < (g + 1) * PHI_SUM_BLOCK; k++) dot += u->q[k] * x.quants[k];
+        total += u->scale[g] * x.scales[g * PHI_SUM_BLOCK / PHI_Q8_BLOCK] * (float)dot - u->min[g] * x.sums[g];
     }
     return total;
 }
@@ -37,8 +37,7 @@ static inline void matmul(unpack_fn unpack, size_t block_bytes, size_t block, co
             unpack(row + i / block * block_bytes, &u);
             for (int t = 0; t < m->n_tokens; t++) {
                 const size_t x = (size_t)(m->first_token + t) * n_cols + i;
-                m->out[(size_t)t * m->out_stride + (size_t)r] +=
-                    dot_block(&u, block, m->x->q8 + x, m->x->scales + x / PHI_Q8_BLOCK, m->x->sums + x / PHI_SUM_BLOCK);
+                m->out[(size_t)t * m->out_stride + (size_t)r] += dot_block(&u, block, phi_q8_from(m->x->q8, x));
             }
         }
     }
@@ -53,7 +52,7 @@ static inline void matmul(unpack_fn unpack, size_t block_bytes, size_t block, co
     }
 PHI_QUANTISED_TYPES(PHI_DEFINE)
 
-void phi_quantize_q8_scalar(const float *x, size_t n, int8_t *q8, float *scales, float *sums, float *block_sums) {
+void phi_quantize_q8_scalar(const float *x, size_t n, phi_q8 q8) {
     for (size_t b = 0; b < n / PHI_Q8_BLOCK; b++) {
         const float *block = x + b * PHI_Q8_BLOCK;
         float largest = 0.0f;
@@ -64,12 +63,15 @@ void phi_quantize_q8_scalar(const float *x, size_t n, int8_t *q8, float *scales,
         int sum[2] = {0, 0};
         for (size_t i = 0; i < PHI_Q8_BLOCK; i++) {
             const int q = (int)fmaxf(-127.0f, fminf(127.0f, rintf(block[i] * inverse)));
-            q8[b * PHI_Q8_BLOCK + i] = (int8_t)q;
+            q8.quants[b * PHI_Q8_BLOCK + i] = (int8_t)q;
             sum[i / PHI_SUM_BLOCK] += q;
         }
-        scales[b] = scale;
-        sums[2 * b] = scale * (float)sum[0];
-        sums[2 * b + 1] = scale * (float)sum[1];
-        block_sums[b] = scale * (float)(sum[0] + sum[1]);
+        q8.scales[b] = scale;
+        q8.sums[2 * b] = scale * (float)sum[0];
+        q8.sums[2 * b + 1] = scale * (float)sum[1];
+        q8.block_sums[b] = scale * (float)(sum[0] + sum[1]);
+        q8.offsets[2 * b] = -128 * sum[0];
+        q8.offsets[2 * b + 1] = -128 * sum[1];
+        q8.block_offsets[b] = -128 * (sum[0] + sum[1]);
     }
 }

@@ -25,6 +25,6 @@
 PHI_QUANTISED_TYPES(PHI_DECLARE)
 #undef PHI_DECLARE
 
-void phi_quantize_q8_scalar(const float *x, size_t n, int8_t *q8, float *scales, float *sums, float *block_sums);
+void phi_quantize_q8_scalar(const float *x, size_t n, phi_q8 q8);
 
 #endif
