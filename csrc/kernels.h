@@ -67,7 +67,7 @@ static inline int8_t *phi_wide_of(const phi_activations *x, int token) {
 /* How far ahead of the weights being multiplied those to come are asked for, in bytes; 0: not at all. */
 typedef struct {
     size_t into_l1_bytes;
-    size_t into_l2_bytes; /* by products of several tokens, which take long enough */
+    size_t into_l2_bytes; /* by products that take about as long as reading does */
 } phi_prefetch;
 
 /* out[t, r] = dot(row r of the weights, activations of token t) */

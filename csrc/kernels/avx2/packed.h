@@ -6,7 +6,7 @@
  * them. A token's sum is built in the same order either way.
  * The including file says how: phi_sum and phi_to_int32 add a line's products to sums and widen them, after at most
  * phi_lines_a_sum(bits) lines; PHI_SIGNED_BYTES says whether 8-bit quants are signed there, or moved up by 128.
- * Bound: few: reading the panel, asked for 2 KiB ahead; many: the multiplications, see the including file. */
+ * Bound: few: reading the panel, asked for ahead; many: the multiplications, see the including file. */
 #ifndef PHI_AVX2_PACKED_H
 #define PHI_AVX2_PACKED_H
 
@@ -26,7 +26,7 @@
 #define KEEP(v) (void)(v)
 #endif
 
-enum { FEW_TOKENS = 4, MANY_TOKENS = 4, HALVES = 2, LINES = 8, MAX_GROUPS = 16, PREFETCH_BYTES = 2048 };
+enum { FEW_TOKENS = 4, MANY_TOKENS = 4, HALVES = 2, LINES = 8, MAX_GROUPS = 16 };
 
 /* Scales and minima of groups of columns, each for 16 rows: w = scale * q - min. */
 typedef struct {
@@ -202,6 +202,9 @@ PHI_INLINE __m256i broadcast_4(const int8_t *x) {
 PHI_INLINE void prefetch(const uint8_t *bytes, size_t n_bytes) {
     for (size_t i = 0; i < n_bytes; i += 64) _mm_prefetch((const char *)bytes + i, _MM_HINT_T0);
 }
+PHI_INLINE void prefetch_to_second_level(const uint8_t *bytes, size_t n_bytes) {
+    for (size_t i = 0; i < n_bytes; i += 64) _mm_prefetch((const char *)bytes + i, _MM_HINT_T1);
+}
 
 /* Adds sub-block j of a unit, or of unpacked lines, to the totals; it is sub-block `block` of the row. */
 PHI_INLINE void add_block(const format f, const void *unit, const __m256i (*lines)[HALVES], const groups *g, int j,
@@ -259,7 +262,9 @@ PHI_INLINE void multiply_few(const format f, const uint8_t *panel, const phi_mat
         groups g;
         f.unpack_groups(panel, &g);
         UNROLL for (int j = 0; j < f.sub_blocks; j++) {
-            prefetch(panel + PREFETCH_BYTES + (size_t)j * block_bytes, block_bytes);
+            const uint8_t *here = panel + (size_t)j * block_bytes;
+            if (m->prefetch.into_l1_bytes) prefetch(here + m->prefetch.into_l1_bytes, block_bytes);
+            if (m->prefetch.into_l2_bytes) prefetch_to_second_level(here + m->prefetch.into_l2_bytes, block_bytes);
             add_block(f, panel, NULL, &g, j, &a, b + (size_t)j, n_tokens, total);
         }
     }
