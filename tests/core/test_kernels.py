@@ -14,6 +14,7 @@ from phi_c import _core
 
 TIERS = _core.tiers()
 FAST_TIERS = TIERS[1:] or TIERS
+FLOATS = ["F32", "F16", "BF16"]
 # Pairs of tiers and types whose products of many tokens take weights and activations rounded by 256.
 WIDE = [
     (tier, name)
@@ -279,6 +280,27 @@ def test_matmul_of_short_rows(name: str, tier: str) -> None:
     for n_cols in (32, 96, 160) if TYPES[name].block_elements == 32 else (1, 7, 8, 15, 17, 100):
         for n_rows in (3, 16):
             check_product(name, random_rows(name, n_rows, n_cols, rng), spiky(5, n_cols, rng), tier)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("n_cols", [1, 15, 33, 1023, 1024, 1025, 2099])
+@pytest.mark.parametrize("name", FLOATS)
+def test_float_rows_at_any_address(name: str, n_cols: int, tier: str) -> None:
+    """Rows aligned to one element, NaN around them, of any length, in any number: alone and in a batch the same."""
+    rng = np.random.default_rng(n_cols)
+    kind = TYPES[name]
+    x = spiky(20, n_cols, rng)
+    for n_rows in (1, 2, 3, 4, 5, 7):
+        rows = random_rows(name, n_rows, n_cols, rng)
+        memory = np.full(rows.size + 256, 0xFF, np.uint8)
+        first = 64 + kind.block_bytes - memory.ctypes.data % 64
+        memory[first : first + rows.size] = rows.reshape(-1)
+        weights = _core.Matrix(kind.type_id, n_rows, n_cols, memory[first : first + rows.size])
+        got = _core.matmul(weights, x, tier)
+        values = reference_values(name, rows).astype(np.float64)
+        assert (np.abs(got - x @ values.T) <= 2e-6 * (np.abs(x) @ np.abs(values).T) + 1e-12).all()
+        for n_tokens in (1, 2, 3, 4, 5, 6, 7, 13):
+            assert np.array_equal(_core.matmul(weights, x[:n_tokens], tier), got[:n_tokens])
 
 
 @pytest.mark.parametrize("tier", FAST_TIERS)

@@ -10,6 +10,9 @@
 PHI_AVX512_PACKED(PHI_DECLARE)
 #undef PHI_DECLARE
 
+void phi_matmul_f32_avx512(const phi_matmul *m);
+void phi_matmul_f16_avx512(const phi_matmul *m);
+void phi_matmul_bf16_avx512(const phi_matmul *m);
 void phi_attention_avx512(const phi_attention *a);
 
 #endif

@@ -8,5 +8,8 @@
 
 const phi_kernels phi_kernels_avx512 = {
     .name = "avx512",
+    .matmul[PHI_TYPE_F32] = phi_matmul_f32_avx512,
+    .matmul[PHI_TYPE_F16] = phi_matmul_f16_avx512,
+    .matmul[PHI_TYPE_BF16] = phi_matmul_bf16_avx512,
     PHI_AVX512_PACKED(PHI_SLOTS).attention = phi_attention_avx512,
 };
