@@ -29,13 +29,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import quality_files
-from quality_workers import Task
 
+import quality_files
 from phi_c import hub
 from phi_c.errors import PhiError
 from phi_c.model.gguf_file import GGUFFile
 from phi_c.text.tokenizer import load_tokenizer
+from quality_workers import Task
 
 Doubles = npt.NDArray[np.float64]
 
@@ -146,7 +146,9 @@ def english() -> str:
     paragraphs = []
     for topic in topics.values():
         for block in re.split(r"\n\s*\n", topic):
-            is_prose = block[:1].isalpha() and block.rstrip()[-1:] in ".:" and not re.search(r"^\s{2,}", block, re.M)
+            is_prose = (
+                block[:1].isalpha() and block.rstrip()[-1:] in ".:" and not re.search(r"^\s{2,}", block, re.MULTILINE)
+            )
             if is_prose and len(block) > 80:
                 paragraphs.append(" ".join(block.split()).replace("*", "").replace('"', ""))
     return "\n\n".join(dict.fromkeys(paragraphs))  # a few topics share paragraphs
