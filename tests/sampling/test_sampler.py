@@ -38,7 +38,7 @@ def test_temperature_sharpens() -> None:
     expect(frequencies(temperature=0.5), list(PROBABILITIES**2))
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, 1e-60])
 def test_no_temperature_is_argmax(temperature: float) -> None:
     expect(frequencies(50, temperature=temperature), [0, 1, 0, 0])
 
@@ -141,7 +141,7 @@ def test_a_large_vocabulary_costs_milliseconds() -> None:
         start = time.perf_counter()
         sampler.sample(logits, [1, 2, 3])
         seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.02
+    assert min(seconds) < 0.0016  # 2 % of a step of Phi-4-mini, which has this vocabulary
 
 
 def drawn_by_sorting(logits: npt.NDArray[np.float32], params: SamplingParams, draw: float) -> int:

@@ -16,7 +16,7 @@ Ids = npt.NDArray[np.int64]
 
 _FEW = 1024  # values that are looked at one by one, or sorted, without a thought
 _CHUNK = 1 << 14  # values whose copies stay in a core's cache
-_N_BINS = 1 << 12
+_BIN_BITS = 12  # of the number of bins
 _ONE_BITS = np.int32(0x3F800000)  # of 1.0 in float32
 
 
@@ -45,9 +45,10 @@ class Sampler:
         """Return the next token id; logits float32 [n_vocab], generated: the ids so far, without the prompt."""
         logits = self._adjusted(logits, generated)
         top = _checked(logits, int(logits.argmax()))
-        if self.params.temperature <= 0:
+        temperature = np.float32(self.params.temperature)
+        if temperature <= 0:
             return top
-        kept, weights = self._filtered(logits, logits[top])
+        kept, weights = self._filtered(logits, logits[top], temperature)
         draw = self._random.random()
         share = self.params.top_p
         drawn = _draw_likeliest(weights, share, draw) if 0 < share < 1 else _draw(weights, draw)
@@ -73,7 +74,7 @@ class Sampler:
             logits[token] += bias
         return logits
 
-    def _filtered(self, logits: Floats, largest: np.float32) -> tuple[Ids | None, Floats]:
+    def _filtered(self, logits: Floats, largest: np.float32, temperature: np.float32) -> tuple[Ids | None, Floats]:
         """Return the token ids that top_k and min_p leave, None for all, and their weights; the likeliest one's is 1.
 
         What min_p drops may be left in with weight 0.
@@ -84,12 +85,12 @@ class Sampler:
             kept = _largest(logits, p.top_k)
         elif p.min_p > 0:
             # Most tokens need no exponential; the margin is for the rounding of those near the edge.
-            bound = float(largest) + p.temperature * (math.log(p.min_p) - 1e-4) - 1e-6 * abs(float(largest))
+            bound = float(largest) + float(temperature) * (math.log(p.min_p) - 1e-4) - 1e-6 * abs(float(largest))
             above = logits >= np.float32(bound)
             if np.count_nonzero(above) < len(logits) // 8:
                 kept = np.flatnonzero(above)
         weights = np.subtract(logits, largest, out=self._work) if kept is None else logits[kept] - largest
-        weights /= np.float32(p.temperature)
+        weights /= temperature
         np.exp(weights, out=weights)
         if p.min_p > 0:
             weights[weights < p.min_p] = 0
@@ -99,45 +100,49 @@ class Sampler:
 def _draw(weights: Floats, draw: float) -> int:
     """Return the index at which the share `draw`, of 0 to 1, of all weights is passed."""
     starts = np.arange(0, len(weights), _FEW)
-    cumulative = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
+    cumulative = np.add.reduceat(weights, starts, dtype=np.float64).cumsum()
     target = draw * cumulative[-1]
-    block = int(np.searchsorted(cumulative[:-1], target, side="right"))
+    block = int(cumulative[:-1].searchsorted(target, side="right"))
     before = cumulative[block - 1] if block else 0.0
-    within = before + np.cumsum(weights[starts[block] : starts[block] + _FEW], dtype=np.float64)
-    return int(starts[block] + np.searchsorted(within[:-1], target, side="right"))
+    within = before + weights[starts[block] : starts[block] + _FEW].cumsum(dtype=np.float64)
+    return int(starts[block] + within[:-1].searchsorted(target, side="right"))
 
 
 def _draw_likeliest(weights: Floats, share: float, draw: float) -> int:
     """Draw among the likeliest up to the one that crosses a share of all weights; ties in the order of their indices.
 
-    Weights are at most 1. They are put into bins, of which two are sorted: the one that holds the crossing, and the one
+    Weights are at most 1. Many are put into bins, of which two are sorted: the one that holds the crossing, and the one
     that is drawn from.
     """
+    if len(weights) <= _FEW:
+        order = np.argsort(-weights, kind="stable")
+        within = weights[order].cumsum(dtype=np.float64)
+        crossing = int(within[:-1].searchsorted(share * within[-1]))
+        return int(order[within[:crossing].searchsorted(draw * within[crossing], side="right")])
     bits = weights.view(np.int32)  # those of positive floats are in the order of their values
-    n_bins = 1 if len(weights) <= _FEW else _N_BINS
-    shift = max(int(_ONE_BITS - bits.min()).bit_length() - n_bins.bit_length() + 1, 0)
-    sums = np.zeros(n_bins)
+    shift = max(int(_ONE_BITS - bits.min()).bit_length() - _BIN_BITS, 0)
+    sums = np.zeros(1 << _BIN_BITS)
     for start in range(0, len(weights), _CHUNK):
         part = slice(start, start + _CHUNK)
-        sums += np.bincount((_ONE_BITS - bits[part]) >> shift, weights[part], n_bins)
-    cumulative = np.cumsum(sums)
+        sums += np.bincount((_ONE_BITS - bits[part]) >> shift, weights[part], len(sums))
+    cumulative = sums.cumsum()
 
     def sorted_bin(index: int) -> tuple[Ids, npt.NDArray[np.float64]]:
         most = int(_ONE_BITS) - (index << shift)
         of_bin = np.flatnonzero((bits <= most) & (bits > most - (1 << shift)))
         of_bin = of_bin[np.argsort(-weights[of_bin], kind="stable")]
         before = cumulative[index - 1] if index else 0.0
-        return of_bin, before + np.cumsum(weights[of_bin], dtype=np.float64)
+        return of_bin, before + weights[of_bin].cumsum(dtype=np.float64)
 
-    crossed = int(np.searchsorted(cumulative, share * cumulative[-1]))
+    crossed = int(cumulative.searchsorted(share * cumulative[-1]))
     of_bin, within = sorted_bin(crossed)
-    crossing = int(np.searchsorted(within[:-1], share * cumulative[-1]))
+    crossing = int(within[:-1].searchsorted(share * cumulative[-1]))
     target = draw * within[crossing]
-    drawn = int(np.searchsorted(cumulative[:crossed], target, side="right"))
+    drawn = int(cumulative[:crossed].searchsorted(target, side="right"))
     if drawn < crossed:
         of_bin, within = sorted_bin(drawn)
         crossing = len(of_bin) - 1
-    return int(of_bin[np.searchsorted(within[:crossing], target, side="right")])
+    return int(of_bin[within[:crossing].searchsorted(target, side="right")])
 
 
 def _largest(values: Floats, n: int) -> Ids:
