@@ -89,8 +89,9 @@ class Sampler:
             above = logits >= np.float32(bound)
             if np.count_nonzero(above) < len(logits) // 8:
                 kept = np.flatnonzero(above)
-        weights = np.subtract(logits, largest, out=self._work) if kept is None else logits[kept] - largest
-        weights /= temperature
+        weights: Floats = self._work if kept is None else logits[kept]
+        np.subtract(logits if kept is None else weights, largest, out=weights)
+        np.divide(weights, temperature, out=weights)
         np.exp(weights, out=weights)
         if p.min_p > 0:
             weights[weights < p.min_p] = 0
