@@ -376,7 +376,7 @@ def _piece(
 ) -> Piece:
     return Piece(
         text=text,
-        tokens=sequence.generated[start:end],
+        tokens=sequence.tokens[sequence.n_prompt + start : sequence.n_prompt + end],
         logprobs=None if sequence.n_top_logprobs is None else sequence.logprobs[start:end],
         finish_reason=finish.value if finish else None,
         usage=usage,

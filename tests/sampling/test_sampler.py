@@ -38,7 +38,7 @@ def test_temperature_sharpens() -> None:
     expect(frequencies(temperature=0.5), list(PROBABILITIES**2))
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, 1e-60])
 def test_no_temperature_is_argmax(temperature: float) -> None:
     expect(frequencies(50, temperature=temperature), [0, 1, 0, 0])
 
@@ -141,4 +141,42 @@ def test_a_large_vocabulary_costs_milliseconds() -> None:
         start = time.perf_counter()
         sampler.sample(logits, [1, 2, 3])
         seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.02
+    assert min(seconds) < 0.0016  # 2 % of a step of Phi-4-mini, which has this vocabulary
+
+
+def drawn_by_sorting(logits: npt.NDArray[np.float32], params: SamplingParams, draw: float) -> int:
+    """Return the token as the options define it, by sorting all of them."""
+    top = logits.max()
+    weights = np.exp((logits - top) / np.float32(params.temperature))
+    kept = np.lexsort((np.arange(len(logits)), -logits))[: params.top_k or None]
+    kept = kept[weights[kept] >= params.min_p]
+    if 0 < params.top_p < 1:
+        cumulative = np.cumsum(weights[kept], dtype=np.float64)
+        kept = kept[: np.searchsorted(cumulative, params.top_p * cumulative[-1]) + 1]
+    elif not params.top_k:
+        kept = np.sort(kept)
+    cumulative = np.cumsum(weights[kept], dtype=np.float64)
+    return int(kept[np.searchsorted(cumulative, draw * cumulative[-1], side="right")])
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.5])
+@pytest.mark.parametrize("min_p", [0.0, 0.05, 1.0])
+@pytest.mark.parametrize("top_k", [0, 40, 2000])
+@pytest.mark.parametrize("deviation", [0.0, 0.01, 3.0])
+def test_nothing_is_lost_to_speed(deviation: float, top_k: int, min_p: float, top_p: float) -> None:
+    """The same draws as by sorting, ties included, from few candidates and from many."""
+    rng = np.random.default_rng(1)
+    for n in (40, 5000, 40_000):
+        logits = rng.normal(0, deviation, n).astype(np.float32)
+        logits[rng.integers(0, n, n // 2)] = logits[0]
+        params = SamplingParams(temperature=0.8, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=1.0, seed=2)
+        sampler, draws = Sampler(params, n), np.random.Generator(np.random.PCG64(2))
+        for _ in range(10):
+            assert sampler.sample(logits, []) == drawn_by_sorting(logits, params, draws.random())
+
+
+@pytest.mark.parametrize("n_top", [1, 5, 300, 40_000])
+def test_the_likeliest_of_many(n_top: int) -> None:
+    logits = np.random.default_rng(0).normal(0, 3, 40_000).astype(np.float32).round(2)
+    expected = np.lexsort((np.arange(len(logits)), -logits))[:n_top]
+    assert [token for token, _ in logprob(logits, 0, n_top).top] == list(expected)

@@ -1,0 +1,135 @@
+"""How far an engine's logits are from float32's, position by position. quality.py runs this, a process an engine.
+
+    python benchmarks/quality_workers.py NAME    # a Task as JSON on stdin; the result is the last line of stdout
+
+Imports of engines are inside the functions; besides them a worker's interpreter needs NumPy only.
+"""
+
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+
+_ROWS_AT_ONCE = 64  # of a vocabulary's width in float64
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to compute."""
+
+    model: str  # path of a GGUF file
+    windows: list[list[int]]  # token ids, each window a text of its own
+    n_threads: int
+    reference: str  # .npy, float32 [n_windows, n_tokens, n_vocab]: read, or written by the worker "reference"
+
+
+def phi_c(task: Task) -> Iterator[Floats]:
+    """Yield phi-c's logits, float32 [n_tokens, n_vocab], window by window; PHI_C_ISA chooses the tier."""
+    import phi_c
+
+    with phi_c.load(task.model, n_ctx=len(task.windows[0]), n_threads=task.n_threads) as llm:
+        for window in task.windows:
+            yield llm.logits(window)
+
+
+def llama_cpp_python(task: Task) -> Iterator[Floats]:
+    """Yield llama.cpp's logits, with its own defaults: half precision keys and values, as phi-c has."""
+    import llama_cpp as lib
+
+    silent = lib.llama_log_callback(lambda level, text, data: None)
+    lib.llama_log_set(silent, ctypes.c_void_p(0))
+    lib.llama_backend_init()
+    model = lib.llama_model_load_from_file(task.model.encode(), lib.llama_model_default_params())
+    if not model:
+        raise RuntimeError(f"llama.cpp could not load {task.model}")
+    n_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+    n_tokens = len(task.windows[0])
+    params = lib.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = n_tokens
+    params.n_threads = params.n_threads_batch = task.n_threads
+    context = lib.llama_init_from_model(model, params)
+    batch = lib.llama_batch_init(n_tokens, 0, 1)
+    for window in task.windows:
+        lib.llama_memory_clear(lib.llama_get_memory(context), True)
+        batch.n_tokens = n_tokens
+        for i, token in enumerate(window):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, i, True
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+        if lib.llama_decode(context, batch) != 0:
+            raise RuntimeError("llama_decode failed")
+        yield np.ctypeslib.as_array(lib.llama_get_logits(context), (n_tokens, n_vocab)).copy()
+
+
+def keep(task: Task) -> dict[str, Any]:
+    """Write phi-c's logits to the reference's file."""
+    out = None
+    for i, logits in enumerate(phi_c(task)):
+        if out is None:
+            shape = (len(task.windows), *logits.shape)
+            out = np.lib.format.open_memmap(task.reference, "w+", np.float32, shape)
+        out[i] = logits
+    if out is not None:
+        out.flush()
+    return {}
+
+
+def compare(engine: Callable[[Task], Iterator[Floats]], task: Task) -> dict[str, Any]:
+    """Return lists [n_windows][n_tokens] of an engine's distances from the reference; see `distances`."""
+    reference = np.load(task.reference, mmap_mode="r")
+    found: dict[str, Any] = {"kl": [], "same_top": [], "nll": [], "reference_nll": []}
+    for window, expected, logits in zip(task.windows, reference, engine(task), strict=True):
+        for name, values in distances(expected, logits, window).items():
+            found[name].append(values.tolist())
+    return found
+
+
+def distances(expected: Floats, logits: Floats, tokens: list[int]) -> dict[str, npt.NDArray[Any]]:
+    """Compare logits, float32 [n_tokens, n_vocab], with those of float32.
+
+    kl: KL(expected || logits) in nats, [n_tokens]; same_top: whether the likeliest token is the same, [n_tokens];
+    nll, reference_nll: minus the log-probability of the token that follows, [n_tokens - 1].
+    """
+    parts: dict[str, list[npt.NDArray[Any]]] = {"kl": [], "same_top": [], "nll": [], "reference_nll": []}
+    following = np.asarray(tokens[1:])
+    for start in range(0, len(tokens), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        p, q = log_softmax(expected[rows]), log_softmax(logits[rows])
+        parts["kl"].append((np.exp(p) * (p - q)).sum(1))
+        parts["same_top"].append(p.argmax(1) == q.argmax(1))
+        next_ids = following[rows]
+        known = np.arange(len(next_ids))
+        parts["nll"].append(-q[known, next_ids])
+        parts["reference_nll"].append(-p[known, next_ids])
+    return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+def log_softmax(logits: Floats) -> Doubles:
+    """Return natural logarithms of probabilities, float64 [n_tokens, n_vocab]."""
+    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
+ENGINES: dict[str, Callable[[Task], Iterator[Floats]]] = {
+    "phi-c": phi_c,
+    "llama-cpp-python": llama_cpp_python,
+}
+
+
+def main() -> None:
+    name, task = sys.argv[1], Task(**json.load(sys.stdin))
+    result = keep(task) if name == "reference" else compare(ENGINES[name], task)
+    print("\n" + json.dumps(result), flush=True)
+    os._exit(0)  # engines that leave threads behind need not wait for them
+
+
+if __name__ == "__main__":
+    main()
