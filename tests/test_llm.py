@@ -298,7 +298,7 @@ def test_bad_ways_to_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"n_ctx": -1}, "n_ctx is -1"),
         ({"n_threads": 0}, "n_threads is 0"),
         ({"n_batch": 0}, "n_batch is 0"),
-        ({"layout": "rows"}, "layout is 'rows', expected 'packed' or 'file'"),
+        ({"layout": "rows"}, "layout is 'rows', expected one of packed, cached, file"),
         ({"tier": "avx9"}, "tier is 'avx9', expected one that this machine has: scalar"),
     ):
         with pytest.raises(OptionError, match=message):

@@ -159,6 +159,9 @@ cdef extern from "kernels.h":
 cdef extern from "dispatch.h":
     const char *phi_matmul_tier(const char *tier, phi_type type)
 
+cdef extern from "kernels/generic/pack.h":
+    const int PHI_PANEL_VERSION
+
 cdef extern from "memory.h":
     void *phi_map(size_t n_bytes) nogil
     void phi_unmap(void *memory, size_t n_bytes) nogil

@@ -1,5 +1,5 @@
 from mmap import mmap
-from typing import Any, Final, NamedTuple
+from typing import IO, Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ class TensorType(NamedTuple):
 
 TENSOR_TYPES: Final[dict[int, TensorType]]
 PAGE_TOKENS: Final[int]
+PANEL_VERSION: Final[int]
 
 def tiers() -> list[str]: ...
 def default_tier() -> str: ...
@@ -55,6 +56,7 @@ def attention(
 class Matrix:
     def __init__(self, type_id: int, n_rows: int, n_cols: int, data: npt.NDArray[np.uint8]) -> None: ...
     def packed(self, tier: str | None = None) -> Matrix: ...
+    def packed_bytes(self, tier: str | None = None) -> int: ...
     @property
     def type_id(self) -> int: ...
     @property
@@ -64,7 +66,14 @@ class Matrix:
 class Model:
     # config: model.config.ModelConfig, weights: model.weights.Weights; named loosely, for imports go down
     def __init__(
-        self, config: Any, weights: Any, *, n_threads: int, tier: str | None = None, layout: str = "packed"
+        self,
+        config: Any,
+        weights: Any,
+        *,
+        n_threads: int,
+        tier: str | None = None,
+        layout: str = "packed",
+        panels: npt.NDArray[np.uint8] | None = None,
     ) -> None: ...
     @property
     def tier(self) -> str: ...
@@ -72,6 +81,7 @@ class Model:
     def n_threads(self) -> int: ...
     @property
     def packed_bytes(self) -> int: ...
+    def write_panels(self, file: IO[bytes]) -> None: ...
     def close(self) -> None: ...
 
 @disjoint_base

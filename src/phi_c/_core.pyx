@@ -41,6 +41,7 @@ TENSOR_TYPES = {
     for i in range(PHI_N_TYPES)
 }
 PAGE_TOKENS = PHI_PAGE_TOKENS
+PANEL_VERSION = PHI_PANEL_VERSION
 
 
 cdef int _type_index(int type_id) except -1:
@@ -188,6 +189,10 @@ cdef class Matrix:
         packed.data = panels
         return packed
 
+    def packed_bytes(self, tier=None):
+        """Return the bytes that the matrix takes in a tier's packed layout; 0: it stays as it is."""
+        return phi_packed_bytes(_kernels(tier), &self.matrix)
+
     @property
     def type_id(self):
         return phi_types[self.matrix.type].gguf_id
@@ -199,6 +204,7 @@ cdef class Matrix:
 
 cdef enum:
     N_LAYER_MATRICES = 7
+    WRITE_BYTES = 1 << 26
 
 
 cdef phi_matrix *_layer_matrix(phi_layer *layer, int i) noexcept:
@@ -213,19 +219,20 @@ cdef class Model:
 
     layout="packed" copies matrices into the order that the tier's kernels like best and calls weights.release as
     it goes, so that what was copied can leave memory; layout="file" borrows them all as they are in the file.
-    Raises OptionError for a tier that this machine lacks, ValueError for weights that do not fit the config.
+    panels, uint8 [packed_bytes]: what `write_panels` of such a model wrote, borrowed in place of packing.
+    Raises OptionError for a tier that this machine lacks, ValueError for weights or panels that do not fit.
     """
 
     cdef phi_model model
     cdef phi_layer *layers
-    cdef uint8_t *panels
+    cdef uint8_t *panels  # our own; NULL where they are borrowed
     cdef readonly size_t packed_bytes
     cdef list keep  # what the C structs point into
     cdef object lock
     cdef readonly str tier
     cdef readonly int n_threads
 
-    def __init__(self, config, weights, *, int n_threads, tier=None, layout="packed"):
+    def __init__(self, config, weights, *, int n_threads, tier=None, layout="packed", panels=None):
         cdef phi_model *m = &self.model
         if n_threads < 1:
             raise OptionError(f"n_threads is {n_threads}, expected at least 1")
@@ -269,16 +276,46 @@ cdef class Model:
         if phi_pool_create(n_threads, &m.pool) != PHI_OK:
             raise MemoryError(f"{n_threads} threads could not be started")
         if layout == "packed":
-            self._pack(weights.release)
+            self._count_packed_bytes()
+            if panels is None:
+                self._pack(weights.release)
+            else:
+                self._borrow(panels)
 
-    cdef int _pack(self, release) except -1:
+    cdef void _count_packed_bytes(self) noexcept:
         cdef phi_model *m = &self.model
-        cdef size_t used = 0
         cdef int i, k
         self.packed_bytes = phi_packed_bytes(m.kernels, &m.output)
         for i in range(m.n_layers):
             for k in range(N_LAYER_MATRICES):
                 self.packed_bytes += phi_packed_bytes(m.kernels, _layer_matrix(&self.layers[i], k))
+
+    cdef int _borrow(self, const uint8_t[::1] panels) except -1:
+        cdef size_t used = 0
+        cdef int i, k
+        if <size_t>panels.shape[0] != self.packed_bytes:
+            raise ValueError(f"{panels.shape[0]} bytes of packed weights, expected {self.packed_bytes}")
+        if self.packed_bytes == 0:
+            return 0
+        self.keep.append(panels)
+        for i in range(self.model.n_layers):
+            for k in range(N_LAYER_MATRICES):
+                self._borrow_matrix(_layer_matrix(&self.layers[i], k), &panels[0], &used)
+        self._borrow_matrix(&self.model.output, &panels[0], &used)
+        return 0
+
+    cdef void _borrow_matrix(self, phi_matrix *matrix, const uint8_t *panels, size_t *used) noexcept:
+        cdef size_t n_bytes = phi_packed_bytes(self.model.kernels, matrix)
+        if n_bytes == 0:
+            return
+        matrix.layout = PHI_LAYOUT_PANELS
+        matrix.data = panels + used[0]
+        used[0] += n_bytes
+
+    cdef int _pack(self, release) except -1:
+        cdef phi_model *m = &self.model
+        cdef size_t used = 0
+        cdef int i, k
         if self.packed_bytes == 0:
             return 0
         self.panels = <uint8_t *>phi_map(self.packed_bytes)
@@ -318,6 +355,16 @@ cdef class Model:
             raise ValueError(f"a matrix of shape {matrix.shape}, expected ({n_rows}, {n_cols})")
         self.keep.append(matrix)
         return matrix.matrix
+
+    def write_panels(self, file):
+        """Write the packed weights, packed_bytes in all, to a binary file; raises ValueError where none were packed."""
+        cdef size_t start, n_bytes
+        with self.lock:
+            if self.panels == NULL:
+                raise ValueError("the model holds no packed weights of its own")
+            for start in range(0, self.packed_bytes, WRITE_BYTES):
+                n_bytes = min(<size_t>WRITE_BYTES, self.packed_bytes - start)
+                file.write(<uint8_t[:n_bytes]>(self.panels + start))
 
     def close(self):
         """Stop the threads and free the packed weights; running the model afterwards raises ModelClosedError."""

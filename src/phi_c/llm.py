@@ -20,6 +20,7 @@ from phi_c.engine.sequence import Sequence as EngineSequence
 from phi_c.errors import ChatTemplateError, ContextLengthError, MemoryLimitError, OptionError
 from phi_c.model.config import ModelConfig, read_config
 from phi_c.model.gguf_file import GGUFFile
+from phi_c.model.side_file import SideFile
 from phi_c.model.weights import load_weights
 from phi_c.sampling.params import SamplingParams
 from phi_c.sampling.sampler import Sampler, TokenLogprob
@@ -28,6 +29,7 @@ from phi_c.text.stream import TextStream
 from phi_c.text.tokenizer import load_tokenizer
 
 DEFAULT_N_CTX = 4096
+LAYOUTS = ("packed", "cached", "file")
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,12 @@ def load(
     n_ctx: positions, shared by calls that run together; None: the model's own, at most 4096; 0: the model's own.
     n_threads: None: the physical cores that this process may use. n_batch: prompt tokens a forward pass. tier: an
     instruction set such as "avx2"; None: PHI_C_ISA, else the best. layout: "packed" copies the weights into the
-    order that the kernels like best, "file" runs them from the mapped file: a faster start, less speed. tokenizer: a
+    order that the kernels like best; "cached" keeps that copy in a file of the cache folder, as large as the model's,
+    which the next start maps; "file" runs the weights from the model's file: a fast start, less speed. tokenizer: a
     tokenizer.json. progress: bars on stderr.
 
     Raises PhiError of the kind that fits: ModelNotFoundError, DownloadError, ModelFileError, UnsupportedModelError,
-    MemoryLimitError, OptionError.
+    MemoryLimitError, OptionError, CacheError when packed weights cannot be kept.
     """
     return LLM(
         hub.resolve(source, progress=progress),
@@ -134,19 +137,33 @@ class LLM:
     ) -> None:
         _check_count("n_threads", n_threads, 1, 1024)
         _check_count("n_batch", n_batch, 1, 1 << 16)
+        if layout not in LAYOUTS:
+            raise OptionError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
         tier = _choose_tier(tier)
         self.path = path
         self._file = GGUFFile(path)
         try:
             self.config: ModelConfig = read_config(self._file)
             self.n_ctx = _choose_n_ctx(n_ctx, self.config)
-            _check_memory(self.config, self.n_ctx, self._file.n_bytes if layout == "packed" else 0)
             self.tokenizer = load_tokenizer(self._file.metadata, tokenizer_json)
             self.template = load_chat_template(self._file.metadata, self.tokenizer)
             weights = load_weights(self._file, self.config)
+            side_file = SideFile(self._file, weights.packed_sizes(tier)) if layout == "cached" else None
+            panels = side_file.open() if side_file else None
+            is_mapped = layout == "file" or panels is not None
+            _check_memory(self.config, self.n_ctx, 0 if is_mapped else self._file.n_bytes)
             model = Model(
-                self.config, weights, n_threads=n_threads or machine.default_threads(), tier=tier, layout=layout
+                self.config,
+                weights,
+                n_threads=n_threads or machine.default_threads(),
+                tier=tier,
+                layout="file" if layout == "file" else "packed",
+                panels=panels,
             )
+            # The file that this load has written, for the next one.
+            self.side_file: Path | None = None
+            if side_file is not None and panels is None and model.packed_bytes:
+                self.side_file = side_file.write(model.write_panels)
             self.n_batch = n_batch
             n_ctx_orig = self.config.n_ctx_orig if self.config.long_rope else None
             # Public for tools that serve or measure: it takes sequences of their own.

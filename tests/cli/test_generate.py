@@ -56,6 +56,13 @@ def test_every_option_together(model: Path) -> None:
     assert json.loads(second.stdout)["tokens"] == result["tokens"]
 
 
+def test_every_layout(model: Path, tmp_path: Path) -> None:
+    for layout in ("packed", "cached", "cached", "file"):
+        arguments = ("--layout", layout, "--raw", *GREEDY, "--max-tokens", "1", "the")
+        done = run_cli("generate", "-m", model, *arguments, PHI_C_CACHE=str(tmp_path))
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_prompts_from_stdin(model: Path) -> None:
     arguments = ("generate", "-m", model, "--raw", *GREEDY, "--max-tokens", "6")
     expected = run_cli(*arguments, "the and é").stdout

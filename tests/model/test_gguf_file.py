@@ -137,15 +137,15 @@ class TestLifetime:
             open_bytes(path, gguf()).data("b")
 
     def test_metadata_does_not_hold_the_mapping(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        maps: list[mmap.mmap] = []
+        maps: list[tuple[mmap.mmap, int]] = []
         original = gguf_file._map_file
         monkeypatch.setattr(gguf_file, "_map_file", lambda p: maps.append(original(p)) or maps[-1])
         file = open_bytes(path, gguf([key("ints", ARRAY, (I32, [1, 2])), key("t", ARRAY, (STRING, ["a"]))]))
         file.close()
-        assert maps[0].closed
+        assert maps[0][0].closed
         with pytest.raises(errors.ModelFileError):
             open_bytes(path, gguf(n_keys=1))
-        assert maps[1].closed  # a refused file is not left open
+        assert maps[1][0].closed  # a refused file is not left open
 
 
 class TestRefusedPaths:

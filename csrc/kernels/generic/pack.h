@@ -8,6 +8,10 @@
 
 #include "../../kernels.h"
 
+/* Part of the key of packed weights that are kept in a file: to be raised whenever a panel has other bytes, or when the
+ * order in which a model's matrices are packed changes. */
+enum { PHI_PANEL_VERSION = 1 };
+
 typedef struct {
     uint16_t d[16];
     uint8_t lines[4][64];

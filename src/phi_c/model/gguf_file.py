@@ -5,6 +5,7 @@ Follows the GGUF specification (docs/gguf.md of ggml), versions 2 and 3, little 
 
 import contextlib
 import errno
+import hashlib
 import mmap
 import os
 import stat
@@ -56,6 +57,9 @@ _MAX_ITEMS = 1 << 24
 _MAX_NESTED_ARRAYS = 1 << 16
 _MAX_DEPTH = 4
 
+# What `identity` reads of the data.
+_N_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -90,10 +94,11 @@ class GGUFFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._map: mmap.mmap | None = _map_file(self.path)
-        self.n_bytes = len(self._map)
+        mapping, self._modified_ns = _map_file(self.path)
+        self._map: mmap.mmap | None = mapping
+        self.n_bytes = len(mapping)
         try:
-            self._read_header(_Cursor(self._map, self.path))
+            self._read_header(_Cursor(mapping, self.path))
         except BaseException:
             self.close()
             raise
@@ -121,6 +126,21 @@ class GGUFFile:
         if info is None:
             raise ModelFileError(f"{self.path}: the file has no tensor {short(name)}")
         return np.frombuffer(self._map, np.uint8, info.n_bytes, info.offset)
+
+    def identity(self) -> bytes:
+        """Return a SHA-256 that another file, or this one changed, does not have: of size, time of change and header,
+        and of samples of the data, for files that were copied over each other with their times.
+
+        Raises ModelClosedError after `close`.
+        """
+        if self._map is None:
+            raise ModelClosedError(f"{self.path}: the file was closed")
+        digest = hashlib.sha256(f"{self.n_bytes} {self._modified_ns} ".encode())
+        digest.update(self._map[: self.data_offset])
+        for i in range(_N_SAMPLES):
+            start = self.data_offset + (self.n_bytes - self.data_offset) * i // _N_SAMPLES
+            digest.update(self._map[start : start + _SAMPLE_BYTES])
+        return digest.digest()
 
     def release(self) -> None:
         """Let the pages read so far leave this process's memory; the system's file cache keeps them."""
@@ -244,7 +264,8 @@ class _Cursor:
         return strings
 
 
-def _map_file(path: Path) -> mmap.mmap:
+def _map_file(path: Path) -> tuple[mmap.mmap, int]:
+    """Return the mapping, and when the file was last changed: nanoseconds on the system's clock."""
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -252,9 +273,10 @@ def _map_file(path: Path) -> mmap.mmap:
         if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
             raise ModelFileError(f"{path}: expected a GGUF file, found a pipe or a device")
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
+            status = os.fstat(file.fileno())
+            if status.st_size == 0:
                 raise ModelFileError(f"{path}: expected a GGUF file, found an empty file")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), status.st_mtime_ns
     except FileNotFoundError:
         raise ModelNotFoundError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the path, a file that shrank

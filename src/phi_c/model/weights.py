@@ -40,6 +40,11 @@ class Weights:
     rope_inv_freq_long: Floats  # beyond the original context; the same for models without LongRoPE
     release: Callable[[], None]  # lets the mapped pages leave memory; they come back when they are read
 
+    def packed_sizes(self, tier: str | None) -> list[int]:
+        """Return the bytes that each matrix takes when a tier packs it, 0 where it stays: of the layers, the output."""
+        matrices = (m for w in self.layers for m in (w.wq, w.wk, w.wv, w.wo, w.gate, w.up, w.down))
+        return [m.packed_bytes(tier) for m in (*matrices, self.output)]
+
 
 def load_weights(file: GGUFFile, config: ModelConfig) -> Weights:
     """Return the weights of a file that `read_config` accepted; matrices are views that keep it mapped."""
