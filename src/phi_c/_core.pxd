@@ -38,7 +38,9 @@ cdef extern from "phi.h":
                             float *block_sums) noexcept nogil
         void (*quantize_wide)(const float *x, size_t n_cols, int8_t *wide, float *scales) noexcept nogil
         void (*rms_norm)(const float *x, const float *weight, size_t n, float eps, float *y) noexcept nogil
+        void (*rope[2])(float *x, int rope_dims, const float *cos, const float *sin) noexcept nogil
         void (*silu_mul)(const float *gate, const float *up, size_t n, float *y) noexcept nogil
+        void (*add)(const float *x, size_t n, float *y) noexcept nogil
         void (*store_kv)(const float *k, const float *v, int head_dim, int slot, uint16_t *page) noexcept nogil
         void (*attention)(const phi_attention *a) noexcept nogil
     const char *const *phi_tier_names()

@@ -35,6 +35,17 @@ def rms_norm(
 def silu_mul(
     gate: npt.NDArray[np.float32], up: npt.NDArray[np.float32], tier: str | None = None
 ) -> npt.NDArray[np.float32]: ...
+def add(x: npt.NDArray[np.float32], y: npt.NDArray[np.float32], tier: str | None = None) -> npt.NDArray[np.float32]: ...
+def rope(
+    x: npt.NDArray[np.float32],
+    cos: npt.NDArray[np.float32],
+    sin: npt.NDArray[np.float32],
+    style: str,
+    tier: str | None = None,
+) -> npt.NDArray[np.float32]: ...
+def store_kv(
+    k: npt.NDArray[np.float32], v: npt.NDArray[np.float32], slot: int, tier: str | None = None
+) -> npt.NDArray[np.uint8]: ...
 def attention(
     q: npt.NDArray[np.float32],
     k: npt.NDArray[np.float32],

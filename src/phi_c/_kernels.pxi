@@ -95,6 +95,41 @@ def silu_mul(const float[::1] gate not None, const float[::1] up not None, tier=
     return y
 
 
+def add(const float[::1] x not None, const float[::1] y not None, tier=None):
+    """Return x + y, float32 [n]."""
+    cdef const phi_kernels *kernels = _kernels(tier)
+    if x.shape[0] != y.shape[0] or x.shape[0] == 0:
+        raise ValueError("x and y differ in length, or are empty")
+    total = np.array(y)
+    cdef float[::1] view = total
+    kernels.add(&x[0], x.shape[0], &view[0])
+    return total
+
+
+def rope(const float[::1] x not None, const float[::1] cos not None, const float[::1] sin not None, style, tier=None):
+    """Return a head whose first 2 * len(cos) dimensions are rotated, float32 [head_dim]; style: "neox" or "norm"."""
+    cdef const phi_kernels *kernels = _kernels(tier)
+    cdef int rope_dims = <int>(2 * cos.shape[0])
+    if cos.shape[0] != sin.shape[0] or rope_dims == 0 or rope_dims > x.shape[0]:
+        raise ValueError("the shapes of x, cos and sin do not fit")
+    y = np.array(x)
+    cdef float[::1] view = y
+    kernels.rope[<int>(PHI_ROPE_NEOX if style == "neox" else PHI_ROPE_NORM)](&view[0], rope_dims, &cos[0], &sin[0])
+    return y
+
+
+def store_kv(const float[::1] k not None, const float[::1] v not None, int slot, tier=None):
+    """Return a head's part of a page, uint8, that holds one position's key and value in a slot, else bytes of 0xff."""
+    cdef const phi_kernels *kernels = _kernels(tier)
+    cdef int head_dim = <int>k.shape[0]
+    if v.shape[0] != head_dim or head_dim == 0 or not 0 <= slot < PHI_PAGE_TOKENS:
+        raise ValueError("k and v differ in length, or are empty, or there is no such slot")
+    page = np.full(phi_page_head_bytes(head_dim), 0xff, np.uint8)
+    cdef uint8_t[::1] view = page
+    kernels.store_kv(&k[0], &v[0], head_dim, slot, <uint16_t *>&view[0])
+    return page
+
+
 def attention(const float[:, :, ::1] q not None, const float[:, ::1] k not None, const float[:, ::1] v not None,
               int last, int window, float scale, tier=None):
     """Return softmax(scale * q @ k.T) @ v over the positions that each token sees: float32, shaped as q.

@@ -322,7 +322,7 @@ def test_quantize_q8(tier: str) -> None:
 
 
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("n", [2, 7, 8, 64, 100, 3072])
+@pytest.mark.parametrize("n", [2, 7, 8, 15, 17, 64, 100, 3072])
 def test_rms_norm(n: int, tier: str) -> None:
     rng = np.random.default_rng(n)
     x, weight = spiky(1, n, rng)[0], rng.normal(size=n).astype(np.float32)
@@ -342,7 +342,71 @@ def test_silu_mul(n: int, tier: str) -> None:
 
 
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("head_dim", [2, 20, 64, 96, 128])
+def test_silu_mul_of_extremes(tier: str) -> None:
+    gate = np.array([0, -0.0, 1e-42, 200, -200, 3e38, np.inf, np.nan, *range(12)], np.float32)
+    got = _core.silu_mul(gate, np.ones(len(gate), np.float32), tier)
+    assert np.array_equal(got[[0, 3, 5, 6]], np.array([0, 200, 3e38, np.inf], np.float32))
+    assert abs(got[4]) <= 1e-30 and abs(got[2]) <= 1e-42
+    assert np.array_equal(np.isnan(got), np.isnan(gate))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("n", [1, 7, 8, 15, 16, 17, 33, 100])
+def test_add(n: int, tier: str) -> None:
+    rng = np.random.default_rng(n)
+    x, y = rng.normal(size=(2, n)).astype(np.float32)
+    x[0], x[n // 2], y[-1] = 1e-42, np.inf, np.nan
+    assert np.array_equal(_core.add(x, y, tier), x + y, equal_nan=True)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("style", ["neox", "norm"])
+@pytest.mark.parametrize(
+    ("head_dim", "rope_dims"), [(2, 2), (20, 14), (64, 64), (80, 32), (80, 40), (96, 96), (128, 98)]
+)
+def test_rope_has_the_bits_of_the_scalar_tier(head_dim: int, rope_dims: int, style: str, tier: str) -> None:
+    rng = np.random.default_rng([head_dim, rope_dims])
+    x = rng.normal(size=head_dim).astype(np.float32)
+    cos, sin = rng.normal(size=(2, rope_dims // 2)).astype(np.float32)
+    got = _core.rope(x, cos, sin, style, tier)
+    assert np.array_equal(got, _core.rope(x, cos, sin, style, "scalar"))
+    turned = x[:rope_dims].astype(np.float64).reshape((2, -1) if style == "neox" else (-1, 2))
+    a, b = turned if style == "neox" else turned.T
+    exact = np.stack([a * cos - b * sin, b * cos + a * sin], 0 if style == "neox" else 1).reshape(-1)
+    np.testing.assert_allclose(got[:rope_dims], exact, rtol=1e-5, atol=1e-6)
+    assert np.array_equal(got[rope_dims:], x[rope_dims:])
+    x[0], x[rope_dims - 1] = np.nan, np.inf
+    got, expected = _core.rope(x, cos, sin, style, tier), _core.rope(x, cos, sin, style, "scalar")
+    assert np.array_equal(got, expected, equal_nan=True) and np.isnan(got[0])
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("slot", [0, 5, 15, 16, 31])
+@pytest.mark.parametrize("head_dim", [2, 20, 64, 80, 96, 128])
+def test_store_kv(head_dim: int, slot: int, tier: str) -> None:
+    """Every kind of float: as NumPy rounds it, and nothing but the slot is written."""
+    rng = np.random.default_rng([head_dim, slot])
+    special = np.array(
+        [0, -0.0, 1e-42, 6e-8, -2.9e-8, 3e-8, 6.1e-5, 65504, 65519.9, 65520, -1e30, np.inf, -np.inf, np.nan], np.float32
+    )
+    k, v = (
+        rng.permutation(np.resize(np.concatenate([special, rng.normal(size=50)]), 2 * head_dim))
+        .astype(np.float32)
+        .reshape(2, head_dim)
+    )
+    page = _core.store_kv(k, v, slot, tier).view(np.float16)
+    keys = page[: 32 * head_dim].reshape(2, head_dim, 16).transpose(0, 2, 1).reshape(32, head_dim)
+    values = page[32 * head_dim :].reshape(32, head_dim)
+    with np.errstate(over="ignore"):
+        assert np.array_equal(keys[slot], k.astype(np.float16), equal_nan=True)
+        assert np.array_equal(values[slot], v.astype(np.float16), equal_nan=True)
+    others = np.arange(32) != slot
+    assert (keys[others].view(np.uint16) == 0xFFFF).all() and (values[others].view(np.uint16) == 0xFFFF).all()
+    assert np.array_equal(page.view(np.uint16), _core.store_kv(k, v, slot, "scalar").view(np.uint16))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("head_dim", [2, 20, 64, 80, 96, 128])
 @pytest.mark.parametrize("window", [0, 1, 40])
 @pytest.mark.parametrize(("last", "n_tokens"), [(0, 1), (31, 1), (32, 3), (70, 8), (100, 5)])
 def test_attention(last: int, n_tokens: int, window: int, head_dim: int, tier: str) -> None:
