@@ -16,8 +16,9 @@ enum {
     PHI_WIDE_STEPS = 254, /* steps of the low part of a wide activation in one of the high part */
     PHI_TILE_TOKENS = 16, /* tokens and columns of a tile of wide activations */
     PHI_TILE_COLS = 64,
-    PHI_KV_GROUP = 16,      /* positions that lie side by side in a key page */
-    PHI_ATTENTION_ROWS = 8, /* (token, query head) pairs whose scores are held at a time, and tokens a call */
+    PHI_KV_GROUP = 16,        /* positions that lie side by side in a key page */
+    PHI_ATTENTION_ROWS = 32,  /* (token, query head) pairs that share a walk through the pages; tokens a call */
+    PHI_ATTENTION_BLOCK = 64, /* positions between two looks at the largest score; a multiple of PHI_PAGE_TOKENS */
     PHI_ALIGN_BYTES = 64,
 };
 
@@ -67,21 +68,29 @@ typedef struct {
     const uint8_t *pages; /* the head's keys and values in page 0 */
     size_t page_bytes;    /* from a page to the next */
     const int32_t *page_table;
-    int last;             /* position of the first token, which is the last one that it sees */
-    int window;           /* positions that a token sees, itself included; 0: all */
-    float scale;          /* multiplies the scores */
-    float *scores;        /* scratch [PHI_ATTENTION_ROWS, scores_stride] */
-    size_t scores_stride; /* floats; phi_scores_stride */
-    float *out;           /* as q */
+    int last;       /* position of the first token, which is the last one that it sees */
+    int window;     /* positions that a token sees, itself included; 0: all */
+    float scale;    /* multiplies the scores */
+    float *scratch; /* [phi_attention_scratch_floats] */
+    float *out;     /* as q */
 } phi_attention;
 
 static inline int phi_first_seen(int position, int window) {
     return window > 0 && position >= window ? position + 1 - window : 0;
 }
 
-/* Room for the scores of a tile whose tokens see at most n_seen positions each: groups are computed whole. */
-static inline size_t phi_scores_stride(int n_seen) {
-    return ((size_t)n_seen + PHI_ATTENTION_ROWS) / PHI_KV_GROUP * PHI_KV_GROUP + 2 * PHI_KV_GROUP;
+/* Scratch of attention: of each row, in tiles of up to eight, its weights in a block, its weighted values and its
+ * query; of all rows a page's keys, or 32 dimensions of a block's values, as floats. */
+static inline size_t phi_attention_sums_stride(int head_dim) { return ((size_t)head_dim + 31) / 32 * 32; }
+static inline size_t phi_attention_row_floats(int head_dim) {
+    return PHI_ATTENTION_BLOCK + 2 * phi_attention_sums_stride(head_dim);
+}
+static inline size_t phi_attention_converted_floats(int head_dim) {
+    const size_t keys = PHI_PAGE_TOKENS * phi_attention_sums_stride(head_dim);
+    return keys > 32 * PHI_ATTENTION_BLOCK ? keys : 32 * PHI_ATTENTION_BLOCK;
+}
+static inline size_t phi_attention_scratch_floats(int head_dim) {
+    return phi_attention_converted_floats(head_dim) + (PHI_ATTENTION_ROWS + 8) * phi_attention_row_floats(head_dim);
 }
 
 /* 16 rows of the file layout to a panel of 16 * row_bytes */

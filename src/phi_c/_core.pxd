@@ -140,8 +140,7 @@ cdef extern from "kernels.h":
         const int32_t *page_table
         int last, window
         float scale
-        float *scores
-        size_t scores_stride
+        float *scratch
         float *out
     const int PHI_Q8_BLOCK
     const int PHI_SUM_BLOCK
@@ -149,7 +148,7 @@ cdef extern from "kernels.h":
     const int PHI_KV_GROUP
     const int PHI_ATTENTION_ROWS
     size_t phi_page_head_bytes(int head_dim)
-    size_t phi_scores_stride(int n_seen)
+    size_t phi_attention_scratch_floats(int head_dim)
     size_t phi_wide_bytes(size_t n_tokens, size_t n_cols)
     int8_t *phi_wide_of(const phi_activations *x, int token)
 

@@ -159,9 +159,8 @@ def attention(const float[:, :, ::1] q not None, const float[:, ::1] k not None,
     a.page_bytes = page_bytes
     a.page_table = &table[0]
     a.last, a.window, a.scale = last, window, scale
-    a.scores_stride = phi_scores_stride(n)
-    cdef float[::1] scores = np.empty(PHI_ATTENTION_ROWS * a.scores_stride, np.float32)
-    a.scores = &scores[0]
+    cdef float[::1] scratch = np.full(phi_attention_scratch_floats(head_dim), np.nan, np.float32)
+    a.scratch = &scratch[0]
     a.out = &out[0, 0, 0]
     with nogil:
         kernels.attention(&a)

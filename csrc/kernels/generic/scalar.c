@@ -90,21 +90,24 @@ static const uint16_t *page_of(const phi_attention *a, int position) {
 static void attend(const phi_attention *a, const float *q, int first, int last, float *out) {
     const size_t head_dim = (size_t)a->head_dim;
     float largest = -INFINITY;
-    for (int p = first; p <= last; p++) {
-        const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
-        const uint16_t *keys = page_of(a, p) + slot / PHI_KV_GROUP * head_dim * PHI_KV_GROUP + slot % PHI_KV_GROUP;
-        double dot = 0.0;
-        for (size_t d = 0; d < head_dim; d++) dot += (double)q[d] * (double)phi_half_to_float(keys[d * PHI_KV_GROUP]);
-        a->scores[p - first] = (float)dot * a->scale;
-        largest = fmaxf(largest, a->scores[p - first]);
-    }
     double total = 0.0;
     for (size_t d = 0; d < head_dim; d++) out[d] = 0.0f;
     for (int p = first; p <= last; p++) {
-        const float weight = expf(a->scores[p - first] - largest);
-        const uint16_t *values = page_of(a, p) + (size_t)(PHI_PAGE_TOKENS + p % PHI_PAGE_TOKENS) * head_dim;
-        total += (double)weight;
+        const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
+        const uint16_t *page = page_of(a, p), *values = page + (PHI_PAGE_TOKENS + slot) * head_dim;
+        const uint16_t *keys = page + slot / PHI_KV_GROUP * head_dim * PHI_KV_GROUP + slot % PHI_KV_GROUP;
+        double dot = 0.0;
+        for (size_t d = 0; d < head_dim; d++) dot += (double)q[d] * (double)phi_half_to_float(keys[d * PHI_KV_GROUP]);
+        const float score = (float)dot * a->scale;
+        if (score > largest) { /* what was weighted by the distance from another score */
+            const float kept = expf(largest - score);
+            for (size_t d = 0; d < head_dim; d++) out[d] *= kept;
+            total *= (double)kept;
+            largest = score;
+        }
+        const float weight = expf(score - largest);
         for (size_t d = 0; d < head_dim; d++) out[d] += weight * phi_half_to_float(values[d]);
+        total += (double)weight;
     }
     for (size_t d = 0; d < head_dim; d++) out[d] = (float)((double)out[d] / total);
 }
