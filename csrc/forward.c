@@ -163,14 +163,15 @@ static void rotate(const forward *f, float *heads, size_t stride) {
 
 static void store(const forward *f, int layer, int kv_head, const float *k, const float *v) {
     const phi_model *model = f->model;
-    const size_t page_bytes = phi_kv_page_bytes(model);
+    const phi_kv_type type = phi_kv_type_of(f->kv);
+    const size_t page_bytes = phi_kv_page_bytes(model, type);
     uint8_t *head = phi_kv_head(model, f->kv, layer, kv_head);
     for (int t = 0; t < f->batch->n_tokens; t++) {
         const int position = f->batch->positions[t];
         const int32_t page = f->batch->seqs[f->batch->sequences[t]].pages[position / PHI_PAGE_TOKENS];
         const size_t at = (size_t)t * (size_t)model->head_dim;
-        model->kernels->store_kv(k + at, v + at, model->head_dim, position % PHI_PAGE_TOKENS,
-                                 (uint16_t *)(void *)(head + (size_t)page * page_bytes));
+        model->kernels->store_kv[type](k + at, v + at, model->head_dim, position % PHI_PAGE_TOKENS,
+                                       head + (size_t)page * page_bytes);
     }
 }
 
@@ -203,6 +204,7 @@ static void attend(worker *w, int layer) {
     const forward *f = w->f;
     const phi_model *model = f->model;
     const int n_queries = model->n_heads / model->n_kv_heads;
+    const phi_kv_type type = phi_kv_type_of(f->kv);
     const size_t q_dim = (size_t)model->n_heads * (size_t)model->head_dim;
     const size_t group_dim = (size_t)n_queries * (size_t)model->head_dim;
     const bool whole_blocks = group_dim % PHI_Q8_BLOCK == 0; /* of the row, for each task */
@@ -218,7 +220,7 @@ static void attend(worker *w, int layer) {
             .head_dim = model->head_dim,
             .token_stride = q_dim,
             .pages = phi_kv_head(model, f->kv, layer, kv_head),
-            .page_bytes = phi_kv_page_bytes(model),
+            .page_bytes = phi_kv_page_bytes(model, type),
             .page_table = f->batch->seqs[f->batch->sequences[run->first]].pages,
             .last = f->batch->positions[run->first],
             .window = model->window,
@@ -226,7 +228,7 @@ static void attend(worker *w, int layer) {
             .scratch = f->scratch + (size_t)w->thread * f->scratch_floats,
             .out = f->attended.f32 + at,
         };
-        model->kernels->attention(&a);
+        model->kernels->attention[type](&a);
         for (int t = run->first; whole_blocks && t < run->first + run->n_tokens; t++)
             quantize(model->kernels, &f->attended, t, first_col, group_dim);
     }

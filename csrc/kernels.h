@@ -16,6 +16,7 @@ enum {
     PHI_WIDE_STEPS = 254, /* steps of the low part of a wide activation in one of the high part */
     PHI_TILE_TOKENS = 16, /* tokens and columns of a tile of wide activations */
     PHI_TILE_COLS = 64,
+    PHI_KV_BLOCK = 32,        /* dimensions that share a scale in an int8 page */
     PHI_KV_GROUP = 16,        /* positions that lie side by side in a key page */
     PHI_ATTENTION_ROWS = 32,  /* (token, query head) pairs that share a walk through the pages; tokens a call */
     PHI_ATTENTION_BLOCK = 64, /* positions between two looks at the largest score; a multiple of PHI_PAGE_TOKENS */
@@ -118,9 +119,9 @@ struct phi_kernels {
     /* y = silu(gate) * up; y may be gate */
     void (*silu_mul)(const float *gate, const float *up, size_t n, float *y);
     void (*add)(const float *x, size_t n, float *y); /* y += x */
-    /* one position's key and value into a page's head: k [group, dim, 16], v [position, dim] */
-    void (*store_kv)(const float *k, const float *v, int head_dim, int slot, uint16_t *page_head);
-    void (*attention)(const phi_attention *a);
+    /* one position's key and value into a page's head */
+    void (*store_kv[PHI_N_KV_TYPES])(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head);
+    void (*attention[PHI_N_KV_TYPES])(const phi_attention *a);
 };
 
 extern const phi_kernels phi_kernels_scalar;
@@ -133,9 +134,27 @@ extern const phi_kernels phi_kernels_avx512;
 extern const phi_kernels phi_kernels_amx;
 #endif
 
-/* Bytes of one head in a page: k [PHI_PAGE_TOKENS / 16, head_dim, 16], then v [PHI_PAGE_TOKENS, head_dim]. */
-static inline size_t phi_page_head_bytes(int head_dim) {
-    return (size_t)PHI_PAGE_TOKENS * (size_t)head_dim * 2 * sizeof(uint16_t);
+/* One head in a page: keys [PHI_PAGE_TOKENS / 16, head_dim, 16], then values [PHI_PAGE_TOKENS, head_dim]. In int8 these
+ * are followed by half precision scales, of keys [n_blocks, PHI_PAGE_TOKENS] and of values [PHI_PAGE_TOKENS, n_blocks].
+ */
+static inline size_t phi_kv_blocks(int head_dim) { return ((size_t)head_dim + PHI_KV_BLOCK - 1) / PHI_KV_BLOCK; }
+static inline size_t phi_page_head_bytes(phi_kv_type type, int head_dim) {
+    const size_t n = (size_t)PHI_PAGE_TOKENS * (size_t)head_dim * 2;
+    if (type == PHI_KV_F16) return n * sizeof(uint16_t);
+    return n + PHI_PAGE_TOKENS * phi_kv_blocks(head_dim) * 2 * sizeof(uint16_t);
+}
+
+/* Where a head's parts lie in a page. */
+typedef struct {
+    uint8_t *keys, *values;
+    uint16_t *key_scales, *value_scales; /* NULL in half precision */
+} phi_page_head;
+
+static inline phi_page_head phi_page_head_of(phi_kv_type type, int head_dim, uint8_t *page_head) {
+    const size_t n = (size_t)PHI_PAGE_TOKENS * (size_t)head_dim;
+    if (type == PHI_KV_F16) return (phi_page_head){page_head, page_head + n * sizeof(uint16_t), NULL, NULL};
+    uint16_t *scales = (uint16_t *)(void *)(page_head + 2 * n);
+    return (phi_page_head){page_head, page_head + n, scales, scales + PHI_PAGE_TOKENS * phi_kv_blocks(head_dim)};
 }
 
 #endif

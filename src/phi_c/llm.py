@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from phi_c import hub, machine
-from phi_c._core import PAGE_TOKENS, CancelFlag, Model, tiers
+from phi_c._core import PAGE_TOKENS, CancelFlag, Model, kv_page_bytes, tiers
 from phi_c.engine.engine import Engine
 from phi_c.engine.scheduler import pages_for
 from phi_c.engine.sequence import Finish
@@ -92,6 +92,7 @@ def load(
     n_batch: int = 512,
     tier: str | None = None,
     layout: str = "packed",
+    kv: str = "f16",
     tokenizer: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> "LLM":
@@ -100,8 +101,9 @@ def load(
     n_ctx: positions, shared by calls that run together; None: the model's own, at most 4096; 0: the model's own.
     n_threads: None: the physical cores that this process may use. n_batch: prompt tokens a forward pass. tier: an
     instruction set such as "avx2"; None: PHI_C_ISA, else the best. layout: "packed" copies the weights into the
-    order that the kernels like best, "file" runs them from the mapped file: a faster start, less speed. tokenizer: a
-    tokenizer.json. progress: bars on stderr.
+    order that the kernels like best, "file" runs them from the mapped file: a faster start, less speed. kv: "f16" keeps
+    keys and values in half precision, "q8" in int8: half the memory. tokenizer: a tokenizer.json. progress: bars on
+    stderr.
 
     Raises PhiError of the kind that fits: ModelNotFoundError, DownloadError, ModelFileError, UnsupportedModelError,
     MemoryLimitError, OptionError.
@@ -113,6 +115,7 @@ def load(
         n_batch=n_batch,
         tier=tier,
         layout=layout,
+        kv=kv,
         tokenizer_json=Path(tokenizer) if tokenizer is not None else hub.resolve_tokenizer(source),
     )
 
@@ -130,6 +133,7 @@ class LLM:
         n_batch: int = 512,
         tier: str | None = None,
         layout: str = "packed",
+        kv: str = "f16",
         tokenizer_json: Path | None = None,
     ) -> None:
         _check_count("n_threads", n_threads, 1, 1024)
@@ -140,7 +144,7 @@ class LLM:
         try:
             self.config: ModelConfig = read_config(self._file)
             self.n_ctx = _choose_n_ctx(n_ctx, self.config)
-            _check_memory(self.config, self.n_ctx, self._file.n_bytes if layout == "packed" else 0)
+            _check_memory(self.config, self.n_ctx, kv, self._file.n_bytes if layout == "packed" else 0)
             self.tokenizer = load_tokenizer(self._file.metadata, tokenizer_json)
             self.template = load_chat_template(self._file.metadata, self.tokenizer)
             weights = load_weights(self._file, self.config)
@@ -150,7 +154,7 @@ class LLM:
             self.n_batch = n_batch
             n_ctx_orig = self.config.n_ctx_orig if self.config.long_rope else None
             # Public for tools that serve or measure: it takes sequences of their own.
-            self.engine = Engine(model, self.n_ctx, n_batch, n_ctx_orig)
+            self.engine = Engine(model, self.n_ctx, n_batch, n_ctx_orig, kv)
         except BaseException:
             self._file.close()
             raise
@@ -428,12 +432,12 @@ def _choose_n_ctx(n_ctx: int | None, config: ModelConfig) -> int:
     return n_ctx or config.n_ctx_train
 
 
-def _check_memory(config: ModelConfig, n_ctx: int, weight_bytes: int) -> None:
-    position_bytes = config.n_layers * config.n_kv_heads * config.head_dim * 2 * 2  # keys and values, half precision
-    kv_bytes = pages_for(n_ctx) * PAGE_TOKENS * position_bytes
+def _check_memory(config: ModelConfig, n_ctx: int, kv: str, weight_bytes: int) -> None:
+    page_bytes = kv_page_bytes(config, kv)
+    kv_bytes = pages_for(n_ctx) * page_bytes
     available = machine.memory_available()
     if kv_bytes + weight_bytes > available:
-        fits = max(available - weight_bytes, 0) // position_bytes // PAGE_TOKENS * PAGE_TOKENS
+        fits = max(available - weight_bytes, 0) // page_bytes * PAGE_TOKENS
         raise MemoryLimitError(
             f"the weights take {weight_bytes / 2**30:.1f} GiB and a context of {n_ctx} {kv_bytes / 2**30:.1f} GiB, "
             f"{available / 2**30:.1f} GiB are free: "

@@ -408,7 +408,7 @@ def test_store_kv(head_dim: int, slot: int, tier: str) -> None:
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("head_dim", [2, 20, 64, 80, 96, 128])
 @pytest.mark.parametrize("window", [0, 1, 40])
-@pytest.mark.parametrize(("last", "n_tokens"), [(0, 1), (31, 1), (32, 3), (70, 8), (100, 5)])
+@pytest.mark.parametrize(("last", "n_tokens"), [(0, 1), (31, 1), (32, 3), (70, 8), (100, 5), (120, 13), (230, 32)])
 def test_attention(last: int, n_tokens: int, window: int, head_dim: int, tier: str) -> None:
     """Positions that no token may see hold NaN, as freed pages do; three query heads share the keys."""
     rng = np.random.default_rng([last, n_tokens, head_dim])
@@ -424,6 +424,61 @@ def test_attention(last: int, n_tokens: int, window: int, head_dim: int, tier: s
         np.testing.assert_allclose(got[t], exact, rtol=2e-5, atol=2e-6)
         alone = _core.attention(q[t : t + 1], k[: last + t + 1], v[: last + t + 1], last + t, window, scale, tier)
         assert np.array_equal(got[t], alone[0])
+
+
+def in_int8(x: Floats) -> Floats:
+    """Return floats as int8 pages hold them: one half precision scale for 32 dimensions."""
+    padded = np.zeros((len(x), -(-x.shape[1] // 32) * 32), np.float32)
+    padded[:, : x.shape[1]] = x
+    blocks = padded.reshape(len(x), -1, 32)
+    scales = (np.abs(blocks).max(2, keepdims=True) / np.float32(127)).astype(np.float16).astype(np.float32)
+    inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales > 0)
+    q = np.clip(np.rint(blocks * inverse), -127, 127)
+    return (q * scales).reshape(padded.shape)[:, : x.shape[1]]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("slot", [0, 15, 16, 31])
+@pytest.mark.parametrize("head_dim", [2, 20, 64, 72, 96, 128])
+def test_store_kv_in_int8(head_dim: int, slot: int, tier: str) -> None:
+    """The bytes of the scalar tier; zeros, blocks too small for a scale, infinities and NaN included."""
+    rng = np.random.default_rng([head_dim, slot])
+    for x in (spiky(2, head_dim, rng), np.zeros((2, head_dim), np.float32), np.full((2, head_dim), 1e-9, np.float32)):
+        for special in (None, 1e-42, np.inf, np.nan, 1e9):
+            if special is not None:
+                x[0, 0] = x[1, -1] = special
+            got = _core.store_kv(x[0], x[1], slot, tier, "q8")
+            assert np.array_equal(got, _core.store_kv(x[0], x[1], slot, "scalar", "q8"))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("head_dim", [2, 20, 64, 80, 96, 128])
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize(("last", "n_tokens"), [(0, 1), (32, 3), (100, 5), (120, 13), (230, 32)])
+def test_attention_in_int8(last: int, n_tokens: int, window: int, head_dim: int, tier: str) -> None:
+    """Against float64 on what the pages hold, channels a hundred times larger among them."""
+    rng = np.random.default_rng([last, n_tokens, head_dim])
+    q = rng.normal(size=(n_tokens, 3, head_dim)).astype(np.float32)
+    k, v = spiky(last + n_tokens, head_dim, rng), spiky(last + n_tokens, head_dim, rng)
+    q[..., np.abs(k).max(0) > 20] /= 100  # such channels do not decide alone
+    held_k, held_v = in_int8(k).astype(np.float64), in_int8(v).astype(np.float64)
+    scale = head_dim**-0.5
+    got = _core.attention(q, k, v, last, window, scale, tier, "q8")
+    for t in range(n_tokens):
+        end = last + t + 1
+        first = max(0, end - window) if window else 0
+        scores = q[t].astype(np.float64) @ held_k[first:end].T * scale
+        weights = np.exp(scores - scores.max(1, keepdims=True))
+        exact = weights @ held_v[first:end] / weights.sum(1, keepdims=True)
+        np.testing.assert_allclose(got[t], exact, rtol=2e-5, atol=2e-6 * np.abs(held_v).max())
+        alone = _core.attention(q[t : t + 1], k[:end], v[:end], end - 1, window, scale, tier, "q8")
+        assert np.array_equal(got[t], alone[0])
+
+
+def test_an_unknown_cache_type_is_refused() -> None:
+    x = np.ones(32, np.float32)
+    with pytest.raises(ValueError, match="kv is 'q4', expected one of f16, q8"):
+        _core.store_kv(x, x, 0, None, "q4")
 
 
 def test_a_tier_that_is_missing_is_refused() -> None:

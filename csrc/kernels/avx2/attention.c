@@ -1,8 +1,8 @@
-/* Attention over half-precision pages; generic/attention_tile.h has the way through them, here are its steps.
- * Layout: keys [16 positions side by side][head_dim][16], values [position][head_dim].
- * Idea: four rows by two vectors in registers, from converted keys (16 positions at a time) and values (16 dimensions);
- * one row reads the pages themselves, asking for what it reads next.
- * Bound: one row: reading the pages, 4 bytes a position and dimension; many: the multiplications. */
+/* Attention over pages in half precision or int8; generic/attention_tile.h has the way through them, here are its
+ * steps. Layout: phi_page_head: keys [16 positions side by side][head_dim][16], values [position][head_dim]. Idea: four
+ * rows by two vectors in registers, from converted keys (16 positions at a time) and values (16 dimensions); one row
+ * reads the pages themselves, asking for what it reads next. Bound: one row: reading the pages, 4 bytes a position and
+ * dimension (int8: 2.1); many: the multiplications. */
 #include "../generic/attention_tile.h"
 
 #include <math.h>
@@ -20,44 +20,69 @@ enum { ROWS = 4, BLOCK = PHI_ATTENTION_BLOCK, LINE_BYTES = 64 };
 
 PHI_INLINE void ask_for(const void *line) { _mm_prefetch((const char *)line, _MM_HINT_T0); }
 
-static const uint16_t *keys_of(const phi_attention *a, int page) {
-    return (const uint16_t *)(const void *)phi_page_of(a, page);
+PHI_INLINE phi_page_head head_of(const phi_attention *a, phi_kv_type type, int position) {
+    return phi_page_head_of(type, a->head_dim, (uint8_t *)phi_page_of(a, position));
 }
 
-static const uint16_t *values_of(const phi_attention *a, int position) {
-    const size_t row = (size_t)(PHI_PAGE_TOKENS + position % PHI_PAGE_TOKENS);
-    return keys_of(a, position) + row * (size_t)a->head_dim;
+/* Scales of eight keys from position `first` of the page on, for PHI_KV_BLOCK dimensions from d on; half precision has
+ * none. */
+PHI_INLINE __m256 key_scales(phi_kv_type type, const phi_page_head *page, size_t d, size_t first) {
+    if (type == PHI_KV_F16) return _mm256_setzero_ps();
+    return phi_load_half(page->key_scales + d / PHI_KV_BLOCK * PHI_PAGE_TOKENS + first);
 }
 
-static void convert_keys(const phi_attention *a, int page, float *keys) {
+PHI_INLINE __m256 floats_of(__m128i q) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q)); }
+
+/* Dimension d of eight keys. */
+PHI_INLINE __m256 load_keys(phi_kv_type type, const phi_page_head *page, size_t head_dim, size_t d, size_t first,
+                            __m256 scales) {
+    const size_t at = (first / PHI_KV_GROUP * head_dim + d) * PHI_KV_GROUP + first % PHI_KV_GROUP;
+    if (type == PHI_KV_F16) return phi_load_half((const uint16_t *)(const void *)page->keys + at);
+    return _mm256_mul_ps(floats_of(_mm_loadl_epi64((const __m128i *)(const void *)(page->keys + at))), scales);
+}
+
+/* n, at most 8, dimensions from d on of the value in a slot, then zeros. */
+PHI_INLINE __m256 load_values(phi_kv_type type, const phi_page_head *page, size_t head_dim, size_t slot, size_t d,
+                              size_t n) {
+    const size_t at = slot * head_dim + d, element = type == PHI_KV_F16 ? 2 : 1;
+    const uint8_t *values = page->values + at * element;
+    uint8_t some[16] = {0};
+    if (n < 8) {
+        memcpy(some, values, n * element);
+        values = some;
+    }
+    if (type == PHI_KV_F16) return phi_load_half((const uint16_t *)(const void *)values);
+    const size_t n_blocks = (head_dim + PHI_KV_BLOCK - 1) / PHI_KV_BLOCK;
+    const short scale = (short)page->value_scales[slot * n_blocks + d / PHI_KV_BLOCK];
+    const __m256 scales = _mm256_cvtph_ps(_mm_set1_epi16(scale));
+    return _mm256_mul_ps(floats_of(_mm_loadl_epi64((const __m128i *)(const void *)values)), scales);
+}
+
+PHI_INLINE size_t element_bytes(phi_kv_type type) { return type == PHI_KV_F16 ? 2 : 1; }
+
+PHI_INLINE void convert_keys(const phi_attention *a, phi_kv_type type, int page, float *keys) {
     const size_t head_dim = (size_t)a->head_dim;
-    const uint16_t *k = keys_of(a, page), *values = values_of(a, page);
-    for (size_t d = 0; d < head_dim; d++) {
-        ask_for(values + d * PHI_PAGE_TOKENS);
-        for (size_t i = 0; i < PHI_PAGE_TOKENS; i += 8) {
-            const uint16_t *group = k + i / PHI_KV_GROUP * head_dim * PHI_KV_GROUP;
-            _mm256_storeu_ps(keys + d * PHI_PAGE_TOKENS + i,
-                             phi_load_half(group + d * PHI_KV_GROUP + i % PHI_KV_GROUP));
+    const phi_page_head p = head_of(a, type, page);
+    for (size_t b = 0; b < head_dim; b += PHI_KV_BLOCK) {
+        for (size_t first = 0; first < PHI_PAGE_TOKENS; first += 8) {
+            const __m256 scales = key_scales(type, &p, b, first);
+            for (size_t d = b; d < head_dim && d < b + PHI_KV_BLOCK; d++)
+                _mm256_storeu_ps(keys + d * PHI_PAGE_TOKENS + first, load_keys(type, &p, head_dim, d, first, scales));
         }
     }
+    for (size_t i = 0; i < head_dim * PHI_PAGE_TOKENS * element_bytes(type); i += LINE_BYTES) ask_for(p.values + i);
 }
 
-/* The first n of 8 halves, then zeros. */
-PHI_INLINE __m256 load_some(const uint16_t *h, size_t n) {
-    uint16_t some[8] = {0};
-    memcpy(some, h, n * sizeof *some);
-    return phi_load_half(some);
-}
-
-static void convert_values(const phi_attention *a, int first, int end, size_t first_dim, float *values) {
-    const size_t left = (size_t)a->head_dim - first_dim;
+PHI_INLINE void convert_values(const phi_attention *a, phi_kv_type type, int first, int end, size_t first_dim,
+                               float *values) {
+    const size_t head_dim = (size_t)a->head_dim, left = head_dim - first_dim;
     for (int p = first; p < end; p++, values += PHI_VALUE_DIMS) {
-        const uint16_t *v = values_of(a, p) + first_dim;
+        const phi_page_head page = head_of(a, type, p);
+        const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
         for (size_t d = 0; d < PHI_VALUE_DIMS; d += 8) {
-            const __m256 dims = d + 8 <= left ? phi_load_half(v + d)
-                                : d < left    ? load_some(v + d, left - d)
-                                              : _mm256_setzero_ps();
-            _mm256_storeu_ps(values + d, dims);
+            const size_t n = left <= d ? 0 : left - d < 8 ? left - d : 8;
+            const __m256 v = n ? load_values(type, &page, head_dim, slot, first_dim + d, n) : _mm256_setzero_ps();
+            _mm256_storeu_ps(values + d, v);
         }
     }
 }
@@ -100,23 +125,24 @@ static void score(const phi_attention *a, const phi_tile *t, int page, const flo
     }
 }
 
-static void score_one(const phi_attention *a, const phi_tile *t, int page, float *scores) {
-    const size_t head_dim = (size_t)a->head_dim;
-    const uint16_t *values = values_of(a, page);
-    for (int i = 0; i < PHI_PAGE_TOKENS; i += PHI_KV_GROUP) {
-        const uint16_t *keys = keys_of(a, page) + (size_t)i * head_dim;
+PHI_INLINE void score_one(const phi_attention *a, phi_kv_type type, const phi_tile *t, int page, float *scores) {
+    const size_t head_dim = (size_t)a->head_dim, line = PHI_KV_GROUP * element_bytes(type);
+    const phi_page_head p = head_of(a, type, page);
+    for (size_t i = 0; i < PHI_PAGE_TOKENS; i += PHI_KV_GROUP) {
         __m256 s[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
-        for (size_t d = 0; d < head_dim; d += 2) {
-            const uint16_t *k = keys + d * PHI_KV_GROUP;
-            ask_for(values + (size_t)i * head_dim + d * PHI_KV_GROUP);
-            const __m256 q0 = _mm256_broadcast_ss(t->q + d), q1 = _mm256_broadcast_ss(t->q + d + 1);
-            s[0] = _mm256_fmadd_ps(q0, phi_load_half(k), s[0]);
-            s[1] = _mm256_fmadd_ps(q0, phi_load_half(k + 8), s[1]);
-            s[2] = _mm256_fmadd_ps(q1, phi_load_half(k + 16), s[2]);
-            s[3] = _mm256_fmadd_ps(q1, phi_load_half(k + 24), s[3]);
+        for (size_t b = 0; b < head_dim; b += PHI_KV_BLOCK) {
+            const __m256 low = key_scales(type, &p, b, i), high = key_scales(type, &p, b, i + 8);
+            for (size_t d = b; d < head_dim && d < b + PHI_KV_BLOCK; d += 2) {
+                ask_for(p.values + (i / PHI_KV_GROUP * head_dim + d) * line);
+                const __m256 q0 = _mm256_broadcast_ss(t->q + d), q1 = _mm256_broadcast_ss(t->q + d + 1);
+                s[0] = _mm256_fmadd_ps(q0, load_keys(type, &p, head_dim, d, i, low), s[0]);
+                s[1] = _mm256_fmadd_ps(q0, load_keys(type, &p, head_dim, d, i + 8, high), s[1]);
+                s[2] = _mm256_fmadd_ps(q1, load_keys(type, &p, head_dim, d + 1, i, low), s[2]);
+                s[3] = _mm256_fmadd_ps(q1, load_keys(type, &p, head_dim, d + 1, i + 8, high), s[3]);
+            }
         }
-        store_scores(t, 0, page + i, _mm256_add_ps(s[0], s[2]), scores + i);
-        store_scores(t, 0, page + i + 8, _mm256_add_ps(s[1], s[3]), scores + i + 8);
+        store_scores(t, 0, page + (int)i, _mm256_add_ps(s[0], s[2]), scores + i);
+        store_scores(t, 0, page + (int)i + 8, _mm256_add_ps(s[1], s[3]), scores + i + 8);
     }
 }
 
@@ -169,46 +195,42 @@ static void weigh(const phi_tile *t, const float *weights, const float *values, 
 
 /* 8 * n_vectors dimensions from first_dim on, n_dims (at most 8) of the last vector. n_vectors is a constant where this
  * is inlined. */
-PHI_INLINE void weigh_dims(const phi_attention *a, const phi_tile *t, int first, int end, const float *weights,
-                           size_t first_dim, int n_vectors, size_t n_dims) {
+PHI_INLINE void weigh_dims(const phi_attention *a, phi_kv_type type, const phi_tile *t, int first, int end,
+                           const float *weights, size_t first_dim, int n_vectors, size_t n_dims) {
+    const size_t head_dim = (size_t)a->head_dim, element = element_bytes(type);
     float *sums = t->sums + first_dim;
     __m256 sum[12];
     UNROLL for (int i = 0; i < n_vectors; i++) sum[i] =
         _mm256_mul_ps(_mm256_loadu_ps(sums + 8 * i), _mm256_set1_ps(t->kept[0]));
-    for (int p = first; p < end; p++, weights++) {
-        const uint16_t *v = values_of(a, p) + first_dim;
-        const __m256 weight = _mm256_broadcast_ss(weights);
-        UNROLL for (int i = 0; i < n_vectors; i++) sum[i] =
-            _mm256_fmadd_ps(weight, n_dims < 8 ? load_some(v, n_dims) : phi_load_half(v + 8 * i), sum[i]);
-        if (p + BLOCK < t->seen_end) { /* keys of the next block, as many bytes as these values */
-            const uint16_t *keys = keys_of(a, p + BLOCK) + (size_t)(p % PHI_PAGE_TOKENS) * (size_t)a->head_dim;
-            for (size_t i = 0; i < (size_t)n_vectors * 8; i += LINE_BYTES / sizeof *keys) ask_for(keys + first_dim + i);
+    for (int p = first; p < end;) {
+        const phi_page_head page = head_of(a, type, p);
+        const uint8_t *ahead = p + BLOCK < t->seen_end ? phi_page_of(a, p + BLOCK) : NULL; /* keys of the next block */
+        const int page_end = phi_min(end, (p / PHI_PAGE_TOKENS + 1) * PHI_PAGE_TOKENS);
+        for (; p < page_end; p++, weights++) {
+            const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
+            const __m256 weight = _mm256_broadcast_ss(weights);
+            UNROLL for (int i = 0; i < n_vectors; i++) {
+                const size_t n = i == n_vectors - 1 ? n_dims : 8;
+                const __m256 v = load_values(type, &page, head_dim, slot, first_dim + 8 * (size_t)i, n);
+                sum[i] = _mm256_fmadd_ps(weight, v, sum[i]);
+            }
+            for (size_t i = 0; ahead && i < (size_t)n_vectors * 8 * element; i += LINE_BYTES)
+                ask_for(ahead + (slot * head_dim + first_dim) * element + i);
         }
     }
     UNROLL for (int i = 0; i < n_vectors; i++) _mm256_storeu_ps(sums + 8 * i, sum[i]);
 }
 
-static void weigh_one(const phi_attention *a, const phi_tile *t, int first, int end, const float *weights) {
+PHI_INLINE void weigh_one(const phi_attention *a, phi_kv_type type, const phi_tile *t, int first, int end,
+                          const float *weights) {
     const size_t head_dim = (size_t)a->head_dim;
     size_t d = 0;
     if (head_dim % 96 == 0)
-        for (; d < head_dim; d += 96) weigh_dims(a, t, first, end, weights, d, 12, 8);
-    for (; d + 64 <= head_dim; d += 64) weigh_dims(a, t, first, end, weights, d, 8, 8);
-    for (; d + 32 <= head_dim; d += 32) weigh_dims(a, t, first, end, weights, d, 4, 8);
-    for (; d + 8 <= head_dim; d += 8) weigh_dims(a, t, first, end, weights, d, 1, 8);
-    if (d < head_dim) weigh_dims(a, t, first, end, weights, d, 1, head_dim - d);
+        for (; d < head_dim; d += 96) weigh_dims(a, type, t, first, end, weights, d, 12, 8);
+    for (; d + 64 <= head_dim; d += 64) weigh_dims(a, type, t, first, end, weights, d, 8, 8);
+    for (; d + 8 <= head_dim; d += 8) weigh_dims(a, type, t, first, end, weights, d, 1, 8);
+    if (d < head_dim) weigh_dims(a, type, t, first, end, weights, d, 1, head_dim - d);
 }
 
-void phi_attention_avx2(const phi_attention *a) {
-    static const phi_attention_steps steps = {
-        .most_rows = ROWS,
-        .convert_keys = convert_keys,
-        .convert_values = convert_values,
-        .score = score,
-        .soften = soften,
-        .weigh = weigh,
-        .score_one = score_one,
-        .weigh_one = weigh_one,
-    };
-    phi_attend(a, &steps);
-}
+PHI_KV_STEPS(PHI_KV_F16, f16, avx2)
+PHI_KV_STEPS(PHI_KV_Q8, q8, avx2)

@@ -14,6 +14,6 @@ const phi_kernels phi_kernels_avx2 = {
     .rope = {phi_rope_neox_avx2, phi_rope_norm_avx2},
     .silu_mul = phi_silu_mul_avx2,
     .add = phi_add_avx2,
-    .store_kv = phi_store_kv_avx2,
-    .attention = phi_attention_avx2,
+    .store_kv = {phi_store_kv_f16_avx2, phi_store_kv_q8_avx2},
+    .attention = {phi_attention_f16_avx2, phi_attention_q8_avx2},
 };

@@ -1,8 +1,8 @@
-/* Attention over half-precision pages; generic/attention_tile.h has the way through them, here are its steps.
- * Layout: keys [16 positions side by side][head_dim][16], values [position][head_dim].
- * Idea: eight rows by two vectors in registers, from converted keys (32 positions a page) and values (32 dimensions);
- * one row reads the pages themselves, asking for what it reads next.
- * Bound: one row: reading the pages, 4 bytes a position and dimension; many: the multiplications. */
+/* Attention over pages in half precision or int8; generic/attention_tile.h has the way through them, here are its
+ * steps. Layout: phi_page_head: keys [16 positions side by side][head_dim][16], values [position][head_dim]. Idea:
+ * eight rows by two vectors in registers, from converted keys (32 positions a page) and values (32 dimensions); one row
+ * reads the pages themselves, asking for what it reads next. Bound: one row: reading the pages, 4 bytes a position and
+ * dimension (int8: 2.1); many: the multiplications. */
 #include "../generic/attention_tile.h"
 
 #include <math.h>
@@ -18,32 +18,63 @@ PHI_INLINE __m512 load_halves(const uint16_t *h) {
 
 PHI_INLINE void ask_for(const void *line) { _mm_prefetch((const char *)line, _MM_HINT_T0); }
 
-static const uint16_t *keys_of(const phi_attention *a, int page) {
-    return (const uint16_t *)(const void *)phi_page_of(a, page);
+PHI_INLINE phi_page_head head_of(const phi_attention *a, phi_kv_type type, int position) {
+    return phi_page_head_of(type, a->head_dim, (uint8_t *)phi_page_of(a, position));
 }
 
-static const uint16_t *values_of(const phi_attention *a, int position) {
-    const size_t row = (size_t)(PHI_PAGE_TOKENS + position % PHI_PAGE_TOKENS);
-    return keys_of(a, position) + row * (size_t)a->head_dim;
+/* Scales of 16 keys for PHI_KV_BLOCK dimensions from d on; half precision has none. */
+PHI_INLINE __m512 key_scales(phi_kv_type type, const phi_page_head *page, size_t d, size_t group) {
+    if (type == PHI_KV_F16) return _mm512_setzero_ps();
+    return load_halves(page->key_scales + d / PHI_KV_BLOCK * PHI_PAGE_TOKENS + group * PHI_KV_GROUP);
 }
 
-static void convert_keys(const phi_attention *a, int page, float *keys) {
+/* Dimension d of 16 keys. */
+PHI_INLINE __m512 load_keys(phi_kv_type type, const phi_page_head *page, size_t head_dim, size_t d, size_t group,
+                            __m512 scales) {
+    const size_t at = (group * head_dim + d) * PHI_KV_GROUP;
+    if (type == PHI_KV_F16) return load_halves((const uint16_t *)(const void *)page->keys + at);
+    const __m128i q = _mm_loadu_si128((const __m128i *)(const void *)(page->keys + at));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)), scales);
+}
+
+/* `lanes` of 16 dimensions from d on of the value in a slot. */
+PHI_INLINE __m512 load_values(phi_kv_type type, const phi_page_head *page, size_t head_dim, size_t slot, size_t d,
+                              __mmask16 lanes) {
+    const size_t at = slot * head_dim + d;
+    if (type == PHI_KV_F16) {
+        const uint16_t *values = (const uint16_t *)(const void *)page->values;
+        return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, values + at));
+    }
+    const size_t n_blocks = (head_dim + PHI_KV_BLOCK - 1) / PHI_KV_BLOCK;
+    const short scale = (short)page->value_scales[slot * n_blocks + d / PHI_KV_BLOCK];
+    const __m128i q = _mm_maskz_loadu_epi8(lanes, page->values + at);
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)), _mm512_cvtph_ps(_mm256_set1_epi16(scale)));
+}
+
+PHI_INLINE size_t element_bytes(phi_kv_type type) { return type == PHI_KV_F16 ? 2 : 1; }
+
+PHI_INLINE void convert_keys(const phi_attention *a, phi_kv_type type, int page, float *keys) {
     const size_t head_dim = (size_t)a->head_dim;
-    const uint16_t *k = keys_of(a, page), *other = k + head_dim * PHI_KV_GROUP, *values = values_of(a, page);
-    for (size_t d = 0; d < head_dim; d++) {
-        ask_for(values + d * PHI_PAGE_TOKENS);
-        _mm512_storeu_ps(keys + d * PHI_PAGE_TOKENS, load_halves(k + d * PHI_KV_GROUP));
-        _mm512_storeu_ps(keys + d * PHI_PAGE_TOKENS + 16, load_halves(other + d * PHI_KV_GROUP));
+    const phi_page_head p = head_of(a, type, page);
+    for (size_t b = 0; b < head_dim; b += PHI_KV_BLOCK) {
+        const __m512 low = key_scales(type, &p, b, 0), high = key_scales(type, &p, b, 1);
+        for (size_t d = b; d < head_dim && d < b + PHI_KV_BLOCK; d++) {
+            ask_for(p.values + d * PHI_PAGE_TOKENS * element_bytes(type));
+            _mm512_storeu_ps(keys + d * PHI_PAGE_TOKENS, load_keys(type, &p, head_dim, d, 0, low));
+            _mm512_storeu_ps(keys + d * PHI_PAGE_TOKENS + 16, load_keys(type, &p, head_dim, d, 1, high));
+        }
     }
 }
 
-static void convert_values(const phi_attention *a, int first, int end, size_t first_dim, float *values) {
-    const size_t left = (size_t)a->head_dim - first_dim;
-    const __mmask32 lanes = left < 32 ? (1u << left) - 1 : 0xffffffffu;
+PHI_INLINE void convert_values(const phi_attention *a, phi_kv_type type, int first, int end, size_t first_dim,
+                               float *values) {
+    const size_t head_dim = (size_t)a->head_dim, left = head_dim - first_dim;
+    const __mmask16 low = phi_lanes(left), high = left > 16 ? phi_lanes(left - 16) : 0;
     for (int p = first; p < end; p++, values += PHI_VALUE_DIMS) {
-        const __m512i v = _mm512_maskz_loadu_epi16(lanes, values_of(a, p) + first_dim);
-        _mm512_storeu_ps(values, _mm512_cvtph_ps(_mm512_castsi512_si256(v)));
-        _mm512_storeu_ps(values + 16, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1)));
+        const phi_page_head page = head_of(a, type, p);
+        const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
+        _mm512_storeu_ps(values, load_values(type, &page, head_dim, slot, first_dim, low));
+        _mm512_storeu_ps(values + 16, load_values(type, &page, head_dim, slot, first_dim + 16, high));
     }
 }
 
@@ -93,20 +124,22 @@ static void score(const phi_attention *a, const phi_tile *t, int page, const flo
         score_rows(a, t, page, keys, 4, scores);
 }
 
-static void score_one(const phi_attention *a, const phi_tile *t, int page, float *scores) {
-    const size_t head_dim = (size_t)a->head_dim;
-    const uint16_t *keys = keys_of(a, page), *other = keys + head_dim * PHI_KV_GROUP, *values = values_of(a, page);
+PHI_INLINE void score_one(const phi_attention *a, phi_kv_type type, const phi_tile *t, int page, float *scores) {
+    const size_t head_dim = (size_t)a->head_dim, line = PHI_PAGE_TOKENS * element_bytes(type);
+    const phi_page_head p = head_of(a, type, page);
     __m512 even[2], odd[2];
     even[0] = even[1] = odd[0] = odd[1] = _mm512_setzero_ps();
-    for (size_t d = 0; d < head_dim; d += 2) {
-        ask_for(values + d * PHI_PAGE_TOKENS);
-        ask_for(values + (d + 1) * PHI_PAGE_TOKENS);
-        const uint16_t *k0 = keys + d * PHI_KV_GROUP, *k1 = other + d * PHI_KV_GROUP;
-        const __m512 q0 = _mm512_set1_ps(t->q[d]), q1 = _mm512_set1_ps(t->q[d + 1]);
-        even[0] = _mm512_fmadd_ps(q0, load_halves(k0), even[0]);
-        even[1] = _mm512_fmadd_ps(q0, load_halves(k1), even[1]);
-        odd[0] = _mm512_fmadd_ps(q1, load_halves(k0 + PHI_KV_GROUP), odd[0]);
-        odd[1] = _mm512_fmadd_ps(q1, load_halves(k1 + PHI_KV_GROUP), odd[1]);
+    for (size_t b = 0; b < head_dim; b += PHI_KV_BLOCK) {
+        const __m512 low = key_scales(type, &p, b, 0), high = key_scales(type, &p, b, 1);
+        for (size_t d = b; d < head_dim && d < b + PHI_KV_BLOCK; d += 2) {
+            ask_for(p.values + d * line);
+            if (type == PHI_KV_F16) ask_for(p.values + (d + 1) * line);
+            const __m512 q0 = _mm512_set1_ps(t->q[d]), q1 = _mm512_set1_ps(t->q[d + 1]);
+            even[0] = _mm512_fmadd_ps(q0, load_keys(type, &p, head_dim, d, 0, low), even[0]);
+            even[1] = _mm512_fmadd_ps(q0, load_keys(type, &p, head_dim, d, 1, high), even[1]);
+            odd[0] = _mm512_fmadd_ps(q1, load_keys(type, &p, head_dim, d + 1, 0, low), odd[0]);
+            odd[1] = _mm512_fmadd_ps(q1, load_keys(type, &p, head_dim, d + 1, 1, high), odd[1]);
+        }
     }
     store_scores(t, 0, page, _mm512_add_ps(even[0], odd[0]), _mm512_add_ps(even[1], odd[1]), scores);
 }
@@ -160,47 +193,41 @@ static void weigh(const phi_tile *t, const float *weights, const float *values, 
 
 /* 16 * n_vectors dimensions from first_dim on; the last vector holds only `lanes`. n_vectors is a constant where this
  * is inlined. */
-PHI_INLINE void weigh_dims(const phi_attention *a, const phi_tile *t, int first, int end, const float *weights,
-                           size_t first_dim, int n_vectors, __mmask16 lanes) {
+PHI_INLINE void weigh_dims(const phi_attention *a, phi_kv_type type, const phi_tile *t, int first, int end,
+                           const float *weights, size_t first_dim, int n_vectors, __mmask16 lanes) {
+    const size_t head_dim = (size_t)a->head_dim, element = element_bytes(type);
     float *sums = t->sums + first_dim;
     __m512 sum[6];
     PHI_UNROLL for (int i = 0; i < n_vectors; i++) sum[i] =
         _mm512_mul_ps(_mm512_loadu_ps(sums + 16 * i), _mm512_set1_ps(t->kept[0]));
-    for (int p = first; p < end; p++, weights++) {
-        const uint16_t *v = values_of(a, p) + first_dim;
-        const __m512 weight = _mm512_set1_ps(*weights);
-        PHI_UNROLL for (int i = 0; i < n_vectors; i++) {
-            const __mmask16 own = i == n_vectors - 1 ? lanes : (__mmask16)0xffff;
-            sum[i] = _mm512_fmadd_ps(weight, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(own, v + 16 * i)), sum[i]);
-        }
-        if (p + BLOCK < t->seen_end) { /* keys of the next block, as many bytes as these values */
-            const uint16_t *keys = keys_of(a, p + BLOCK) + (size_t)(p % PHI_PAGE_TOKENS) * (size_t)a->head_dim;
-            for (size_t i = 0; i < (size_t)n_vectors * 16; i += LINE_BYTES / sizeof *keys)
-                ask_for(keys + first_dim + i);
+    for (int p = first; p < end;) {
+        const phi_page_head page = head_of(a, type, p);
+        const uint8_t *ahead = p + BLOCK < t->seen_end ? phi_page_of(a, p + BLOCK) : NULL; /* keys of the next block */
+        const int page_end = phi_min(end, (p / PHI_PAGE_TOKENS + 1) * PHI_PAGE_TOKENS);
+        for (; p < page_end; p++, weights++) {
+            const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
+            const __m512 weight = _mm512_set1_ps(*weights);
+            PHI_UNROLL for (int i = 0; i < n_vectors; i++) {
+                const __mmask16 own = i == n_vectors - 1 ? lanes : (__mmask16)0xffff;
+                const __m512 v = load_values(type, &page, head_dim, slot, first_dim + 16 * (size_t)i, own);
+                sum[i] = _mm512_fmadd_ps(weight, v, sum[i]);
+            }
+            for (size_t i = 0; ahead && i < (size_t)n_vectors * 16 * element; i += LINE_BYTES)
+                ask_for(ahead + (slot * head_dim + first_dim) * element + i);
         }
     }
     PHI_UNROLL for (int i = 0; i < n_vectors; i++) _mm512_storeu_ps(sums + 16 * i, sum[i]);
 }
 
-static void weigh_one(const phi_attention *a, const phi_tile *t, int first, int end, const float *weights) {
+PHI_INLINE void weigh_one(const phi_attention *a, phi_kv_type type, const phi_tile *t, int first, int end,
+                          const float *weights) {
     const size_t head_dim = (size_t)a->head_dim;
     size_t d = 0;
     if (head_dim % 96 == 0)
-        for (; d < head_dim; d += 96) weigh_dims(a, t, first, end, weights, d, 6, 0xffff);
-    for (; d + 64 <= head_dim; d += 64) weigh_dims(a, t, first, end, weights, d, 4, 0xffff);
-    for (; d < head_dim; d += 16) weigh_dims(a, t, first, end, weights, d, 1, phi_lanes(head_dim - d));
+        for (; d < head_dim; d += 96) weigh_dims(a, type, t, first, end, weights, d, 6, 0xffff);
+    for (; d + 64 <= head_dim; d += 64) weigh_dims(a, type, t, first, end, weights, d, 4, 0xffff);
+    for (; d < head_dim; d += 16) weigh_dims(a, type, t, first, end, weights, d, 1, phi_lanes(head_dim - d));
 }
 
-void phi_attention_avx512(const phi_attention *a) {
-    static const phi_attention_steps steps = {
-        .most_rows = ROWS,
-        .convert_keys = convert_keys,
-        .convert_values = convert_values,
-        .score = score,
-        .soften = soften,
-        .weigh = weigh,
-        .score_one = score_one,
-        .weigh_one = weigh_one,
-    };
-    phi_attend(a, &steps);
-}
+PHI_KV_STEPS(PHI_KV_F16, f16, avx512)
+PHI_KV_STEPS(PHI_KV_Q8, q8, avx512)

@@ -15,7 +15,9 @@ void phi_rope_neox_avx512(float *x, int rope_dims, const float *cos, const float
 void phi_rope_norm_avx512(float *x, int rope_dims, const float *cos, const float *sin);
 void phi_silu_mul_avx512(const float *gate, const float *up, size_t n, float *y);
 void phi_add_avx512(const float *x, size_t n, float *y);
-void phi_store_kv_avx512(const float *k, const float *v, int head_dim, int slot, uint16_t *page_head);
-void phi_attention_avx512(const phi_attention *a);
+void phi_store_kv_f16_avx512(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head);
+void phi_store_kv_q8_avx512(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head);
+void phi_attention_f16_avx512(const phi_attention *a);
+void phi_attention_q8_avx512(const phi_attention *a);
 
 #endif

