@@ -115,8 +115,10 @@ static void resolve(int last, phi_kernels *table) {
         INHERIT(rope[PHI_ROPE_NORM]);
         INHERIT(silu_mul);
         INHERIT(add);
-        INHERIT(store_kv);
-        INHERIT(attention);
+        for (int t = 0; t < PHI_N_KV_TYPES; t++) {
+            INHERIT(store_kv[t]);
+            INHERIT(attention[t]);
+        }
     }
 }
 

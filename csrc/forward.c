@@ -17,6 +17,7 @@
 enum {
     CHUNK_ROWS = 64, /* rows of a weight matrix a task, at most; a multiple of PHI_Q8_BLOCK */
     FEW_TOKENS = 4,  /* normed by every thread for itself */
+    SHORT_RUN = 8,   /* tokens of a run where longer ones would be too few for all threads */
 };
 
 /* Tokens at consecutive positions of one sequence, at most PHI_ATTENTION_ROWS of them. */
@@ -39,7 +40,6 @@ typedef struct {
     int n_runs;
     float *scratch; /* [n_threads, scratch_floats] */
     size_t scratch_floats;
-    size_t scores_stride;    /* floats */
     atomic_int next_task[3]; /* by phase modulo 3 */
     atomic_bool stop;
 } forward;
@@ -162,14 +162,15 @@ static void rotate(const forward *f, float *heads, size_t stride) {
 
 static void store(const forward *f, int layer, int kv_head, const float *k, const float *v) {
     const phi_model *model = f->model;
-    const size_t page_bytes = phi_kv_page_bytes(model);
+    const phi_kv_type type = phi_kv_type_of(f->kv);
+    const size_t page_bytes = phi_kv_page_bytes(model, type);
     uint8_t *head = phi_kv_head(model, f->kv, layer, kv_head);
     for (int t = 0; t < f->batch->n_tokens; t++) {
         const int position = f->batch->positions[t];
         const int32_t page = f->batch->seqs[f->batch->sequences[t]].pages[position / PHI_PAGE_TOKENS];
         const size_t at = (size_t)t * (size_t)model->head_dim;
-        model->kernels->store_kv(k + at, v + at, model->head_dim, position % PHI_PAGE_TOKENS,
-                                 (uint16_t *)(void *)(head + (size_t)page * page_bytes));
+        model->kernels->store_kv[type](k + at, v + at, model->head_dim, position % PHI_PAGE_TOKENS,
+                                       head + (size_t)page * page_bytes);
     }
 }
 
@@ -202,13 +203,14 @@ static void attend(worker *w, int layer) {
     const forward *f = w->f;
     const phi_model *model = f->model;
     const int n_queries = model->n_heads / model->n_kv_heads;
+    const phi_kv_type type = phi_kv_type_of(f->kv);
     const size_t q_dim = (size_t)model->n_heads * (size_t)model->head_dim;
     const size_t group_dim = (size_t)n_queries * (size_t)model->head_dim;
     const bool whole_blocks = group_dim % PHI_Q8_BLOCK == 0; /* of the row, for each task */
     FOR_EACH_TASK(w, task, f->n_runs * model->n_kv_heads) {
-        /* The last run of a prompt sees the most: it goes first. */
-        const token_run *run = &f->runs[f->n_runs - 1 - task / model->n_kv_heads];
-        const int kv_head = task % model->n_kv_heads;
+        /* Runs of a prompt find in cache what the one before them read. The last one sees the most: it goes first. */
+        const token_run *run = &f->runs[f->n_runs - 1 - task % f->n_runs];
+        const int kv_head = task / f->n_runs;
         const size_t first_col = (size_t)kv_head * group_dim, at = (size_t)run->first * q_dim + first_col;
         const phi_attention a = {
             .q = f->q + at,
@@ -217,16 +219,15 @@ static void attend(worker *w, int layer) {
             .head_dim = model->head_dim,
             .token_stride = q_dim,
             .pages = phi_kv_head(model, f->kv, layer, kv_head),
-            .page_bytes = phi_kv_page_bytes(model),
+            .page_bytes = phi_kv_page_bytes(model, type),
             .page_table = f->batch->seqs[f->batch->sequences[run->first]].pages,
             .last = f->batch->positions[run->first],
             .window = model->window,
             .scale = 1.0f / sqrtf((float)model->head_dim),
-            .scores = f->scratch + (size_t)w->thread * f->scratch_floats,
-            .scores_stride = f->scores_stride,
+            .scratch = f->scratch + (size_t)w->thread * f->scratch_floats,
             .out = f->attended.f32 + at,
         };
-        model->kernels->attention(&a);
+        model->kernels->attention[type](&a);
         for (int t = run->first; whole_blocks && t < run->first + run->n_tokens; t++)
             quantize(model->kernels, &f->attended, t, first_col, group_dim);
     }
@@ -358,14 +359,9 @@ static void lay_out(forward *f, arena *a) {
     const int n_threads = phi_pool_size(model->pool);
     const int q_dim = model->n_heads * model->head_dim;
 
-    int longest = 0;
-    for (int t = 0; t < batch->n_tokens; t++) longest = max_int(longest, batch->positions[t] + 1);
-    if (model->window > 0) longest = min_int(longest, model->window);
-    f->scores_stride = phi_scores_stride(longest);
-
-    const size_t scores = PHI_ATTENTION_ROWS * f->scores_stride;
+    const size_t attention = phi_attention_scratch_floats(model->head_dim);
     const size_t products = 2 * n_tokens * (size_t)max_int(CHUNK_ROWS, model->head_dim);
-    f->scratch_floats = round_up(scores > products ? scores : products, PHI_ALIGN_BYTES / sizeof(float));
+    f->scratch_floats = round_up(attention > products ? attention : products, PHI_ALIGN_BYTES / sizeof(float));
 
     f->residual = allot(a, n_tokens * (size_t)model->n_embd * sizeof(float));
     f->q = allot(a, n_tokens * (size_t)q_dim * sizeof(float));
@@ -385,9 +381,11 @@ static void lay_out(forward *f, arena *a) {
 
 static void find_runs(forward *f) {
     const phi_batch *b = f->batch;
+    const int n_tasks = b->n_tokens / PHI_ATTENTION_ROWS * f->model->n_kv_heads;
+    const int longest = n_tasks >= 4 * phi_pool_size(f->model->pool) ? PHI_ATTENTION_ROWS : SHORT_RUN;
     for (int t = 0; t < b->n_tokens; t++) {
         token_run *run = f->n_runs ? &f->runs[f->n_runs - 1] : NULL;
-        if (run && run->n_tokens < PHI_ATTENTION_ROWS && b->sequences[t] == b->sequences[run->first] &&
+        if (run && run->n_tokens < longest && b->sequences[t] == b->sequences[run->first] &&
             b->positions[t] == b->positions[run->first] + run->n_tokens) {
             run->n_tokens++;
         } else {

@@ -16,8 +16,10 @@ enum {
     PHI_WIDE_STEPS = 254, /* steps of the low part of a wide activation in one of the high part */
     PHI_TILE_TOKENS = 16, /* tokens and columns of a tile of wide activations */
     PHI_TILE_COLS = 64,
-    PHI_KV_GROUP = 16,      /* positions that lie side by side in a key page */
-    PHI_ATTENTION_ROWS = 8, /* (token, query head) pairs whose scores are held at a time, and tokens a call */
+    PHI_KV_BLOCK = 32,        /* dimensions that share a scale in an int8 page */
+    PHI_KV_GROUP = 16,        /* positions that lie side by side in a key page */
+    PHI_ATTENTION_ROWS = 32,  /* (token, query head) pairs that share a walk through the pages; tokens a call */
+    PHI_ATTENTION_BLOCK = 64, /* positions between two looks at the largest score; a multiple of PHI_PAGE_TOKENS */
     PHI_ALIGN_BYTES = 64,
 };
 
@@ -90,21 +92,29 @@ typedef struct {
     const uint8_t *pages; /* the head's keys and values in page 0 */
     size_t page_bytes;    /* from a page to the next */
     const int32_t *page_table;
-    int last;             /* position of the first token, which is the last one that it sees */
-    int window;           /* positions that a token sees, itself included; 0: all */
-    float scale;          /* multiplies the scores */
-    float *scores;        /* scratch [PHI_ATTENTION_ROWS, scores_stride] */
-    size_t scores_stride; /* floats; phi_scores_stride */
-    float *out;           /* as q */
+    int last;       /* position of the first token, which is the last one that it sees */
+    int window;     /* positions that a token sees, itself included; 0: all */
+    float scale;    /* multiplies the scores */
+    float *scratch; /* [phi_attention_scratch_floats] */
+    float *out;     /* as q */
 } phi_attention;
 
 static inline int phi_first_seen(int position, int window) {
     return window > 0 && position >= window ? position + 1 - window : 0;
 }
 
-/* Room for the scores of a tile whose tokens see at most n_seen positions each: groups are computed whole. */
-static inline size_t phi_scores_stride(int n_seen) {
-    return ((size_t)n_seen + PHI_ATTENTION_ROWS) / PHI_KV_GROUP * PHI_KV_GROUP + 2 * PHI_KV_GROUP;
+/* Scratch of attention: of each row, in tiles of up to eight, its weights in a block, its weighted values and its
+ * query; of all rows a page's keys, or 32 dimensions of a block's values, as floats. */
+static inline size_t phi_attention_sums_stride(int head_dim) { return ((size_t)head_dim + 31) / 32 * 32; }
+static inline size_t phi_attention_row_floats(int head_dim) {
+    return PHI_ATTENTION_BLOCK + 2 * phi_attention_sums_stride(head_dim);
+}
+static inline size_t phi_attention_converted_floats(int head_dim) {
+    const size_t keys = PHI_PAGE_TOKENS * phi_attention_sums_stride(head_dim);
+    return keys > 32 * PHI_ATTENTION_BLOCK ? keys : 32 * PHI_ATTENTION_BLOCK;
+}
+static inline size_t phi_attention_scratch_floats(int head_dim) {
+    return phi_attention_converted_floats(head_dim) + (PHI_ATTENTION_ROWS + 8) * phi_attention_row_floats(head_dim);
 }
 
 /* 16 rows of the file layout to a panel of 16 * row_bytes */
@@ -131,9 +141,9 @@ struct phi_kernels {
     /* y = silu(gate) * up; y may be gate */
     void (*silu_mul)(const float *gate, const float *up, size_t n, float *y);
     void (*add)(const float *x, size_t n, float *y); /* y += x */
-    /* one position's key and value into a page's head: k [group, dim, 16], v [position, dim] */
-    void (*store_kv)(const float *k, const float *v, int head_dim, int slot, uint16_t *page_head);
-    void (*attention)(const phi_attention *a);
+    /* one position's key and value into a page's head */
+    void (*store_kv[PHI_N_KV_TYPES])(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head);
+    void (*attention[PHI_N_KV_TYPES])(const phi_attention *a);
 };
 
 extern const phi_kernels phi_kernels_scalar;
@@ -146,9 +156,27 @@ extern const phi_kernels phi_kernels_avx512;
 extern const phi_kernels phi_kernels_amx;
 #endif
 
-/* Bytes of one head in a page: k [PHI_PAGE_TOKENS / 16, head_dim, 16], then v [PHI_PAGE_TOKENS, head_dim]. */
-static inline size_t phi_page_head_bytes(int head_dim) {
-    return (size_t)PHI_PAGE_TOKENS * (size_t)head_dim * 2 * sizeof(uint16_t);
+/* One head in a page: keys [PHI_PAGE_TOKENS / 16, head_dim, 16], then values [PHI_PAGE_TOKENS, head_dim]. In int8 these
+ * are followed by half precision scales, of keys [n_blocks, PHI_PAGE_TOKENS] and of values [PHI_PAGE_TOKENS, n_blocks].
+ */
+static inline size_t phi_kv_blocks(int head_dim) { return ((size_t)head_dim + PHI_KV_BLOCK - 1) / PHI_KV_BLOCK; }
+static inline size_t phi_page_head_bytes(phi_kv_type type, int head_dim) {
+    const size_t n = (size_t)PHI_PAGE_TOKENS * (size_t)head_dim * 2;
+    if (type == PHI_KV_F16) return n * sizeof(uint16_t);
+    return n + PHI_PAGE_TOKENS * phi_kv_blocks(head_dim) * 2 * sizeof(uint16_t);
+}
+
+/* Where a head's parts lie in a page. */
+typedef struct {
+    uint8_t *keys, *values;
+    uint16_t *key_scales, *value_scales; /* NULL in half precision */
+} phi_page_head;
+
+static inline phi_page_head phi_page_head_of(phi_kv_type type, int head_dim, uint8_t *page_head) {
+    const size_t n = (size_t)PHI_PAGE_TOKENS * (size_t)head_dim;
+    if (type == PHI_KV_F16) return (phi_page_head){page_head, page_head + n * sizeof(uint16_t), NULL, NULL};
+    uint16_t *scales = (uint16_t *)(void *)(page_head + 2 * n);
+    return (phi_page_head){page_head, page_head + n, scales, scales + PHI_PAGE_TOKENS * phi_kv_blocks(head_dim)};
 }
 
 #endif

@@ -4,6 +4,8 @@
 
 #include "kernels.h"
 
+phi_kv_type phi_kv_type_of(const phi_kv *kv);
+
 /* A head's part of page 0; page p is p * phi_kv_page_bytes further. */
 uint8_t *phi_kv_head(const phi_model *model, const phi_kv *kv, int layer, int kv_head);
 

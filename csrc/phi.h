@@ -127,10 +127,16 @@ phi_status phi_pack(const phi_kernels *kernels, phi_pool *pool, phi_matrix *matr
 
 enum { PHI_PAGE_TOKENS = 32 }; /* positions a page */
 
-/* Pages of keys and values in half precision. Which page belongs to whom is the caller's business. */
+typedef enum {
+    PHI_KV_F16, /* half precision */
+    PHI_KV_Q8,  /* int8, with a half precision scale for each 32 dimensions of a position */
+    PHI_N_KV_TYPES
+} phi_kv_type;
+
+/* Pages of keys and values. Which page belongs to whom is the caller's business. */
 typedef struct phi_kv phi_kv;
-size_t phi_kv_page_bytes(const phi_model *model);
-phi_status phi_kv_create(const phi_model *model, int n_pages, phi_kv **kv);
+size_t phi_kv_page_bytes(const phi_model *model, phi_kv_type type);
+phi_status phi_kv_create(const phi_model *model, phi_kv_type type, int n_pages, phi_kv **kv);
 void phi_kv_free(phi_kv *kv);
 
 /* ---- forward ---- */

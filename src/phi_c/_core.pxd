@@ -46,9 +46,11 @@ cdef extern from "phi.h":
         void (*quantize_q8)(const float *x, size_t n, phi_q8 q8) noexcept nogil
         void (*quantize_wide)(const float *x, size_t n_cols, int8_t *wide, float *scales) noexcept nogil
         void (*rms_norm)(const float *x, const float *weight, size_t n, float eps, float *y) noexcept nogil
+        void (*rope[2])(float *x, int rope_dims, const float *cos, const float *sin) noexcept nogil
         void (*silu_mul)(const float *gate, const float *up, size_t n, float *y) noexcept nogil
-        void (*store_kv)(const float *k, const float *v, int head_dim, int slot, uint16_t *page) noexcept nogil
-        void (*attention)(const phi_attention *a) noexcept nogil
+        void (*add)(const float *x, size_t n, float *y) noexcept nogil
+        void (*store_kv[2])(const float *k, const float *v, int head_dim, int slot, uint8_t *page) noexcept nogil
+        void (*attention[2])(const phi_attention *a) noexcept nogil
     const char *const *phi_tier_names()
     c_bool phi_tier_available(const char *tier)
     phi_status phi_select_kernels(const char *tier, const phi_kernels **kernels)
@@ -96,10 +98,13 @@ cdef extern from "phi.h":
     size_t phi_packed_bytes(const phi_kernels *kernels, const phi_matrix *matrix) nogil
     phi_status phi_pack(const phi_kernels *kernels, phi_pool *pool, phi_matrix *matrix, uint8_t *memory) nogil
 
+    ctypedef enum phi_kv_type:
+        PHI_KV_F16
+        PHI_KV_Q8
     ctypedef struct phi_kv:
         pass
-    size_t phi_kv_page_bytes(const phi_model *model) nogil
-    phi_status phi_kv_create(const phi_model *model, int n_pages, phi_kv **kv) nogil
+    size_t phi_kv_page_bytes(const phi_model *model, phi_kv_type type) nogil
+    phi_status phi_kv_create(const phi_model *model, phi_kv_type type, int n_pages, phi_kv **kv) nogil
     void phi_kv_free(phi_kv *kv) nogil
 
     ctypedef struct phi_sequence:
@@ -143,16 +148,15 @@ cdef extern from "kernels.h":
         const int32_t *page_table
         int last, window
         float scale
-        float *scores
-        size_t scores_stride
+        float *scratch
         float *out
     const int PHI_Q8_BLOCK
     const int PHI_SUM_BLOCK
     const int PHI_WIDE_BLOCK
     const int PHI_KV_GROUP
     const int PHI_ATTENTION_ROWS
-    size_t phi_page_head_bytes(int head_dim)
-    size_t phi_scores_stride(int n_seen)
+    size_t phi_page_head_bytes(phi_kv_type type, int head_dim)
+    size_t phi_attention_scratch_floats(int head_dim)
     size_t phi_wide_bytes(size_t n_tokens, size_t n_cols)
     int8_t *phi_wide_of(const phi_activations *x, int token)
 

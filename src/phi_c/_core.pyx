@@ -385,10 +385,25 @@ cdef class Model:
         self._unmap()
 
 
-cdef class KvCache:
-    """Pages of keys and values for one model, PAGE_TOKENS positions each, in half precision.
+KV_TYPES = ("f16", "q8")
 
-    Memory is taken from the system as pages are first written. Raises MemoryError when it is refused.
+
+cdef phi_kv_type _kv_type(kv) except *:
+    if kv not in KV_TYPES:
+        raise OptionError(f"kv is {kv!r}, expected one of {', '.join(KV_TYPES)}")
+    return PHI_KV_Q8 if kv == "q8" else PHI_KV_F16
+
+
+def kv_page_bytes(config, kv="f16"):
+    """Return the bytes of PAGE_TOKENS positions of a model in a KV cache of a type. Raises OptionError for another."""
+    return config.n_layers * config.n_kv_heads * phi_page_head_bytes(_kv_type(kv), config.head_dim)
+
+
+cdef class KvCache:
+    """Pages of keys and values for one model, PAGE_TOKENS positions each.
+
+    kv: "f16", half precision, or "q8", int8 with a scale for each 32 dimensions of a position. Memory is taken from
+    the system as pages are first written. Raises MemoryError when it is refused, OptionError for another type.
     """
 
     cdef phi_kv *kv
@@ -396,13 +411,14 @@ cdef class KvCache:
     cdef readonly int n_pages
     cdef readonly size_t page_bytes
 
-    def __init__(self, Model model not None, int n_pages):
+    def __init__(self, Model model not None, int n_pages, kv="f16"):
+        cdef phi_kv_type type = _kv_type(kv)
         if n_pages < 1:
             raise ValueError(f"{n_pages} pages, expected at least 1")
         self.model = model
         self.n_pages = n_pages
-        self.page_bytes = phi_kv_page_bytes(&model.model)
-        if phi_kv_create(&model.model, n_pages, &self.kv) != PHI_OK:
+        self.page_bytes = phi_kv_page_bytes(&model.model, type)
+        if phi_kv_create(&model.model, type, n_pages, &self.kv) != PHI_OK:
             raise MemoryError(f"the KV cache of {n_pages * self.page_bytes} bytes could not be had")
 
     def __dealloc__(self):

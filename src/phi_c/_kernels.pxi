@@ -117,26 +117,63 @@ def silu_mul(const float[::1] gate not None, const float[::1] up not None, tier=
     return y
 
 
+def add(const float[::1] x not None, const float[::1] y not None, tier=None):
+    """Return x + y, float32 [n]."""
+    cdef const phi_kernels *kernels = _kernels(tier)
+    if x.shape[0] != y.shape[0] or x.shape[0] == 0:
+        raise ValueError("x and y differ in length, or are empty")
+    total = np.array(y)
+    cdef float[::1] view = total
+    kernels.add(&x[0], x.shape[0], &view[0])
+    return total
+
+
+def rope(const float[::1] x not None, const float[::1] cos not None, const float[::1] sin not None, style, tier=None):
+    """Return a head whose first 2 * len(cos) dimensions are rotated, float32 [head_dim]; style: "neox" or "norm"."""
+    cdef const phi_kernels *kernels = _kernels(tier)
+    cdef int rope_dims = <int>(2 * cos.shape[0])
+    if cos.shape[0] != sin.shape[0] or rope_dims == 0 or rope_dims > x.shape[0]:
+        raise ValueError("the shapes of x, cos and sin do not fit")
+    y = np.array(x)
+    cdef float[::1] view = y
+    kernels.rope[<int>(PHI_ROPE_NEOX if style == "neox" else PHI_ROPE_NORM)](&view[0], rope_dims, &cos[0], &sin[0])
+    return y
+
+
+def store_kv(const float[::1] k not None, const float[::1] v not None, int slot, tier=None, kv="f16"):
+    """Return a head's part of a page, uint8, that holds one position's key and value in a slot, else bytes of 0xff."""
+    cdef const phi_kernels *kernels = _kernels(tier)
+    cdef int head_dim = <int>k.shape[0]
+    if v.shape[0] != head_dim or head_dim == 0 or not 0 <= slot < PHI_PAGE_TOKENS:
+        raise ValueError("k and v differ in length, or are empty, or there is no such slot")
+    cdef phi_kv_type type = _kv_type(kv)
+    page = np.full(phi_page_head_bytes(type, head_dim), 0xff, np.uint8)
+    cdef uint8_t[::1] view = page
+    kernels.store_kv[<int>type](&k[0], &v[0], head_dim, slot, &view[0])
+    return page
+
+
 def attention(const float[:, :, ::1] q not None, const float[:, ::1] k not None, const float[:, ::1] v not None,
-              int last, int window, float scale, tier=None):
+              int last, int window, float scale, tier=None, kv="f16"):
     """Return softmax(scale * q @ k.T) @ v over the positions that each token sees: float32, shaped as q.
 
     q is [n_tokens, n_queries, head_dim], at positions last, last + 1, ...; k and v are [n_positions, head_dim] of one
-    key/value head. A token sees `window` positions, itself included (0: all). Keys and values are stored in half
-    precision, in pages that lie in reverse order; what is not stored is NaN.
+    key/value head. A token sees `window` positions, itself included (0: all). Keys and values are stored in a type of
+    KV cache, in pages that lie in reverse order; what is not stored is NaN.
     """
     cdef const phi_kernels *kernels = _kernels(tier)
     cdef int n = <int>k.shape[0], head_dim = <int>k.shape[1], n_pages = (n + PHI_PAGE_TOKENS - 1) // PHI_PAGE_TOKENS
     if not (0 < q.shape[0] <= PHI_ATTENTION_ROWS and 0 <= last and last + q.shape[0] <= n and q.shape[1] > 0
             and q.shape[2] == v.shape[1] == head_dim and v.shape[0] == n and head_dim > 0 and head_dim % 2 == 0):
         raise ValueError("the shapes of q, k and v do not fit")
-    cdef size_t page_bytes = phi_page_head_bytes(head_dim)
+    cdef phi_kv_type type = _kv_type(kv)
+    cdef size_t page_bytes = phi_page_head_bytes(type, head_dim)
     cdef uint8_t[::1] pages = np.full(n_pages * page_bytes, 0xff, np.uint8)
     cdef int32_t[::1] table = np.arange(n_pages - 1, -1, -1, dtype=np.int32)
     cdef int p
     for p in range(n):
-        kernels.store_kv(&k[p, 0], &v[p, 0], head_dim, p % PHI_PAGE_TOKENS,
-                         <uint16_t *>&pages[table[p // PHI_PAGE_TOKENS] * page_bytes])
+        kernels.store_kv[<int>type](&k[p, 0], &v[p, 0], head_dim, p % PHI_PAGE_TOKENS,
+                                    &pages[table[p // PHI_PAGE_TOKENS] * page_bytes])
     cdef float[:, :, ::1] out = np.empty(np.shape(q), np.float32)
     cdef phi_attention a
     a.q = &q[0, 0, 0]
@@ -146,10 +183,9 @@ def attention(const float[:, :, ::1] q not None, const float[:, ::1] k not None,
     a.page_bytes = page_bytes
     a.page_table = &table[0]
     a.last, a.window, a.scale = last, window, scale
-    a.scores_stride = phi_scores_stride(n)
-    cdef float[::1] scores = np.empty(PHI_ATTENTION_ROWS * a.scores_stride, np.float32)
-    a.scores = &scores[0]
+    cdef float[::1] scratch = np.full(phi_attention_scratch_floats(head_dim), np.nan, np.float32)
+    a.scratch = &scratch[0]
     a.out = &out[0, 0, 0]
     with nogil:
-        kernels.attention(&a)
+        kernels.attention[<int>type](&a)
     return np.asarray(out)

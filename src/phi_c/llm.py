@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from phi_c import hub, machine
-from phi_c._core import PAGE_TOKENS, CancelFlag, Model, tiers
+from phi_c._core import PAGE_TOKENS, CancelFlag, Model, kv_page_bytes, tiers
 from phi_c.engine.engine import Engine
 from phi_c.engine.scheduler import pages_for
 from phi_c.engine.sequence import Finish
@@ -94,6 +94,7 @@ def load(
     n_batch: int = 512,
     tier: str | None = None,
     layout: str = "packed",
+    kv: str = "f16",
     tokenizer: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> "LLM":
@@ -103,8 +104,9 @@ def load(
     n_threads: None: the physical cores that this process may use. n_batch: prompt tokens a forward pass. tier: an
     instruction set such as "avx2"; None: PHI_C_ISA, else the best. layout: "packed" copies the weights into the
     order that the kernels like best; "cached" keeps that copy in a file of the cache folder, as large as the model's,
-    which the next start maps; "file" runs the weights from the model's file: a fast start, less speed. tokenizer: a
-    tokenizer.json. progress: bars on stderr.
+    which the next start maps; "file" runs the weights from the model's file: a fast start, less speed. kv: "f16" keeps
+    keys and values in half precision, "q8" in int8: half the memory. tokenizer: a tokenizer.json. progress: bars on
+    stderr.
 
     Raises PhiError of the kind that fits: ModelNotFoundError, DownloadError, ModelFileError, UnsupportedModelError,
     MemoryLimitError, OptionError, CacheError when packed weights cannot be kept.
@@ -116,6 +118,7 @@ def load(
         n_batch=n_batch,
         tier=tier,
         layout=layout,
+        kv=kv,
         tokenizer_json=Path(tokenizer) if tokenizer is not None else hub.resolve_tokenizer(source),
     )
 
@@ -133,6 +136,7 @@ class LLM:
         n_batch: int = 512,
         tier: str | None = None,
         layout: str = "packed",
+        kv: str = "f16",
         tokenizer_json: Path | None = None,
     ) -> None:
         _check_count("n_threads", n_threads, 1, 1024)
@@ -151,7 +155,7 @@ class LLM:
             side_file = SideFile(self._file, weights.packed_sizes(tier)) if layout == "cached" else None
             panels = side_file.open() if side_file else None
             is_mapped = layout == "file" or panels is not None
-            _check_memory(self.config, self.n_ctx, 0 if is_mapped else self._file.n_bytes)
+            _check_memory(self.config, self.n_ctx, kv, 0 if is_mapped else self._file.n_bytes)
             model = Model(
                 self.config,
                 weights,
@@ -167,7 +171,7 @@ class LLM:
             self.n_batch = n_batch
             n_ctx_orig = self.config.n_ctx_orig if self.config.long_rope else None
             # Public for tools that serve or measure: it takes sequences of their own.
-            self.engine = Engine(model, self.n_ctx, n_batch, n_ctx_orig)
+            self.engine = Engine(model, self.n_ctx, n_batch, n_ctx_orig, kv)
         except BaseException:
             self._file.close()
             raise
@@ -445,12 +449,12 @@ def _choose_n_ctx(n_ctx: int | None, config: ModelConfig) -> int:
     return n_ctx or config.n_ctx_train
 
 
-def _check_memory(config: ModelConfig, n_ctx: int, weight_bytes: int) -> None:
-    position_bytes = config.n_layers * config.n_kv_heads * config.head_dim * 2 * 2  # keys and values, half precision
-    kv_bytes = pages_for(n_ctx) * PAGE_TOKENS * position_bytes
+def _check_memory(config: ModelConfig, n_ctx: int, kv: str, weight_bytes: int) -> None:
+    page_bytes = kv_page_bytes(config, kv)
+    kv_bytes = pages_for(n_ctx) * page_bytes
     available = machine.memory_available()
     if kv_bytes + weight_bytes > available:
-        fits = max(available - weight_bytes, 0) // position_bytes // PAGE_TOKENS * PAGE_TOKENS
+        fits = max(available - weight_bytes, 0) // page_bytes * PAGE_TOKENS
         raise MemoryLimitError(
             f"the weights take {weight_bytes / 2**30:.1f} GiB and a context of {n_ctx} {kv_bytes / 2**30:.1f} GiB, "
             f"{available / 2**30:.1f} GiB are free: "

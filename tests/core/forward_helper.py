@@ -17,12 +17,14 @@ Floats = npt.NDArray[np.float32]
 class Runner:
     """Runs tokens through a file's model; pages of a sequence are scattered over the cache."""
 
-    def __init__(self, path: Path, *, tier: str | None = None, n_threads: int = 2, n_pages: int = 64) -> None:
+    def __init__(
+        self, path: Path, *, tier: str | None = None, n_threads: int = 2, n_pages: int = 64, kv: str = "f16"
+    ) -> None:
         self.file = GGUFFile(path)
         self.config = read_config(self.file)
         weights = load_weights(self.file, self.config)
         self.model = _core.Model(self.config, weights, n_threads=n_threads, tier=tier)
-        self.kv = _core.KvCache(self.model, n_pages)
+        self.kv = _core.KvCache(self.model, n_pages, kv)
 
     def table(self, seed: int = 0, start: int = 0, end: int | None = None) -> npt.NDArray[np.int32]:
         """Return pages start..end-1 of the cache in random order."""

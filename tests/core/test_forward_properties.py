@@ -18,19 +18,21 @@ from tiny_gguf import write_tiny
 TOKENS = [int(t) for t in np.random.default_rng(1).integers(3, 350, 75)]
 
 CASES = [
-    pytest.param(architecture, weight_type, tier, id=f"{architecture}-{weight_type}-{tier}")
+    pytest.param(architecture, weight_type, tier, kv, id=f"{architecture}-{weight_type}-{tier}-{kv}")
     for architecture in ("phi3", "llama")
     for weight_type in ("F16", "Q4_0", "Q8_0", "Q4_K", "Q6_K")
     for tier in _core.tiers()
+    for kv in _core.KV_TYPES
+    if kv == "f16" or weight_type == "Q4_K"
 ]
 
 
 @pytest.fixture
 def runner(request: pytest.FixtureRequest, tmp_path: Path) -> Runner:
-    architecture, weight_type, tier = request.param
+    architecture, weight_type, tier, kv = request.param
     overrides = {"window": 40} if architecture == "phi3" else {}
     path = write_tiny(tmp_path / "m.gguf", architecture, weight_type, **overrides)
-    return Runner(path, tier=tier)
+    return Runner(path, tier=tier, kv=kv)
 
 
 def each(cases: list[object]) -> pytest.MarkDecorator:

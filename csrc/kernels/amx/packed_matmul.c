@@ -68,6 +68,7 @@ INLINE void requantise(const format f, int half_quant, const uint8_t *unit, bloc
     const __mmask16 some = _mm512_cmp_ps_mask(bound, zero, _CMP_GT_OQ);
     const __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(127.0f * 256.0f), bound);
     const size_t part = f.unit_bytes / (size_t)f.sub_blocks;
+    const __m128i shift = _mm_cvtsi32_si128(f.shift);
     UNROLL for (int j = 0; j < SUB_BLOCKS; j++) {
         __m512i q[LINES];
         /* The next 256 columns, a part at a time, as bursts stall; behind a panel's last ones follows the next panel.
@@ -85,7 +86,7 @@ INLINE void requantise(const format f, int half_quant, const uint8_t *unit, bloc
             const __m512i a = in_both_halves(factor), b = in_both_halves(offset);
             UNROLL for (int i = k * n_lines; i < (k + 1) * n_lines; i++) {
                 /* The bits that a shift leaves free are 0: none crosses to the byte below. */
-                w->lines[j * LINES + i] = scale_bytes(_mm512_srli_epi16(q[i], (unsigned)f.shift), a, b);
+                w->lines[j * LINES + i] = scale_bytes(_mm512_srl_epi16(q[i], shift), a, b);
             }
         }
     }

@@ -1,105 +1,236 @@
-/* One token's attention over half-precision pages.
- * Layout: keys [16 positions side by side][head_dim][16], values [position][head_dim].
- * Idea: 16 scores at once with the query broadcast, softmax over the kept scores, then weighted rows of values.
- * Bound: reading the pages; 4 bytes a position and dimension. */
+/* Attention over pages in half precision or int8; generic/attention_tile.h has the way through them, here are its
+ * steps. Layout: phi_page_head: keys [16 positions side by side][head_dim][16], values [position][head_dim]. Idea: four
+ * rows by two vectors in registers, from converted keys (16 positions at a time) and values (16 dimensions); one row
+ * reads the pages themselves, asking for what it reads next. Bound: one row: reading the pages, 4 bytes a position and
+ * dimension (int8: 2.1); many: the multiplications. */
+#include "../generic/attention_tile.h"
+
 #include <math.h>
 
 #include "avx2.h"
 #include "simd.h"
 
-static const uint16_t *page_of(const phi_attention *a, int position) {
-    return (const uint16_t *)(const void *)(a->pages +
-                                            (size_t)a->page_table[position / PHI_PAGE_TOKENS] * a->page_bytes);
+#ifdef _MSC_VER
+#define UNROLL
+#else
+#define UNROLL _Pragma("GCC unroll 12")
+#endif
+
+enum { ROWS = 4, BLOCK = PHI_ATTENTION_BLOCK, LINE_BYTES = 64 };
+
+PHI_INLINE void ask_for(const void *line) { _mm_prefetch((const char *)line, _MM_HINT_T0); }
+
+PHI_INLINE phi_page_head head_of(const phi_attention *a, phi_kv_type type, int position) {
+    return phi_page_head_of(type, a->head_dim, (uint8_t *)phi_page_of(a, position));
 }
 
-/* Scores of the 16 positions from group_start on. */
-static void score_group(const float *q, int head_dim, const uint16_t *keys, float scale, float *scores) {
-    __m256 s[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
-    for (int d = 0; d < head_dim; d += 2) { /* head_dim is even */
-        const uint16_t *k = keys + (size_t)d * PHI_KV_GROUP;
-        const __m256 q0 = _mm256_broadcast_ss(q + d), q1 = _mm256_broadcast_ss(q + d + 1);
-        s[0] = _mm256_fmadd_ps(q0, phi_load_half(k), s[0]);
-        s[1] = _mm256_fmadd_ps(q0, phi_load_half(k + 8), s[1]);
-        s[2] = _mm256_fmadd_ps(q1, phi_load_half(k + 16), s[2]);
-        s[3] = _mm256_fmadd_ps(q1, phi_load_half(k + 24), s[3]);
+/* Scales of eight keys from position `first` of the page on, for PHI_KV_BLOCK dimensions from d on; half precision has
+ * none. */
+PHI_INLINE __m256 key_scales(phi_kv_type type, const phi_page_head *page, size_t d, size_t first) {
+    if (type == PHI_KV_F16) return _mm256_setzero_ps();
+    return phi_load_half(page->key_scales + d / PHI_KV_BLOCK * PHI_PAGE_TOKENS + first);
+}
+
+PHI_INLINE __m256 floats_of(__m128i q) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q)); }
+
+/* Dimension d of eight keys. */
+PHI_INLINE __m256 load_keys(phi_kv_type type, const phi_page_head *page, size_t head_dim, size_t d, size_t first,
+                            __m256 scales) {
+    const size_t at = (first / PHI_KV_GROUP * head_dim + d) * PHI_KV_GROUP + first % PHI_KV_GROUP;
+    if (type == PHI_KV_F16) return phi_load_half((const uint16_t *)(const void *)page->keys + at);
+    return _mm256_mul_ps(floats_of(_mm_loadl_epi64((const __m128i *)(const void *)(page->keys + at))), scales);
+}
+
+/* n, at most 8, dimensions from d on of the value in a slot, then zeros. */
+PHI_INLINE __m256 load_values(phi_kv_type type, const phi_page_head *page, size_t head_dim, size_t slot, size_t d,
+                              size_t n) {
+    const size_t at = slot * head_dim + d, element = type == PHI_KV_F16 ? 2 : 1;
+    const uint8_t *values = page->values + at * element;
+    uint8_t some[16] = {0};
+    if (n < 8) {
+        memcpy(some, values, n * element);
+        values = some;
     }
-    _mm256_storeu_ps(scores, _mm256_mul_ps(_mm256_add_ps(s[0], s[2]), _mm256_set1_ps(scale)));
-    _mm256_storeu_ps(scores + 8, _mm256_mul_ps(_mm256_add_ps(s[1], s[3]), _mm256_set1_ps(scale)));
+    if (type == PHI_KV_F16) return phi_load_half((const uint16_t *)(const void *)values);
+    const size_t n_blocks = (head_dim + PHI_KV_BLOCK - 1) / PHI_KV_BLOCK;
+    const short scale = (short)page->value_scales[slot * n_blocks + d / PHI_KV_BLOCK];
+    const __m256 scales = _mm256_cvtph_ps(_mm_set1_epi16(scale));
+    return _mm256_mul_ps(floats_of(_mm_loadl_epi64((const __m128i *)(const void *)values)), scales);
 }
 
-/* Scores to weights e^(s - max) in place; returns their sum. n is a multiple of 8. */
-static float exponentiate(float *scores, size_t n) {
-    __m256 largest = _mm256_set1_ps(-INFINITY);
-    for (size_t i = 0; i < n; i += 8) largest = _mm256_max_ps(_mm256_loadu_ps(scores + i), largest);
-    const __m256 top = _mm256_set1_ps(phi_hmax(largest));
-    __m256 total = _mm256_setzero_ps();
-    for (size_t i = 0; i < n; i += 8) {
-        const __m256 weight = phi_exp(_mm256_sub_ps(_mm256_loadu_ps(scores + i), top));
+PHI_INLINE size_t element_bytes(phi_kv_type type) { return type == PHI_KV_F16 ? 2 : 1; }
+
+PHI_INLINE void convert_keys(const phi_attention *a, phi_kv_type type, int page, float *keys) {
+    const size_t head_dim = (size_t)a->head_dim;
+    const phi_page_head p = head_of(a, type, page);
+    for (size_t b = 0; b < head_dim; b += PHI_KV_BLOCK) {
+        for (size_t first = 0; first < PHI_PAGE_TOKENS; first += 8) {
+            const __m256 scales = key_scales(type, &p, b, first);
+            for (size_t d = b; d < head_dim && d < b + PHI_KV_BLOCK; d++)
+                _mm256_storeu_ps(keys + d * PHI_PAGE_TOKENS + first, load_keys(type, &p, head_dim, d, first, scales));
+        }
+    }
+    for (size_t i = 0; i < head_dim * PHI_PAGE_TOKENS * element_bytes(type); i += LINE_BYTES) ask_for(p.values + i);
+}
+
+PHI_INLINE void convert_values(const phi_attention *a, phi_kv_type type, int first, int end, size_t first_dim,
+                               float *values) {
+    const size_t head_dim = (size_t)a->head_dim, left = head_dim - first_dim;
+    for (int p = first; p < end; p++, values += PHI_VALUE_DIMS) {
+        const phi_page_head page = head_of(a, type, p);
+        const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
+        for (size_t d = 0; d < PHI_VALUE_DIMS; d += 8) {
+            const size_t n = left <= d ? 0 : left - d < 8 ? left - d : 8;
+            const __m256 v = n ? load_values(type, &page, head_dim, slot, first_dim + d, n) : _mm256_setzero_ps();
+            _mm256_storeu_ps(values + d, v);
+        }
+    }
+}
+
+/* s = q * keys over every second dimension from `parity` on, for 16 positions. */
+PHI_INLINE void multiply(const phi_tile *t, const float *keys, size_t head_dim, size_t parity, __m256 s[ROWS][2]) {
+    UNROLL for (int r = 0; r < ROWS; r++) s[r][0] = s[r][1] = _mm256_setzero_ps();
+    for (size_t d = parity; d < head_dim; d += 2) { /* head_dim is even */
+        const __m256 k0 = _mm256_loadu_ps(keys + d * PHI_PAGE_TOKENS);
+        const __m256 k1 = _mm256_loadu_ps(keys + d * PHI_PAGE_TOKENS + 8);
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            const __m256 q = _mm256_broadcast_ss(t->q + d * ROWS + r);
+            s[r][0] = _mm256_fmadd_ps(q, k0, s[r][0]);
+            s[r][1] = _mm256_fmadd_ps(q, k1, s[r][1]);
+        }
+    }
+}
+
+/* Scores of a row at eight positions from `position` on, hidden where it does not see. */
+PHI_INLINE void store_scores(const phi_tile *t, int row, int position, __m256 s, float *scores) {
+    if (position < t->all_first || position + 7 > t->all_last) {
+        const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        const __m256i at = _mm256_add_epi32(lane, _mm256_set1_epi32(position));
+        const __m256i hidden = _mm256_or_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(t->first[row]), at),
+                                               _mm256_cmpgt_epi32(at, _mm256_set1_epi32(t->last[row])));
+        s = _mm256_blendv_ps(s, _mm256_set1_ps(-INFINITY), _mm256_castsi256_ps(hidden));
+    }
+    _mm256_storeu_ps(scores, s);
+}
+
+static void score(const phi_attention *a, const phi_tile *t, int page, const float *keys, float *scores) {
+    for (int i = 0; i < PHI_PAGE_TOKENS; i += PHI_KV_GROUP) {
+        __m256 even[ROWS][2], odd[ROWS][2]; /* apart, as one row has them: it needs four sums side by side */
+        multiply(t, keys + i, (size_t)a->head_dim, 0, even);
+        multiply(t, keys + i, (size_t)a->head_dim, 1, odd);
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            store_scores(t, r, page + i, _mm256_add_ps(even[r][0], odd[r][0]), scores + r * BLOCK + i);
+            store_scores(t, r, page + i + 8, _mm256_add_ps(even[r][1], odd[r][1]), scores + r * BLOCK + i + 8);
+        }
+    }
+}
+
+PHI_INLINE void score_one(const phi_attention *a, phi_kv_type type, const phi_tile *t, int page, float *scores) {
+    const size_t head_dim = (size_t)a->head_dim, line = PHI_KV_GROUP * element_bytes(type);
+    const phi_page_head p = head_of(a, type, page);
+    for (size_t i = 0; i < PHI_PAGE_TOKENS; i += PHI_KV_GROUP) {
+        __m256 s[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+        for (size_t b = 0; b < head_dim; b += PHI_KV_BLOCK) {
+            const __m256 low = key_scales(type, &p, b, i), high = key_scales(type, &p, b, i + 8);
+            for (size_t d = b; d < head_dim && d < b + PHI_KV_BLOCK; d += 2) {
+                ask_for(p.values + (i / PHI_KV_GROUP * head_dim + d) * line);
+                const __m256 q0 = _mm256_broadcast_ss(t->q + d), q1 = _mm256_broadcast_ss(t->q + d + 1);
+                s[0] = _mm256_fmadd_ps(q0, load_keys(type, &p, head_dim, d, i, low), s[0]);
+                s[1] = _mm256_fmadd_ps(q0, load_keys(type, &p, head_dim, d, i + 8, high), s[1]);
+                s[2] = _mm256_fmadd_ps(q1, load_keys(type, &p, head_dim, d + 1, i, low), s[2]);
+                s[3] = _mm256_fmadd_ps(q1, load_keys(type, &p, head_dim, d + 1, i + 8, high), s[3]);
+            }
+        }
+        store_scores(t, 0, page + (int)i, _mm256_add_ps(s[0], s[2]), scores + i);
+        store_scores(t, 0, page + (int)i + 8, _mm256_add_ps(s[1], s[3]), scores + i + 8);
+    }
+}
+
+/* e^x, 0 where x is too low for a normal result. */
+PHI_INLINE __m256 exp_or_zero(__m256 x) {
+    return _mm256_and_ps(phi_exp(x), _mm256_cmp_ps(x, _mm256_set1_ps(-87.3f), _CMP_NLT_UQ));
+}
+
+static void soften(phi_tile *t, int row, float *scores, int n) {
+    __m256 largest = _mm256_set1_ps(t->top[row]);
+    for (int i = 0; i < n; i += 8) largest = _mm256_max_ps(_mm256_loadu_ps(scores + i), largest);
+    const float top = phi_hmax(largest);
+    const __m256 tops = _mm256_set1_ps(top), kept = exp_or_zero(_mm256_sub_ps(_mm256_set1_ps(t->top[row]), tops));
+    __m256 total = _mm256_mul_ps(_mm256_loadu_ps(t->totals[row]), kept);
+    for (int i = 0; i < n; i += 8) {
+        const __m256 weight = exp_or_zero(_mm256_sub_ps(_mm256_loadu_ps(scores + i), tops));
         _mm256_storeu_ps(scores + i, weight);
         total = _mm256_add_ps(total, weight);
     }
-    return phi_hsum(total);
+    _mm256_storeu_ps(t->totals[row], total);
+    t->top[row] = top;
+    t->kept[row] = _mm256_cvtss_f32(kept);
 }
 
-typedef struct {
-    const phi_attention *a;
-    int first, last;      /* positions seen, both included */
-    const float *weights; /* [last + 1 - first] */
-} seen;
-
-/* out[0 .. 8 * n_vectors - 1] = the same dimensions of sum of weights[p] * values[p]; n_vectors, at most 8, is a
- * constant where this is inlined. */
-PHI_INLINE void weigh(const seen *s, size_t first_dim, int n_vectors, float *out) {
-    const size_t head_dim = (size_t)s->a->head_dim;
-    __m256 sum[8];
-    for (int i = 0; i < n_vectors; i++) sum[i] = _mm256_setzero_ps();
-    for (int p = s->first; p <= s->last;) {
-        const int end = p / PHI_PAGE_TOKENS * PHI_PAGE_TOKENS + PHI_PAGE_TOKENS - 1;
-        const uint16_t *values = page_of(s->a, p) + (size_t)PHI_PAGE_TOKENS * head_dim + first_dim;
-        for (; p <= s->last && p <= end; p++) {
-            const uint16_t *row = values + (size_t)(p % PHI_PAGE_TOKENS) * head_dim;
-            const __m256 weight = _mm256_broadcast_ss(s->weights + (p - s->first));
-            for (int i = 0; i < n_vectors; i++) sum[i] = _mm256_fmadd_ps(weight, phi_load_half(row + 8 * i), sum[i]);
+static void weigh(const phi_tile *t, const float *weights, const float *values, int n, size_t first_dim) {
+    for (size_t d = 0; d < PHI_VALUE_DIMS; d += 16) {
+        __m256 sum[ROWS][2];
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            const float *sums = t->sums + (size_t)r * t->sums_stride + first_dim + d;
+            const __m256 kept = _mm256_set1_ps(t->kept[r]);
+            sum[r][0] = _mm256_mul_ps(_mm256_loadu_ps(sums), kept);
+            sum[r][1] = _mm256_mul_ps(_mm256_loadu_ps(sums + 8), kept);
+        }
+        const float *v = values + d;
+        for (int p = 0; p < n; p++, v += PHI_VALUE_DIMS) {
+            const __m256 v0 = _mm256_loadu_ps(v), v1 = _mm256_loadu_ps(v + 8);
+            UNROLL for (int r = 0; r < ROWS; r++) {
+                const __m256 weight = _mm256_broadcast_ss(weights + r * BLOCK + p);
+                sum[r][0] = _mm256_fmadd_ps(weight, v0, sum[r][0]);
+                sum[r][1] = _mm256_fmadd_ps(weight, v1, sum[r][1]);
+            }
+        }
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            float *sums = t->sums + (size_t)r * t->sums_stride + first_dim + d;
+            _mm256_storeu_ps(sums, sum[r][0]);
+            _mm256_storeu_ps(sums + 8, sum[r][1]);
         }
     }
-    for (int i = 0; i < n_vectors; i++) _mm256_storeu_ps(out + 8 * i, sum[i]);
 }
 
-static void weigh_one(const seen *s, size_t dim, float *out) {
-    float sum = 0.0f;
-    for (int p = s->first; p <= s->last; p++) {
-        const size_t row = (size_t)(PHI_PAGE_TOKENS + p % PHI_PAGE_TOKENS);
-        sum += s->weights[p - s->first] * phi_half(page_of(s->a, p)[row * (size_t)s->a->head_dim + dim]);
+/* 8 * n_vectors dimensions from first_dim on, n_dims (at most 8) of the last vector. n_vectors is a constant where this
+ * is inlined. */
+PHI_INLINE void weigh_dims(const phi_attention *a, phi_kv_type type, const phi_tile *t, int first, int end,
+                           const float *weights, size_t first_dim, int n_vectors, size_t n_dims) {
+    const size_t head_dim = (size_t)a->head_dim, element = element_bytes(type);
+    float *sums = t->sums + first_dim;
+    __m256 sum[12];
+    UNROLL for (int i = 0; i < n_vectors; i++) sum[i] =
+        _mm256_mul_ps(_mm256_loadu_ps(sums + 8 * i), _mm256_set1_ps(t->kept[0]));
+    for (int p = first; p < end;) {
+        const phi_page_head page = head_of(a, type, p);
+        const uint8_t *ahead = p + BLOCK < t->seen_end ? phi_page_of(a, p + BLOCK) : NULL; /* keys of the next block */
+        const int page_end = phi_min(end, (p / PHI_PAGE_TOKENS + 1) * PHI_PAGE_TOKENS);
+        for (; p < page_end; p++, weights++) {
+            const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
+            const __m256 weight = _mm256_broadcast_ss(weights);
+            UNROLL for (int i = 0; i < n_vectors; i++) {
+                const size_t n = i == n_vectors - 1 ? n_dims : 8;
+                const __m256 v = load_values(type, &page, head_dim, slot, first_dim + 8 * (size_t)i, n);
+                sum[i] = _mm256_fmadd_ps(weight, v, sum[i]);
+            }
+            for (size_t i = 0; ahead && i < (size_t)n_vectors * 8 * element; i += LINE_BYTES)
+                ask_for(ahead + (slot * head_dim + first_dim) * element + i);
+        }
     }
-    *out = sum;
+    UNROLL for (int i = 0; i < n_vectors; i++) _mm256_storeu_ps(sums + 8 * i, sum[i]);
 }
 
-static void attend(const phi_attention *a, const float *q, int first, int last, float *out) {
+PHI_INLINE void weigh_one(const phi_attention *a, phi_kv_type type, const phi_tile *t, int first, int end,
+                          const float *weights) {
     const size_t head_dim = (size_t)a->head_dim;
-    const int begin = first / PHI_KV_GROUP * PHI_KV_GROUP; /* of the group that holds the first position */
-    for (int p = begin; p <= last; p += PHI_KV_GROUP) {
-        const size_t group = (size_t)(p % PHI_PAGE_TOKENS / PHI_KV_GROUP);
-        score_group(q, a->head_dim, page_of(a, p) + group * head_dim * PHI_KV_GROUP, a->scale, a->scores + (p - begin));
-    }
-    const size_t kept = (size_t)(last - begin + 1), padded = (kept + 7) / 8 * 8;
-    for (int p = begin; p < first; p++) a->scores[p - begin] = -INFINITY;
-    for (size_t i = kept; i < padded; i++) a->scores[i] = -INFINITY;
-    const float inverse = 1.0f / exponentiate(a->scores, padded);
-
-    const seen s = {a, first, last, a->scores + (first - begin)};
     size_t d = 0;
-    for (; d + 64 <= head_dim; d += 64) weigh(&s, d, 8, out + d);
-    for (; d + 32 <= head_dim; d += 32) weigh(&s, d, 4, out + d);
-    for (; d + 8 <= head_dim; d += 8) weigh(&s, d, 1, out + d);
-    for (; d < head_dim; d++) weigh_one(&s, d, out + d);
-    for (size_t i = 0; i < head_dim; i++) out[i] *= inverse;
+    if (head_dim % 96 == 0)
+        for (; d < head_dim; d += 96) weigh_dims(a, type, t, first, end, weights, d, 12, 8);
+    for (; d + 64 <= head_dim; d += 64) weigh_dims(a, type, t, first, end, weights, d, 8, 8);
+    for (; d + 8 <= head_dim; d += 8) weigh_dims(a, type, t, first, end, weights, d, 1, 8);
+    if (d < head_dim) weigh_dims(a, type, t, first, end, weights, d, 1, head_dim - d);
 }
 
-void phi_attention_avx2(const phi_attention *a) {
-    for (int t = 0; t < a->n_tokens; t++) {
-        for (int i = 0; i < a->n_queries; i++) {
-            const size_t at = (size_t)t * a->token_stride + (size_t)i * (size_t)a->head_dim;
-            attend(a, a->q + at, phi_first_seen(a->last + t, a->window), a->last + t, a->out + at);
-        }
-    }
-}
+PHI_KV_STEPS(PHI_KV_F16, f16, avx2)
+PHI_KV_STEPS(PHI_KV_Q8, q8, avx2)

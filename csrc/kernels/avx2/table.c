@@ -11,7 +11,9 @@ const phi_kernels phi_kernels_avx2 = {
     .name = "avx2",
     PHI_AVX2_TYPES(PHI_SLOT) PHI_AVX2_PACKED(PHI_PACKED_SLOTS).quantize_q8 = phi_quantize_q8_avx2,
     .rms_norm = phi_rms_norm_avx2,
+    .rope = {phi_rope_neox_avx2, phi_rope_norm_avx2},
     .silu_mul = phi_silu_mul_avx2,
     .add = phi_add_avx2,
-    .attention = phi_attention_avx2,
+    .store_kv = {phi_store_kv_f16_avx2, phi_store_kv_q8_avx2},
+    .attention = {phi_attention_f16_avx2, phi_attention_q8_avx2},
 };

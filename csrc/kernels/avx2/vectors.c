@@ -1,4 +1,5 @@
-/* What happens to activations between the products: norm, quantisation, SiLU, residual. Eight floats a step. */
+/* What happens to activations between the products: norm, rotation, quantisation, SiLU, residual, storing of keys and
+ * values. Eight floats a step. */
 #include <float.h>
 #include <math.h>
 
@@ -85,4 +86,112 @@ void phi_add_avx2(const float *x, size_t n, float *y) {
     size_t i = 0;
     for (; i + 8 <= n; i += 8) _mm256_storeu_ps(y + i, _mm256_add_ps(_mm256_loadu_ps(y + i), _mm256_loadu_ps(x + i)));
     for (; i < n; i++) y[i] += x[i];
+}
+
+/* Products and sums stay apart, as in the scalar kernel: all tiers rotate to the same bits. */
+void phi_rope_neox_avx2(float *x, int rope_dims, const float *cos, const float *sin) {
+    const size_t half = (size_t)rope_dims / 2;
+    size_t i = 0;
+    for (; i + 8 <= half; i += 8) {
+        const __m256 a = _mm256_loadu_ps(x + i), b = _mm256_loadu_ps(x + half + i);
+        const __m256 c = _mm256_loadu_ps(cos + i), s = _mm256_loadu_ps(sin + i);
+        _mm256_storeu_ps(x + i, _mm256_sub_ps(_mm256_mul_ps(a, c), _mm256_mul_ps(b, s)));
+        _mm256_storeu_ps(x + half + i, _mm256_add_ps(_mm256_mul_ps(b, c), _mm256_mul_ps(a, s)));
+    }
+    for (; i < half; i++) {
+        const float a = x[i], b = x[half + i];
+        x[i] = a * cos[i] - b * sin[i];
+        x[half + i] = b * cos[i] + a * sin[i];
+    }
+}
+
+PHI_INLINE __m256 each_twice(const float *p) {
+    const __m256i order = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+    return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), order);
+}
+
+void phi_rope_norm_avx2(float *x, int rope_dims, const float *cos, const float *sin) {
+    const size_t n = (size_t)rope_dims;
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const __m256 v = _mm256_loadu_ps(x + i), swapped = _mm256_permute_ps(v, 0xb1);
+        const __m256 own = _mm256_mul_ps(v, each_twice(cos + i / 2));
+        _mm256_storeu_ps(x + i, _mm256_addsub_ps(own, _mm256_mul_ps(swapped, each_twice(sin + i / 2))));
+    }
+    for (; i < n; i += 2) {
+        const float a = x[i], b = x[i + 1], c = cos[i / 2], s = sin[i / 2];
+        x[i] = a * c - b * s;
+        x[i + 1] = b * c + a * s;
+    }
+}
+
+PHI_INLINE void to_half(const float *x, uint16_t *halves) {
+    const __m128i h = _mm256_cvtps_ph(_mm256_loadu_ps(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128((__m128i *)(void *)halves, h);
+}
+
+void phi_store_kv_f16_avx2(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head) {
+    const phi_page_head page = phi_page_head_of(PHI_KV_F16, head_dim, page_head);
+    const size_t n = (size_t)head_dim, n8 = n / 8 * 8, s = (size_t)slot;
+    uint16_t *keys = (uint16_t *)(void *)page.keys + s / PHI_KV_GROUP * n * PHI_KV_GROUP + s % PHI_KV_GROUP;
+    uint16_t *values = (uint16_t *)(void *)page.values + s * n;
+    uint16_t halves[8];
+    for (size_t d = 0; d < n8; d += 8) {
+        to_half(k + d, halves);
+        for (size_t i = 0; i < 8; i++) keys[(d + i) * PHI_KV_GROUP] = halves[i];
+        to_half(v + d, values + d);
+    }
+    if (n8 == n) return;
+    float tail[8] = {0};
+    memcpy(tail, k + n8, (n - n8) * sizeof *tail);
+    to_half(tail, halves);
+    for (size_t d = n8; d < n; d++) keys[d * PHI_KV_GROUP] = halves[d - n8];
+    memcpy(tail, v + n8, (n - n8) * sizeof *tail);
+    to_half(tail, halves);
+    memcpy(values + n8, halves, (n - n8) * sizeof *halves);
+}
+
+/* n, at most 32, dimensions to q [32], and their scale, as the scalar kernel has them. */
+static uint16_t quantize_kv(const float *x, size_t n, int8_t *q) {
+    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)), limit = _mm256_set1_ps(127.0f);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    float padded[PHI_KV_BLOCK] = {0};
+    memcpy(padded, x, n * sizeof *padded);
+    __m256 v[4], largest = _mm256_setzero_ps(), no_numbers = _mm256_setzero_ps();
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_loadu_ps(padded + 8 * i);
+        largest = _mm256_max_ps(_mm256_and_ps(v[i], magnitude), largest);
+        no_numbers = _mm256_or_ps(no_numbers, _mm256_cmp_ps(v[i], v[i], _CMP_UNORD_Q));
+    }
+    const float wanted = _mm256_movemask_ps(no_numbers) ? NAN : phi_hmax(largest) / 127.0f;
+    const uint16_t half = (uint16_t)_cvtss_sh(wanted, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const float scale = phi_half(half);
+    if (!(scale > 0.0f && scale < INFINITY)) {
+        memset(q, 0, PHI_KV_BLOCK);
+        return half;
+    }
+    const __m256 inverse = _mm256_set1_ps(1.0f / scale);
+    __m256i w[4];
+    for (int i = 0; i < 4; i++) {
+        const __m256 clamped = _mm256_max_ps(_mm256_sub_ps(_mm256_setzero_ps(), limit),
+                                             _mm256_min_ps(limit, _mm256_mul_ps(v[i], inverse)));
+        w[i] = _mm256_cvtps_epi32(clamped);
+    }
+    const __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(w[0], w[1]), _mm256_packs_epi32(w[2], w[3]));
+    phi_store(q, _mm256_permutevar8x32_epi32(words, order));
+    return half;
+}
+
+void phi_store_kv_q8_avx2(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head) {
+    const phi_page_head page = phi_page_head_of(PHI_KV_Q8, head_dim, page_head);
+    const size_t head = (size_t)head_dim, n_blocks = phi_kv_blocks(head_dim), s = (size_t)slot;
+    uint8_t *keys = page.keys + s / PHI_KV_GROUP * head * PHI_KV_GROUP + s % PHI_KV_GROUP;
+    for (size_t b = 0; b < n_blocks; b++) {
+        const size_t d = b * PHI_KV_BLOCK, n = head - d < PHI_KV_BLOCK ? head - d : PHI_KV_BLOCK;
+        int8_t q[PHI_KV_BLOCK];
+        page.value_scales[s * n_blocks + b] = quantize_kv(v + d, n, q);
+        memcpy(page.values + s * head + d, q, n);
+        page.key_scales[b * PHI_PAGE_TOKENS + s] = quantize_kv(k + d, n, q);
+        for (size_t i = 0; i < n; i++) keys[(d + i) * PHI_KV_GROUP] = (uint8_t)q[i];
+    }
 }

@@ -1,171 +1,233 @@
-/* Attention of up to eight rows (a row: one query head of one token) over the same half-precision pages.
- * Layout: keys [16 positions side by side][head_dim][16], values [position][head_dim].
- * Idea: a line of keys is converted once for all rows, 16 scores a product; softmax over the kept scores; a piece of a
- * value row is converted once for all rows. Positions that a row does not see weigh exactly 0, so what a row gets does
- * not depend on the others.
- * Bound: one row: reading the pages, 4 bytes a position and dimension; eight: the multiplications. */
-#include "avx512.h"
+/* Attention over pages in half precision or int8; generic/attention_tile.h has the way through them, here are its
+ * steps. Layout: phi_page_head: keys [16 positions side by side][head_dim][16], values [position][head_dim]. Idea:
+ * eight rows by two vectors in registers, from converted keys (32 positions a page) and values (32 dimensions); one row
+ * reads the pages themselves, asking for what it reads next. Bound: one row: reading the pages, 4 bytes a position and
+ * dimension (int8: 2.1); many: the multiplications. */
+#include "../generic/attention_tile.h"
 
-#include <immintrin.h>
 #include <math.h>
 
-#ifdef _MSC_VER
-#define INLINE static __forceinline
-#define UNROLL
-#else
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
+#include "avx512.h"
+#include "simd.h"
 
-enum { MAX_ROWS = PHI_ATTENTION_ROWS, PREFETCH_BYTES = 1024 };
+enum { ROWS = PHI_TILE_ROWS, BLOCK = PHI_ATTENTION_BLOCK, LINE_BYTES = 64 };
 
-typedef struct {
-    const float *q[MAX_ROWS];
-    float *out[MAX_ROWS];
-    float *weights[MAX_ROWS]; /* [last - begin], from position `begin` on */
-    int first[MAX_ROWS], last[MAX_ROWS];
-    int seen_first, seen_end; /* some row sees seen_first .. seen_end - 1 */
-    int begin, end;           /* the whole groups around them */
-} tile;
-
-INLINE __m512 load_halves(const uint16_t *h) {
+PHI_INLINE __m512 load_halves(const uint16_t *h) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)h));
 }
 
-static const uint16_t *page_of(const phi_attention *a, int position) {
-    return (const uint16_t *)(const void *)(a->pages +
-                                            (size_t)a->page_table[position / PHI_PAGE_TOKENS] * a->page_bytes);
+PHI_INLINE void ask_for(const void *line) { _mm_prefetch((const char *)line, _MM_HINT_T0); }
+
+PHI_INLINE phi_page_head head_of(const phi_attention *a, phi_kv_type type, int position) {
+    return phi_page_head_of(type, a->head_dim, (uint8_t *)phi_page_of(a, position));
 }
 
-/* e^x for x <= 0, relative error below 2e-7: x = n ln 2 + r, e^r by its Taylor series; 0 for minus infinity. */
-INLINE __m512 exp_negative(__m512 x) {
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 e = _mm512_set1_ps(1.0f / 720.0f);
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1.0f / 120.0f));
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1.0f / 24.0f));
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1.0f / 6.0f));
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.5f));
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1.0f));
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1.0f));
-    const __mmask16 hidden = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-INFINITY), _CMP_EQ_OQ);
-    return _mm512_mask_mov_ps(_mm512_scalef_ps(e, n), hidden, _mm512_setzero_ps());
+/* Scales of 16 keys for PHI_KV_BLOCK dimensions from d on; half precision has none. */
+PHI_INLINE __m512 key_scales(phi_kv_type type, const phi_page_head *page, size_t d, size_t group) {
+    if (type == PHI_KV_F16) return _mm512_setzero_ps();
+    return load_halves(page->key_scales + d / PHI_KV_BLOCK * PHI_PAGE_TOKENS + group * PHI_KV_GROUP);
+}
+
+/* Dimension d of 16 keys. */
+PHI_INLINE __m512 load_keys(phi_kv_type type, const phi_page_head *page, size_t head_dim, size_t d, size_t group,
+                            __m512 scales) {
+    const size_t at = (group * head_dim + d) * PHI_KV_GROUP;
+    if (type == PHI_KV_F16) return load_halves((const uint16_t *)(const void *)page->keys + at);
+    const __m128i q = _mm_loadu_si128((const __m128i *)(const void *)(page->keys + at));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)), scales);
+}
+
+/* `lanes` of 16 dimensions from d on of the value in a slot. */
+PHI_INLINE __m512 load_values(phi_kv_type type, const phi_page_head *page, size_t head_dim, size_t slot, size_t d,
+                              __mmask16 lanes) {
+    const size_t at = slot * head_dim + d;
+    if (type == PHI_KV_F16) {
+        const uint16_t *values = (const uint16_t *)(const void *)page->values;
+        return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, values + at));
+    }
+    const size_t n_blocks = (head_dim + PHI_KV_BLOCK - 1) / PHI_KV_BLOCK;
+    const short scale = (short)page->value_scales[slot * n_blocks + d / PHI_KV_BLOCK];
+    const __m128i q = _mm_maskz_loadu_epi8(lanes, page->values + at);
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)), _mm512_cvtph_ps(_mm256_set1_epi16(scale)));
+}
+
+PHI_INLINE size_t element_bytes(phi_kv_type type) { return type == PHI_KV_F16 ? 2 : 1; }
+
+PHI_INLINE void convert_keys(const phi_attention *a, phi_kv_type type, int page, float *keys) {
+    const size_t head_dim = (size_t)a->head_dim;
+    const phi_page_head p = head_of(a, type, page);
+    for (size_t b = 0; b < head_dim; b += PHI_KV_BLOCK) {
+        const __m512 low = key_scales(type, &p, b, 0), high = key_scales(type, &p, b, 1);
+        for (size_t d = b; d < head_dim && d < b + PHI_KV_BLOCK; d++) {
+            ask_for(p.values + d * PHI_PAGE_TOKENS * element_bytes(type));
+            _mm512_storeu_ps(keys + d * PHI_PAGE_TOKENS, load_keys(type, &p, head_dim, d, 0, low));
+            _mm512_storeu_ps(keys + d * PHI_PAGE_TOKENS + 16, load_keys(type, &p, head_dim, d, 1, high));
+        }
+    }
+}
+
+PHI_INLINE void convert_values(const phi_attention *a, phi_kv_type type, int first, int end, size_t first_dim,
+                               float *values) {
+    const size_t head_dim = (size_t)a->head_dim, left = head_dim - first_dim;
+    const __mmask16 low = phi_lanes(left), high = left > 16 ? phi_lanes(left - 16) : 0;
+    for (int p = first; p < end; p++, values += PHI_VALUE_DIMS) {
+        const phi_page_head page = head_of(a, type, p);
+        const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
+        _mm512_storeu_ps(values, load_values(type, &page, head_dim, slot, first_dim, low));
+        _mm512_storeu_ps(values + 16, load_values(type, &page, head_dim, slot, first_dim + 16, high));
+    }
+}
+
+/* s = q * keys over every second dimension from `parity` on. */
+PHI_INLINE void multiply(const phi_tile *t, const float *keys, size_t head_dim, int n_rows, size_t parity,
+                         __m512 s[ROWS][2]) {
+    PHI_UNROLL for (int r = 0; r < n_rows; r++) s[r][0] = s[r][1] = _mm512_setzero_ps();
+    for (size_t d = parity; d < head_dim; d += 2) { /* head_dim is even */
+        const __m512 k0 = _mm512_loadu_ps(keys + d * PHI_PAGE_TOKENS);
+        const __m512 k1 = _mm512_loadu_ps(keys + d * PHI_PAGE_TOKENS + 16);
+        PHI_UNROLL for (int r = 0; r < n_rows; r++) {
+            const __m512 q = _mm512_set1_ps(t->q[d * (size_t)n_rows + (size_t)r]);
+            s[r][0] = _mm512_fmadd_ps(q, k0, s[r][0]);
+            s[r][1] = _mm512_fmadd_ps(q, k1, s[r][1]);
+        }
+    }
+}
+
+/* A page's scores of a row, hidden where it does not see. */
+PHI_INLINE void store_scores(const phi_tile *t, int row, int page, __m512 low, __m512 high, float *scores) {
+    if (page < t->all_first || page + PHI_PAGE_TOKENS - 1 > t->all_last) {
+        /* The lanes from `first` to `last` of 32; both may lie outside. */
+        const int first = phi_max(t->first[row] - page, 0), last = phi_min(t->last[row] - page, 31);
+        const uint32_t seen = first > last ? 0 : 0xffffffffu >> (31 - last) & 0xffffffffu << first;
+        const __m512 hidden = _mm512_set1_ps(-INFINITY);
+        low = _mm512_mask_mov_ps(hidden, (__mmask16)(seen & 0xffff), low);
+        high = _mm512_mask_mov_ps(hidden, (__mmask16)(seen >> 16), high);
+    }
+    _mm512_storeu_ps(scores, low);
+    _mm512_storeu_ps(scores + 16, high);
 }
 
 /* n_rows is a constant where this is inlined. */
-INLINE void score(const phi_attention *a, const tile *t, int n_rows) {
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512 scale = _mm512_set1_ps(a->scale), hidden = _mm512_set1_ps(-INFINITY);
-    for (int p = t->begin; p < t->end; p += PHI_KV_GROUP) {
-        const size_t group = (size_t)(p % PHI_PAGE_TOKENS / PHI_KV_GROUP);
-        const uint16_t *keys = page_of(a, p) + group * (size_t)a->head_dim * PHI_KV_GROUP;
-        __m512 s[MAX_ROWS][2];
-        UNROLL for (int r = 0; r < n_rows; r++) s[r][0] = s[r][1] = _mm512_setzero_ps();
-        for (int d = 0; d < a->head_dim; d += 2) { /* head_dim is even */
-            const uint16_t *k = keys + d * PHI_KV_GROUP;
-            _mm_prefetch((const char *)k + PREFETCH_BYTES, _MM_HINT_T0);
-            const __m512 k0 = load_halves(k), k1 = load_halves(k + PHI_KV_GROUP);
-            UNROLL for (int r = 0; r < n_rows; r++) {
-                s[r][0] = _mm512_fmadd_ps(k0, _mm512_set1_ps(t->q[r][d]), s[r][0]);
-                s[r][1] = _mm512_fmadd_ps(k1, _mm512_set1_ps(t->q[r][d + 1]), s[r][1]);
-            }
-        }
-        const __m512i position = _mm512_add_epi32(lane, _mm512_set1_epi32(p));
-        UNROLL for (int r = 0; r < n_rows; r++) {
-            const __mmask16 seen = _mm512_cmpge_epi32_mask(position, _mm512_set1_epi32(t->first[r])) &
-                                   _mm512_cmple_epi32_mask(position, _mm512_set1_epi32(t->last[r]));
-            const __m512 scores = _mm512_mul_ps(_mm512_add_ps(s[r][0], s[r][1]), scale);
-            _mm512_storeu_ps(t->weights[r] + (p - t->begin), _mm512_mask_mov_ps(hidden, seen, scores));
-        }
-    }
+PHI_INLINE void score_rows(const phi_attention *a, const phi_tile *t, int page, const float *keys, int n_rows,
+                           float *scores) {
+    __m512 even[ROWS][2], odd[ROWS][2]; /* apart, as one row has them: it needs four sums side by side */
+    multiply(t, keys, (size_t)a->head_dim, n_rows, 0, even);
+    multiply(t, keys, (size_t)a->head_dim, n_rows, 1, odd);
+    PHI_UNROLL for (int r = 0; r < n_rows; r++) store_scores(t, r, page, _mm512_add_ps(even[r][0], odd[r][0]),
+                                                             _mm512_add_ps(even[r][1], odd[r][1]), scores + r * BLOCK);
 }
 
-/* Scores to weights in place; returns what their sum is to be divided by. */
-static float normalise(float *scores, int n) {
-    __m512 largest = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+static void score(const phi_attention *a, const phi_tile *t, int page, const float *keys, float *scores) {
+    if (t->n_rows == ROWS)
+        score_rows(a, t, page, keys, ROWS, scores);
+    else
+        score_rows(a, t, page, keys, 4, scores);
+}
+
+PHI_INLINE void score_one(const phi_attention *a, phi_kv_type type, const phi_tile *t, int page, float *scores) {
+    const size_t head_dim = (size_t)a->head_dim, line = PHI_PAGE_TOKENS * element_bytes(type);
+    const phi_page_head p = head_of(a, type, page);
+    __m512 even[2], odd[2];
+    even[0] = even[1] = odd[0] = odd[1] = _mm512_setzero_ps();
+    for (size_t b = 0; b < head_dim; b += PHI_KV_BLOCK) {
+        const __m512 low = key_scales(type, &p, b, 0), high = key_scales(type, &p, b, 1);
+        for (size_t d = b; d < head_dim && d < b + PHI_KV_BLOCK; d += 2) {
+            ask_for(p.values + d * line);
+            if (type == PHI_KV_F16) ask_for(p.values + (d + 1) * line);
+            const __m512 q0 = _mm512_set1_ps(t->q[d]), q1 = _mm512_set1_ps(t->q[d + 1]);
+            even[0] = _mm512_fmadd_ps(q0, load_keys(type, &p, head_dim, d, 0, low), even[0]);
+            even[1] = _mm512_fmadd_ps(q0, load_keys(type, &p, head_dim, d, 1, high), even[1]);
+            odd[0] = _mm512_fmadd_ps(q1, load_keys(type, &p, head_dim, d + 1, 0, low), odd[0]);
+            odd[1] = _mm512_fmadd_ps(q1, load_keys(type, &p, head_dim, d + 1, 1, high), odd[1]);
+        }
+    }
+    store_scores(t, 0, page, _mm512_add_ps(even[0], odd[0]), _mm512_add_ps(even[1], odd[1]), scores);
+}
+
+static void soften(phi_tile *t, int row, float *scores, int n) {
+    __m512 largest = _mm512_set1_ps(t->top[row]);
     for (int i = 0; i < n; i += 16) largest = _mm512_max_ps(_mm512_loadu_ps(scores + i), largest);
-    const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+    const float top = _mm512_reduce_max_ps(largest);
+    const __m512 tops = _mm512_set1_ps(top), kept = phi_exp(_mm512_sub_ps(_mm512_set1_ps(t->top[row]), tops));
+    __m512 total = _mm512_mul_ps(_mm512_loadu_ps(t->totals[row]), kept);
     for (int i = 0; i < n; i += 16) {
-        const __m512 weight = exp_negative(_mm512_sub_ps(_mm512_loadu_ps(scores + i), top));
+        const __m512 weight = phi_exp(_mm512_sub_ps(_mm512_loadu_ps(scores + i), tops));
         _mm512_storeu_ps(scores + i, weight);
         total = _mm512_add_ps(total, weight);
     }
-    return _mm512_reduce_add_ps(total);
+    _mm512_storeu_ps(t->totals[row], total);
+    t->top[row] = top;
+    t->kept[row] = _mm512_cvtss_f32(kept);
 }
 
-/* 16 * n_vectors dimensions from first_dim on; the last vector holds only the lanes of `mask`. n_rows and n_vectors are
- * constants where this is inlined. */
-INLINE void weigh(const phi_attention *a, const tile *t, int n_rows, int n_vectors, __mmask16 mask, int first_dim,
-                  const float *totals) {
-    __m512 sum[MAX_ROWS][8];
-    UNROLL for (int r = 0; r < n_rows; r++) {
-        UNROLL for (int i = 0; i < n_vectors; i++) sum[r][i] = _mm512_setzero_ps();
+PHI_INLINE void weigh_rows(const phi_tile *t, const float *weights, const float *values, int n, size_t first_dim,
+                           int n_rows) {
+    __m512 sum[ROWS][2];
+    PHI_UNROLL for (int r = 0; r < n_rows; r++) {
+        const float *sums = t->sums + (size_t)r * t->sums_stride + first_dim;
+        const __m512 kept = _mm512_set1_ps(t->kept[r]);
+        sum[r][0] = _mm512_mul_ps(_mm512_loadu_ps(sums), kept);
+        sum[r][1] = _mm512_mul_ps(_mm512_loadu_ps(sums + 16), kept);
     }
-    for (int p = t->seen_first; p < t->seen_end;) { /* what lies beyond may be no number: no weight makes it harmless */
-        const uint16_t *values = page_of(a, p) + (size_t)PHI_PAGE_TOKENS * (size_t)a->head_dim + first_dim;
-        const int page_end = (p / PHI_PAGE_TOKENS + 1) * PHI_PAGE_TOKENS,
-                  end = page_end < t->seen_end ? page_end : t->seen_end;
-        for (; p < end; p++) {
-            const uint16_t *row = values + (size_t)(p % PHI_PAGE_TOKENS) * (size_t)a->head_dim;
-            __m512 v[8];
-            UNROLL for (int i = 0; i < n_vectors; i++) {
-                const __mmask16 lanes = i == n_vectors - 1 ? mask : (__mmask16)0xffff;
-                v[i] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, row + 16 * i));
+    for (int p = 0; p < n; p++, values += PHI_VALUE_DIMS) {
+        const __m512 v0 = _mm512_loadu_ps(values), v1 = _mm512_loadu_ps(values + 16);
+        PHI_UNROLL for (int r = 0; r < n_rows; r++) {
+            const __m512 weight = _mm512_set1_ps(weights[r * BLOCK + p]);
+            sum[r][0] = _mm512_fmadd_ps(weight, v0, sum[r][0]);
+            sum[r][1] = _mm512_fmadd_ps(weight, v1, sum[r][1]);
+        }
+    }
+    PHI_UNROLL for (int r = 0; r < n_rows; r++) {
+        float *sums = t->sums + (size_t)r * t->sums_stride + first_dim;
+        _mm512_storeu_ps(sums, sum[r][0]);
+        _mm512_storeu_ps(sums + 16, sum[r][1]);
+    }
+}
+
+static void weigh(const phi_tile *t, const float *weights, const float *values, int n, size_t first_dim) {
+    if (t->n_rows == ROWS)
+        weigh_rows(t, weights, values, n, first_dim, ROWS);
+    else
+        weigh_rows(t, weights, values, n, first_dim, 4);
+}
+
+/* 16 * n_vectors dimensions from first_dim on; the last vector holds only `lanes`. n_vectors is a constant where this
+ * is inlined. */
+PHI_INLINE void weigh_dims(const phi_attention *a, phi_kv_type type, const phi_tile *t, int first, int end,
+                           const float *weights, size_t first_dim, int n_vectors, __mmask16 lanes) {
+    const size_t head_dim = (size_t)a->head_dim, element = element_bytes(type);
+    float *sums = t->sums + first_dim;
+    __m512 sum[6];
+    PHI_UNROLL for (int i = 0; i < n_vectors; i++) sum[i] =
+        _mm512_mul_ps(_mm512_loadu_ps(sums + 16 * i), _mm512_set1_ps(t->kept[0]));
+    for (int p = first; p < end;) {
+        const phi_page_head page = head_of(a, type, p);
+        const uint8_t *ahead = p + BLOCK < t->seen_end ? phi_page_of(a, p + BLOCK) : NULL; /* keys of the next block */
+        const int page_end = phi_min(end, (p / PHI_PAGE_TOKENS + 1) * PHI_PAGE_TOKENS);
+        for (; p < page_end; p++, weights++) {
+            const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
+            const __m512 weight = _mm512_set1_ps(*weights);
+            PHI_UNROLL for (int i = 0; i < n_vectors; i++) {
+                const __mmask16 own = i == n_vectors - 1 ? lanes : (__mmask16)0xffff;
+                const __m512 v = load_values(type, &page, head_dim, slot, first_dim + 16 * (size_t)i, own);
+                sum[i] = _mm512_fmadd_ps(weight, v, sum[i]);
             }
-            UNROLL for (int r = 0; r < n_rows; r++) {
-                const __m512 weight = _mm512_set1_ps(t->weights[r][p - t->begin]);
-                UNROLL for (int i = 0; i < n_vectors; i++) sum[r][i] = _mm512_fmadd_ps(weight, v[i], sum[r][i]);
-            }
+            for (size_t i = 0; ahead && i < (size_t)n_vectors * 16 * element; i += LINE_BYTES)
+                ask_for(ahead + (slot * head_dim + first_dim) * element + i);
         }
     }
-    UNROLL for (int r = 0; r < n_rows; r++) {
-        const __m512 inverse = _mm512_set1_ps(1.0f / totals[r]);
-        UNROLL for (int i = 0; i < n_vectors; i++) {
-            const __mmask16 lanes = i == n_vectors - 1 ? mask : (__mmask16)0xffff;
-            _mm512_mask_storeu_ps(t->out[r] + first_dim + 16 * i, lanes, _mm512_mul_ps(sum[r][i], inverse));
-        }
-    }
+    PHI_UNROLL for (int i = 0; i < n_vectors; i++) _mm512_storeu_ps(sums + 16 * i, sum[i]);
 }
 
-INLINE void attend(const phi_attention *a, const tile *t, int n_rows, int n_vectors) {
-    float totals[MAX_ROWS];
-    score(a, t, n_rows);
-    for (int r = 0; r < n_rows; r++) totals[r] = normalise(t->weights[r], t->end - t->begin);
-    int d = 0;
-    for (; d + 16 * n_vectors <= a->head_dim; d += 16 * n_vectors) weigh(a, t, n_rows, n_vectors, 0xffff, d, totals);
-    for (; d < a->head_dim; d += 16) {
-        const int left = a->head_dim - d;
-        weigh(a, t, n_rows, 1, left < 16 ? (__mmask16)((1u << left) - 1) : (__mmask16)0xffff, d, totals);
-    }
+PHI_INLINE void weigh_one(const phi_attention *a, phi_kv_type type, const phi_tile *t, int first, int end,
+                          const float *weights) {
+    const size_t head_dim = (size_t)a->head_dim;
+    size_t d = 0;
+    if (head_dim % 96 == 0)
+        for (; d < head_dim; d += 96) weigh_dims(a, type, t, first, end, weights, d, 6, 0xffff);
+    for (; d + 64 <= head_dim; d += 64) weigh_dims(a, type, t, first, end, weights, d, 4, 0xffff);
+    for (; d < head_dim; d += 16) weigh_dims(a, type, t, first, end, weights, d, 1, phi_lanes(head_dim - d));
 }
 
-void phi_attention_avx512(const phi_attention *a) {
-    const int n_rows = a->n_tokens * a->n_queries;
-    for (int row = 0; row < n_rows;) {
-        const int n = n_rows - row >= MAX_ROWS ? MAX_ROWS : n_rows - row >= 4 ? 4 : 1;
-        tile t = {.seen_first = a->last};
-        for (int r = 0; r < n; r++) {
-            const int token = (row + r) / a->n_queries, query = (row + r) % a->n_queries;
-            const size_t at = (size_t)token * a->token_stride + (size_t)query * (size_t)a->head_dim;
-            t.q[r] = a->q + at;
-            t.out[r] = a->out + at;
-            t.weights[r] = a->scores + (size_t)r * a->scores_stride;
-            t.last[r] = a->last + token;
-            t.first[r] = phi_first_seen(t.last[r], a->window);
-            if (t.first[r] < t.seen_first) t.seen_first = t.first[r];
-            if (t.last[r] >= t.seen_end) t.seen_end = t.last[r] + 1;
-        }
-        t.begin = t.seen_first / PHI_KV_GROUP * PHI_KV_GROUP;
-        t.end = (t.seen_end + PHI_KV_GROUP - 1) / PHI_KV_GROUP * PHI_KV_GROUP;
-        if (n == MAX_ROWS)
-            attend(a, &t, MAX_ROWS, 2);
-        else if (n == 4)
-            attend(a, &t, 4, 2);
-        else if (a->head_dim % 96 == 0)
-            attend(a, &t, 1, 6);
-        else
-            attend(a, &t, 1, 4);
-        row += n;
-    }
-}
+PHI_KV_STEPS(PHI_KV_F16, f16, avx512)
+PHI_KV_STEPS(PHI_KV_Q8, q8, avx512)

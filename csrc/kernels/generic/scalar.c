@@ -73,50 +73,99 @@ static void phi_add_scalar(const float *x, size_t n, float *y) {
     for (size_t i = 0; i < n; i++) y[i] += x[i];
 }
 
-static void phi_store_kv_scalar(const float *k, const float *v, int head_dim, int slot, uint16_t *page_head) {
-    uint16_t *keys = page_head + (size_t)(slot / PHI_KV_GROUP) * (size_t)head_dim * PHI_KV_GROUP + slot % PHI_KV_GROUP;
-    uint16_t *values = page_head + (size_t)(PHI_PAGE_TOKENS + slot) * (size_t)head_dim;
-    for (int d = 0; d < head_dim; d++) {
-        keys[(size_t)d * PHI_KV_GROUP] = phi_float_to_half(k[d]);
+static void phi_store_kv_f16_scalar(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head) {
+    const phi_page_head page = phi_page_head_of(PHI_KV_F16, head_dim, page_head);
+    const size_t n = (size_t)head_dim;
+    uint16_t *keys = (uint16_t *)(void *)page.keys + (size_t)(slot / PHI_KV_GROUP) * n * PHI_KV_GROUP;
+    uint16_t *values = (uint16_t *)(void *)page.values + (size_t)slot * n;
+    for (size_t d = 0; d < n; d++) {
+        keys[d * PHI_KV_GROUP + (size_t)(slot % PHI_KV_GROUP)] = phi_float_to_half(k[d]);
         values[d] = phi_float_to_half(v[d]);
     }
 }
 
-static const uint16_t *page_of(const phi_attention *a, int position) {
-    return (const uint16_t *)(const void *)(a->pages +
-                                            (size_t)a->page_table[position / PHI_PAGE_TOKENS] * a->page_bytes);
+/* n, at most PHI_KV_BLOCK, dimensions to q, and their scale. Where it is 0 or no finite number all of q is 0, so that a
+ * number that is not finite makes the whole block NaN. */
+static uint16_t quantize_kv(const float *x, size_t n, int8_t *q) {
+    float largest = 0.0f;
+    for (size_t i = 0; i < n; i++) largest = fabsf(x[i]) > largest || x[i] != x[i] ? fabsf(x[i]) : largest;
+    const uint16_t half = phi_float_to_half(largest / 127.0f);
+    const float scale = phi_half_to_float(half);
+    const float inverse = scale > 0.0f && scale < INFINITY ? 1.0f / scale : 0.0f;
+    for (size_t i = 0; i < n; i++)
+        q[i] = (int8_t)(inverse > 0.0f ? fmaxf(-127.0f, fminf(127.0f, nearbyintf(x[i] * inverse))) : 0.0f);
+    return half;
 }
 
-static void attend(const phi_attention *a, const float *q, int first, int last, float *out) {
-    const size_t head_dim = (size_t)a->head_dim;
-    float largest = -INFINITY;
-    for (int p = first; p <= last; p++) {
-        const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
-        const uint16_t *keys = page_of(a, p) + slot / PHI_KV_GROUP * head_dim * PHI_KV_GROUP + slot % PHI_KV_GROUP;
-        double dot = 0.0;
-        for (size_t d = 0; d < head_dim; d++) dot += (double)q[d] * (double)phi_half_to_float(keys[d * PHI_KV_GROUP]);
-        a->scores[p - first] = (float)dot * a->scale;
-        largest = fmaxf(largest, a->scores[p - first]);
+static void phi_store_kv_q8_scalar(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head) {
+    const phi_page_head page = phi_page_head_of(PHI_KV_Q8, head_dim, page_head);
+    const size_t head = (size_t)head_dim, n_blocks = phi_kv_blocks(head_dim), s = (size_t)slot;
+    int8_t *keys = (int8_t *)page.keys + s / PHI_KV_GROUP * head * PHI_KV_GROUP + s % PHI_KV_GROUP;
+    int8_t *values = (int8_t *)page.values + s * head, q[PHI_KV_BLOCK];
+    for (size_t b = 0; b < n_blocks; b++) {
+        const size_t d = b * PHI_KV_BLOCK, n = head - d < PHI_KV_BLOCK ? head - d : PHI_KV_BLOCK;
+        page.value_scales[s * n_blocks + b] = quantize_kv(v + d, n, values + d);
+        page.key_scales[b * PHI_PAGE_TOKENS + s] = quantize_kv(k + d, n, q);
+        for (size_t i = 0; i < n; i++) keys[(d + i) * PHI_KV_GROUP] = q[i];
     }
+}
+
+/* One position's key and value as floats. */
+static void load_kv(const phi_attention *a, phi_kv_type type, int position, size_t d, float *key, float *value) {
+    const size_t head = (size_t)a->head_dim, n_blocks = phi_kv_blocks(a->head_dim);
+    const size_t slot = (size_t)(position % PHI_PAGE_TOKENS);
+    uint8_t *in_page = (uint8_t *)a->pages + (size_t)a->page_table[position / PHI_PAGE_TOKENS] * a->page_bytes;
+    const phi_page_head page = phi_page_head_of(type, a->head_dim, in_page);
+    const size_t k = (slot / PHI_KV_GROUP * head + d) * PHI_KV_GROUP + slot % PHI_KV_GROUP, v = slot * head + d;
+    if (type == PHI_KV_F16) {
+        *key = phi_half_to_float(((const uint16_t *)(const void *)page.keys)[k]);
+        *value = phi_half_to_float(((const uint16_t *)(const void *)page.values)[v]);
+    } else {
+        const size_t b = d / PHI_KV_BLOCK;
+        *key = (float)((const int8_t *)page.keys)[k] * phi_half_to_float(page.key_scales[b * PHI_PAGE_TOKENS + slot]);
+        *value = (float)((const int8_t *)page.values)[v] * phi_half_to_float(page.value_scales[slot * n_blocks + b]);
+    }
+}
+
+static void attend(const phi_attention *a, phi_kv_type type, const float *q, int first, int last, float *out) {
+    const size_t head_dim = (size_t)a->head_dim;
+    float largest = -INFINITY, key, value;
     double total = 0.0;
     for (size_t d = 0; d < head_dim; d++) out[d] = 0.0f;
     for (int p = first; p <= last; p++) {
-        const float weight = expf(a->scores[p - first] - largest);
-        const uint16_t *values = page_of(a, p) + (size_t)(PHI_PAGE_TOKENS + p % PHI_PAGE_TOKENS) * head_dim;
+        double dot = 0.0;
+        for (size_t d = 0; d < head_dim; d++) {
+            load_kv(a, type, p, d, &key, &value);
+            dot += (double)q[d] * (double)key;
+        }
+        const float score = (float)dot * a->scale;
+        if (score > largest) { /* what was weighted by the distance from another score */
+            const float kept = expf(largest - score);
+            for (size_t d = 0; d < head_dim; d++) out[d] *= kept;
+            total *= (double)kept;
+            largest = score;
+        }
+        const float weight = expf(score - largest);
+        for (size_t d = 0; d < head_dim; d++) {
+            load_kv(a, type, p, d, &key, &value);
+            out[d] += weight * value;
+        }
         total += (double)weight;
-        for (size_t d = 0; d < head_dim; d++) out[d] += weight * phi_half_to_float(values[d]);
     }
     for (size_t d = 0; d < head_dim; d++) out[d] = (float)((double)out[d] / total);
 }
 
-static void phi_attention_scalar(const phi_attention *a) {
+static void attend_all(const phi_attention *a, phi_kv_type type) {
     for (int t = 0; t < a->n_tokens; t++) {
         for (int i = 0; i < a->n_queries; i++) {
             const size_t at = (size_t)t * a->token_stride + (size_t)i * (size_t)a->head_dim;
-            attend(a, a->q + at, phi_first_seen(a->last + t, a->window), a->last + t, a->out + at);
+            attend(a, type, a->q + at, phi_first_seen(a->last + t, a->window), a->last + t, a->out + at);
         }
     }
 }
+
+static void phi_attention_f16_scalar(const phi_attention *a) { attend_all(a, PHI_KV_F16); }
+static void phi_attention_q8_scalar(const phi_attention *a) { attend_all(a, PHI_KV_Q8); }
 
 #define PHI_SLOTS(UPPER, lower)                                      \
     .dequantize[PHI_TYPE_##UPPER] = phi_dequantize_##lower##_scalar, \
@@ -142,6 +191,6 @@ const phi_kernels phi_kernels_scalar = {
     .rope = {phi_rope_neox_scalar, phi_rope_norm_scalar},
     .silu_mul = phi_silu_mul_scalar,
     .add = phi_add_scalar,
-    .store_kv = phi_store_kv_scalar,
-    .attention = phi_attention_scalar,
+    .store_kv = {phi_store_kv_f16_scalar, phi_store_kv_q8_scalar},
+    .attention = {phi_attention_f16_scalar, phi_attention_q8_scalar},
 };

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from phi_c.cli.options import LAYOUT, given
+from phi_c.cli.options import KV, LAYOUT, given
 from phi_c.errors import OptionError
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ Examples:
 )
 @click.option("--threads", "-t", "n_threads", type=int, metavar="N", help="Threads.  [default: physical cores]")
 @LAYOUT
+@KV
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     model: str | None,
@@ -53,6 +54,7 @@ def command(
     repeat: int,
     n_threads: int | None,
     layout: str | None,
+    kv: str | None,
     as_json: bool,
 ) -> None:
     """Measure how fast MODEL reads a prompt and writes text: a path, a preset, hf:... or pypi:...
@@ -74,7 +76,7 @@ def command(
     with _status() as say:
         source = model or _random_model(random_name or "", say)
         plan = speed.Plan(prefill, decode, n_seqs, contexts, repeat)
-        options = given({"n_threads": n_threads, "layout": layout})
+        options = given({"n_threads": n_threads, "layout": layout, "kv": kv})
         report = speed.measure(source, plan, progress=say, **options)
     if as_json:
         click.echo(json.dumps(report))

@@ -45,6 +45,10 @@ LAYOUT = click.option(
     help="cached: keep packed weights on disk for the next start; file: start at once, run slower.  [default: packed]",
 )
 
+KV = click.option(
+    "--kv", type=click.Choice(["f16", "q8"]), help="Type of the KV cache; q8: half the memory.  [default: f16]"
+)
+
 LOADING = _all(
     MODEL,
     click.option("--tokenizer", type=click.Path(), metavar="FILE", help="A tokenizer.json instead of the model's own."),
@@ -53,6 +57,7 @@ LOADING = _all(
     ),
     click.option("--threads", "-t", "n_threads", type=int, metavar="N", help="Threads.  [default: physical cores]"),
     LAYOUT,
+    KV,
     click.option("--n-batch", type=int, default=512, show_default=True, metavar="N", help="Prompt tokens at a time."),
 )
 

@@ -18,12 +18,12 @@ Floats = npt.NDArray[np.float32]
 class Engine:
     """Runs sequences on one model and one KV cache; safe to call from several threads.
 
-    n_ctx: positions that all running sequences share; n_ctx_orig: see Scheduler.
+    n_ctx: positions that all running sequences share; n_ctx_orig: see Scheduler; kv: see KvCache.
     """
 
-    def __init__(self, model: Model, n_ctx: int, n_batch: int, n_ctx_orig: int | None = None) -> None:
+    def __init__(self, model: Model, n_ctx: int, n_batch: int, n_ctx_orig: int | None = None, kv: str = "f16") -> None:
         self.model = model
-        self.kv = KvCache(model, pages_for(n_ctx))
+        self.kv = KvCache(model, pages_for(n_ctx), kv)
         self.scheduler = Scheduler(PagePool(self.kv.n_pages), n_batch, n_ctx_orig)
         self._lock = threading.Lock()
         self._closed = False

@@ -1,0 +1,119 @@
+/* What happens to activations between the products, sixteen floats a step; tails are masked, so that every element goes
+ * through the same operations wherever it lies. Quantisation to int8 is AVX2's: half a block would be left over. */
+#include <math.h>
+#include <string.h>
+
+#include "avx512.h"
+#include "simd.h"
+
+void phi_rms_norm_avx512(const float *x, const float *weight, size_t n, float eps, float *y) {
+    __m512d squares[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()};
+    for (size_t i = 0; i < n; i += 16) {
+        const __m512 v = _mm512_maskz_loadu_ps(phi_lanes(n - i), x + i);
+        const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+        const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+        squares[0] = _mm512_fmadd_pd(low, low, squares[0]);
+        squares[1] = _mm512_fmadd_pd(high, high, squares[1]);
+    }
+    const double total = _mm512_reduce_add_pd(_mm512_add_pd(squares[0], squares[1]));
+    const __m512 inverse = _mm512_set1_ps((float)(1.0 / sqrt(total / (double)n + (double)eps)));
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 lanes = phi_lanes(n - i);
+        const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, x + i), inverse);
+        _mm512_mask_storeu_ps(y + i, lanes, _mm512_mul_ps(scaled, _mm512_maskz_loadu_ps(lanes, weight + i)));
+    }
+}
+
+/* Products and sums stay apart, as in the scalar kernel: all tiers rotate to the same bits. */
+void phi_rope_neox_avx512(float *x, int rope_dims, const float *cos, const float *sin) {
+    const size_t half = (size_t)rope_dims / 2;
+    for (size_t i = 0; i < half; i += 16) {
+        const __mmask16 lanes = phi_lanes(half - i);
+        const __m512 a = _mm512_maskz_loadu_ps(lanes, x + i), b = _mm512_maskz_loadu_ps(lanes, x + half + i);
+        const __m512 c = _mm512_maskz_loadu_ps(lanes, cos + i), s = _mm512_maskz_loadu_ps(lanes, sin + i);
+        const __m512 first = _mm512_sub_ps(_mm512_mul_ps(a, c), _mm512_mul_ps(b, s));
+        const __m512 second = _mm512_add_ps(_mm512_mul_ps(b, c), _mm512_mul_ps(a, s));
+        _mm512_mask_storeu_ps(x + i, lanes, first);
+        _mm512_mask_storeu_ps(x + half + i, lanes, second);
+    }
+}
+
+void phi_rope_norm_avx512(float *x, int rope_dims, const float *cos, const float *sin) {
+    const size_t n = (size_t)rope_dims;
+    const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 lanes = phi_lanes(n - i), pairs = phi_lanes((n - i) / 2) & 0xff;
+        const __m512 v = _mm512_maskz_loadu_ps(lanes, x + i), swapped = _mm512_permute_ps(v, 0xb1);
+        const __m512 c = _mm512_permutexvar_ps(twice, _mm512_maskz_loadu_ps(pairs, cos + i / 2));
+        const __m512 s = _mm512_permutexvar_ps(twice, _mm512_maskz_loadu_ps(pairs, sin + i / 2));
+        const __m512 own = _mm512_mul_ps(v, c), other = _mm512_mul_ps(swapped, s);
+        const __m512 rotated = _mm512_mask_sub_ps(_mm512_add_ps(own, other), 0x5555, own, other);
+        _mm512_mask_storeu_ps(x + i, lanes, rotated);
+    }
+}
+
+void phi_silu_mul_avx512(const float *gate, const float *up, size_t n, float *y) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 lanes = phi_lanes(n - i);
+        const __m512 g = _mm512_maskz_loadu_ps(lanes, gate + i), u = _mm512_maskz_loadu_ps(lanes, up + i);
+        const __m512 e = phi_exp(_mm512_sub_ps(_mm512_setzero_ps(), g));
+        _mm512_mask_storeu_ps(y + i, lanes, _mm512_mul_ps(_mm512_div_ps(g, _mm512_add_ps(one, e)), u));
+    }
+}
+
+void phi_add_avx512(const float *x, size_t n, float *y) {
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 lanes = phi_lanes(n - i);
+        const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, y + i), _mm512_maskz_loadu_ps(lanes, x + i));
+        _mm512_mask_storeu_ps(y + i, lanes, sum);
+    }
+}
+
+void phi_store_kv_f16_avx512(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head) {
+    const phi_page_head page = phi_page_head_of(PHI_KV_F16, head_dim, page_head);
+    const size_t n = (size_t)head_dim, s = (size_t)slot;
+    uint16_t *keys = (uint16_t *)(void *)page.keys + s / PHI_KV_GROUP * n * PHI_KV_GROUP + s % PHI_KV_GROUP;
+    uint16_t *values = (uint16_t *)(void *)page.values + s * n;
+    for (size_t d = 0; d < n; d += 16) {
+        const __mmask16 lanes = phi_lanes(n - d);
+        uint16_t halves[16];
+        _mm256_storeu_si256((__m256i *)(void *)halves, phi_to_half(_mm512_maskz_loadu_ps(lanes, k + d)));
+        for (size_t i = 0; i < 16 && d + i < n; i++) keys[(d + i) * PHI_KV_GROUP] = halves[i];
+        _mm256_mask_storeu_epi16(values + d, lanes, phi_to_half(_mm512_maskz_loadu_ps(lanes, v + d)));
+    }
+}
+
+/* n, at most 32, dimensions to q [32], and their scale, as the scalar kernel has them. */
+static uint16_t quantize_kv(const float *x, size_t n, int8_t *q) {
+    const __m512 low = _mm512_maskz_loadu_ps(phi_lanes(n), x);
+    const __m512 high = n > 16 ? _mm512_maskz_loadu_ps(phi_lanes(n - 16), x + 16) : _mm512_setzero_ps();
+    const bool is_number = !_mm512_cmp_ps_mask(low, high, _CMP_UNORD_Q);
+    const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
+    const __m512 scales = _mm512_set1_ps(is_number ? largest / 127.0f : NAN);
+    const __m256i halves = phi_to_half(scales);
+    const float scale = _mm512_cvtss_f32(_mm512_cvtph_ps(halves));
+    const bool is_usable = scale > 0.0f && scale < INFINITY;
+    const __m512 inverse = _mm512_set1_ps(is_usable ? 1.0f / scale : 0.0f), limit = _mm512_set1_ps(127.0f);
+    const __mmask16 lanes = is_usable ? 0xffff : 0;
+    for (int i = 0; i < 2; i++) {
+        const __m512 x_scaled = _mm512_maskz_mul_ps(lanes, i ? high : low, inverse);
+        const __m512 clamped = _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), limit), _mm512_min_ps(limit, x_scaled));
+        _mm_storeu_si128((__m128i *)(void *)(q + 16 * i), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(clamped)));
+    }
+    return (uint16_t)_mm256_extract_epi16(halves, 0);
+}
+
+void phi_store_kv_q8_avx512(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head) {
+    const phi_page_head page = phi_page_head_of(PHI_KV_Q8, head_dim, page_head);
+    const size_t head = (size_t)head_dim, n_blocks = phi_kv_blocks(head_dim), s = (size_t)slot;
+    uint8_t *keys = page.keys + s / PHI_KV_GROUP * head * PHI_KV_GROUP + s % PHI_KV_GROUP;
+    for (size_t b = 0; b < n_blocks; b++) {
+        const size_t d = b * PHI_KV_BLOCK, n = head - d < PHI_KV_BLOCK ? head - d : PHI_KV_BLOCK;
+        int8_t q[PHI_KV_BLOCK];
+        page.value_scales[s * n_blocks + b] = quantize_kv(v + d, n, q);
+        memcpy(page.values + s * head + d, q, n);
+        page.key_scales[b * PHI_PAGE_TOKENS + s] = quantize_kv(k + d, n, q);
+        for (size_t i = 0; i < n; i++) keys[(d + i) * PHI_KV_GROUP] = (uint8_t)q[i];
+    }
+}
