@@ -56,7 +56,7 @@ typedef struct {
     int first_token, n_tokens;
     float *out;            /* [n_tokens, out_stride], row r in column r */
     size_t out_stride;     /* floats */
-    size_t prefetch_bytes; /* how far ahead of few tokens' products rows are asked for; 0: not at all */
+    size_t prefetch_bytes; /* how far ahead of few tokens' products packed rows are asked for; 0: not at all */
 } phi_matmul;
 
 /* Attention of the query heads that share a key/value head, for tokens at consecutive positions of one sequence. */
