@@ -81,7 +81,7 @@ typedef struct {
     int first_token, n_tokens;
     float *out;            /* [n_tokens, out_stride], row r in column r */
     size_t out_stride;     /* floats */
-    phi_prefetch prefetch; /* by products of few tokens */
+    phi_prefetch prefetch; /* by products of few tokens with packed rows */
 } phi_matmul;
 
 /* Attention of the query heads that share a key/value head, for tokens at consecutive positions of one sequence. */

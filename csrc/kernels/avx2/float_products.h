@@ -21,22 +21,24 @@ typedef struct {
     vector (*load_some)(const uint8_t *w, size_t n); /* n < STEP of them, then zeros */
 } format;
 
+INLINE int min_int(int a, int b) { return a < b ? a : b; }
+
 /* All ones for the first n of four floats. */
 INLINE __m128i first_of_four(int n) { return _mm_cmpgt_epi32(_mm_set1_epi32(n), _mm_setr_epi32(0, 1, 2, 3)); }
 
-/* Adds the products of columns first .. end - 1, where first is a multiple of BLOCK, to the output; n_rows and n_tokens
- * are constants where this is inlined. Rows that are missing at the end of the matrix are its last one once more.
- * Weights are asked for `ahead` bytes before they are used, 0: not at all. */
-INLINE void multiply_tile(const format f, const phi_matmul *m, int row, int n_rows, int token, int n_tokens,
-                          size_t first, size_t end, size_t ahead) {
+/* Adds the products of columns first .. end - 1, where first is a multiple of BLOCK, to the output; n_tokens is a
+ * constant where this is inlined. Rows that are missing at the end of the matrix are its last one once more. What lies
+ * `ahead` bytes behind the weights is asked for, 0: nothing. */
+INLINE void multiply_tile(const format f, const phi_matmul *m, int row, int token, int n_tokens, size_t first,
+                          size_t end, size_t ahead) {
     const size_t stride = (size_t)m->n_cols;
-    const int left = m->n_rows - row < n_rows ? m->n_rows - row : n_rows;
-    const __m128i there = first_of_four(left);
+    const int n_rows = min_int(m->n_rows - row, ROWS);
+    const __m128i there = first_of_four(n_rows);
     const float *x = m->x->f32 + (size_t)(m->first_token + token) * stride;
     float *out = m->out + (size_t)token * m->out_stride + row;
     const uint8_t *w[ROWS];
     __m128 total[TOKENS];
-    UNROLL for (int r = 0; r < n_rows; r++) w[r] = m->rows + (size_t)(row + (r < left ? r : left - 1)) * m->row_bytes;
+    UNROLL for (int r = 0; r < ROWS; r++) w[r] = m->rows + (size_t)(row + min_int(r, n_rows - 1)) * m->row_bytes;
     UNROLL for (int t = 0; t < n_tokens; t++) {
         total[t] = first ? _mm_maskload_ps(out + (size_t)t * m->out_stride, there) : _mm_setzero_ps();
     }
@@ -46,7 +48,7 @@ INLINE void multiply_tile(const format f, const phi_matmul *m, int row, int n_ro
         block_end = end - i < BLOCK ? end : i + BLOCK;
         for (; i + STEP <= block_end; i += STEP) {
             UNROLL for (int t = 0; t < n_tokens; t++) a[t] = load_f32((const uint8_t *)(x + (size_t)t * stride + i));
-            UNROLL for (int r = 0; r < n_rows; r++) {
+            UNROLL for (int r = 0; r < ROWS; r++) {
                 const vector weights = f.load(w[r] + i * f.bytes);
                 if (ahead) _mm_prefetch((const char *)w[r] + i * f.bytes + ahead, _MM_HINT_T1);
                 UNROLL for (int t = 0; t < n_tokens; t++) sum[r][t] = multiply_add(weights, a[t], sum[r][t]);
@@ -57,7 +59,7 @@ INLINE void multiply_tile(const format f, const phi_matmul *m, int row, int n_ro
             UNROLL for (int t = 0; t < n_tokens; t++) {
                 a[t] = load_some_f32((const uint8_t *)(x + (size_t)t * stride + i), n);
             }
-            UNROLL for (int r = 0; r < n_rows; r++) {
+            UNROLL for (int r = 0; r < ROWS; r++) {
                 const vector weights = f.load_some(w[r] + i * f.bytes, n);
                 UNROLL for (int t = 0; t < n_tokens; t++) sum[r][t] = multiply_add(weights, a[t], sum[r][t]);
             }
@@ -69,54 +71,44 @@ INLINE void multiply_tile(const format f, const phi_matmul *m, int row, int n_ro
     UNROLL for (int t = 0; t < n_tokens; t++) _mm_maskstore_ps(out + (size_t)t * m->out_stride, there, total[t]);
 }
 
-/* The same for ROWS rows and any number of tokens up to TOKENS. */
+/* The same for any number of tokens up to TOKENS. */
 INLINE void multiply_rows(const format f, const phi_matmul *m, int row, int token, int n_tokens, size_t first,
                           size_t end, size_t ahead) {
     switch (n_tokens) {
     case 1:
-        multiply_tile(f, m, row, ROWS, token, 1, first, end, ahead);
+        multiply_tile(f, m, row, token, 1, first, end, ahead);
         break;
     case 2:
-        multiply_tile(f, m, row, ROWS, token, 2, first, end, ahead);
+        multiply_tile(f, m, row, token, 2, first, end, ahead);
         break;
 #if TOKENS > 3
     case 3:
-        multiply_tile(f, m, row, ROWS, token, 3, first, end, ahead);
+        multiply_tile(f, m, row, token, 3, first, end, ahead);
         break;
     case 4:
-        multiply_tile(f, m, row, ROWS, token, 4, first, end, ahead);
+        multiply_tile(f, m, row, token, 4, first, end, ahead);
         break;
     case 5:
-        multiply_tile(f, m, row, ROWS, token, 5, first, end, ahead);
+        multiply_tile(f, m, row, token, 5, first, end, ahead);
         break;
 #endif
     default:
-        multiply_tile(f, m, row, ROWS, token, TOKENS, first, end, ahead);
+        multiply_tile(f, m, row, token, TOKENS, first, end, ahead);
         break;
     }
 }
 
-INLINE int min_int(int a, int b) { return a < b ? a : b; }
-
 INLINE void matmul(const format f, const phi_matmul *m) {
     const size_t n_cols = (size_t)m->n_cols;
-    /* Rows of 16 bits one by one are a stream that AMD's own prefetchers follow best; floats are better off below. */
-    if (m->n_tokens == 1 && f.bytes == 2) {
-        for (int r = 0; r < m->n_rows; r++) {
-            if (m->prefetch.into_l1_bytes)
-                multiply_tile(f, m, r, 1, 0, 1, 0, n_cols, m->prefetch.into_l1_bytes);
-            else
-                multiply_tile(f, m, r, 1, 0, 1, 0, n_cols, 0);
-        }
-        return;
-    }
     const size_t step = m->n_tokens <= TOKENS ? n_cols : BLOCK, next_rows = ROWS * m->row_bytes;
     for (size_t i = 0; i < n_cols; i += step) {
         const size_t end = n_cols - i < step ? n_cols : i + step;
         for (int t = 0; t < m->n_tokens; t += TOKENS) {
             const int n_tokens = min_int(m->n_tokens - t, TOKENS);
             for (int r = 0; r < m->n_rows; r += ROWS) {
-                if (t == 0) /* the first to see the rows: the next ones go to the second-level cache meanwhile */
+                /* The first to see the rows has the next ones come to the second-level cache: without, reading and
+                 * computing do not overlap. */
+                if (t == 0)
                     multiply_rows(f, m, r, t, n_tokens, i, end, next_rows);
                 else
                     multiply_rows(f, m, r, t, n_tokens, i, end, 0);
