@@ -110,8 +110,8 @@ def plant(weights: Weights, factor: float, n_channels: int) -> None:
 def pad_to_super_blocks(weights: Weights) -> None:
     """Widen a `llama` model with zero channels and zero heads until K-quants divide its rows.
 
-    The zeros are spread evenly. The mean of squares falls by the share of zeros, so norms and their epsilon shrink to
-    match: in float32 the model computes the same.
+    Zero channels are spread evenly, zero heads come last. The mean of squares falls by the share of zeros, so norms and
+    their epsilon shrink to match: in float32 the model computes the same.
     """
     n_embd, n_heads, n_kv_heads = (
         weights.size(key) for key in ("embedding_length", "attention.head_count", "attention.head_count_kv")
