@@ -121,6 +121,19 @@ def read_bandwidth(int n_threads, size_t n_bytes):
     return rate
 
 
+def touch(const uint8_t[::1] buffer not None):
+    """Read a byte of every page, so that a mapped file is in the process's memory; returns their exclusive or.
+
+    The interpreter's lock is released: another thread can go on meanwhile.
+    """
+    cdef size_t i
+    cdef uint8_t bits = 0
+    with nogil:
+        for i in range(0, <size_t>buffer.shape[0], 4096):
+            bits ^= buffer[i]
+    return bits
+
+
 def read_strings(const uint8_t[::1] buffer not None, size_t offset, size_t count):
     """Read a GGUF string array: `count` times a length (uint64, little endian) and UTF-8 bytes.
 

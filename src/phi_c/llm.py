@@ -1,6 +1,7 @@
 """What users call: load a model, generate, stream, chat, logits."""
 
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from phi_c import hub, machine
-from phi_c._core import PAGE_TOKENS, CancelFlag, Model, kv_page_bytes, tiers
+from phi_c._core import PAGE_TOKENS, CancelFlag, Model, kv_page_bytes, tiers, touch
 from phi_c.engine.engine import Engine
 from phi_c.engine.scheduler import pages_for
 from phi_c.engine.sequence import Finish
@@ -149,13 +150,15 @@ class LLM:
         try:
             self.config: ModelConfig = read_config(self._file)
             self.n_ctx = _choose_n_ctx(n_ctx, self.config)
-            self.tokenizer = load_tokenizer(self._file.metadata, tokenizer_json)
-            self.template = load_chat_template(self._file.metadata, self.tokenizer)
             weights = load_weights(self._file, self.config)
             side_file = SideFile(self._file, weights.packed_sizes(tier)) if layout == "cached" else None
             panels = side_file.open() if side_file else None
             is_mapped = layout == "file" or panels is not None
             _check_memory(self.config, self.n_ctx, kv, 0 if is_mapped else self._file.n_bytes)
+            if is_mapped:
+                _touch_meanwhile(self._file.all_data() if panels is None else panels)
+            self.tokenizer = load_tokenizer(self._file.metadata, tokenizer_json)
+            self.template = load_chat_template(self._file.metadata, self.tokenizer)
             model = Model(
                 self.config,
                 weights,
@@ -447,6 +450,11 @@ def _choose_n_ctx(n_ctx: int | None, config: ModelConfig) -> int:
     if isinstance(n_ctx, bool) or not isinstance(n_ctx, int) or not 0 <= n_ctx <= config.n_ctx_train:
         raise OptionError(f"n_ctx is {n_ctx!r}, expected 1 to {config.n_ctx_train}, the model's own, or 0 for that")
     return n_ctx or config.n_ctx_train
+
+
+def _touch_meanwhile(mapped: npt.NDArray[np.uint8]) -> None:
+    """Bring mapped weights into memory on another core while this one is busy with Python."""
+    threading.Thread(target=touch, args=(mapped,), daemon=True).start()
 
 
 def _check_memory(config: ModelConfig, n_ctx: int, kv: str, weight_bytes: int) -> None:

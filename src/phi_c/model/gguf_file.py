@@ -127,6 +127,15 @@ class GGUFFile:
             raise ModelFileError(f"{self.path}: the file has no tensor {short(name)}")
         return np.frombuffer(self._map, np.uint8, info.n_bytes, info.offset)
 
+    def all_data(self) -> npt.NDArray[np.uint8]:
+        """Return the bytes of all tensors, with what lies between them: uint8, a read-only view of the mapping.
+
+        Raises ModelClosedError after `close`.
+        """
+        if self._map is None:
+            raise ModelClosedError(f"{self.path}: the file was closed")
+        return np.frombuffer(self._map, np.uint8)[self.data_offset :]
+
     def identity(self) -> bytes:
         """Return a SHA-256 that another file, or this one changed, does not have: of size, time of change and header,
         and of samples of the data, for files that were copied over each other with their times.

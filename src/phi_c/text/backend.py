@@ -91,10 +91,10 @@ def _merges_of_scores(vocabulary: Vocabulary, ids: dict[str, int]) -> list[tuple
         key=lambda i: -vocabulary.scores[i],
     )
     return [
-        (token[:cut], token[cut:])
+        (left, right)
         for token in (vocabulary.tokens[i] for i in order)
         for cut in range(1, len(token))
-        if token[:cut] in mergeable and token[cut:] in mergeable
+        if (left := token[:cut]) in mergeable and (right := token[cut:]) in mergeable
     ]
 
 

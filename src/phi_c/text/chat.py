@@ -2,10 +2,14 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn, TypeAlias
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from phi_c.errors import ChatTemplateError
 from phi_c.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 Message: TypeAlias = Mapping[str, Any]  # {"role": ..., "content": ...}
 
@@ -37,9 +41,17 @@ _KNOWN: tuple[tuple[frozenset[str], str | None, str], ...] = (
 
 
 class ChatTemplate:
-    """A Jinja template, run in a sandbox with the settings and functions that transformers gives it."""
+    """A Jinja template, run in a sandbox with the settings and functions that transformers gives it.
+
+    It is read when messages are first rendered; damage shows then.
+    """
 
     def __init__(self, source: str, bos_token: str = "", eos_token: str = "") -> None:
+        self.source = source
+        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+
+    @cached_property
+    def _template(self) -> "Template":
         # Half a tenth of a second that raw prompts and `--help` do without.
         from jinja2 import TemplateError  # noqa: PLC0415
         from jinja2.ext import loopcontrols  # noqa: PLC0415
@@ -47,10 +59,8 @@ class ChatTemplate:
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
-        self.source = source
-        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         try:
-            self._template = environment.from_string(source)
+            return environment.from_string(self.source)
         except TemplateError as error:
             raise ChatTemplateError(f"the model's chat template is damaged: {error}") from None
 
