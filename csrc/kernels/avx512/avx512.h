@@ -11,8 +11,6 @@ PHI_AVX512_PACKED(PHI_DECLARE)
 #undef PHI_DECLARE
 
 void phi_rms_norm_avx512(const float *x, const float *weight, size_t n, float eps, float *y);
-void phi_rope_neox_avx512(float *x, int rope_dims, const float *cos, const float *sin);
-void phi_rope_norm_avx512(float *x, int rope_dims, const float *cos, const float *sin);
 void phi_silu_mul_avx512(const float *gate, const float *up, size_t n, float *y);
 void phi_add_avx512(const float *x, size_t n, float *y);
 void phi_store_kv_f16_avx512(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head);
