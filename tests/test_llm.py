@@ -296,6 +296,7 @@ def test_bad_ways_to_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for options, message in (
         ({"n_ctx": 513}, "n_ctx is 513, expected 1 to 512"),
         ({"n_ctx": -1}, "n_ctx is -1"),
+        ({"kv": "q4"}, "kv is 'q4', expected one of f16, q8"),
         ({"n_threads": 0}, "n_threads is 0"),
         ({"n_batch": 0}, "n_batch is 0"),
         ({"layout": "rows"}, "layout is 'rows', expected one of packed, cached, file"),

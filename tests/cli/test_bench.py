@@ -107,6 +107,12 @@ def test_nothing_is_served_from_the_prefix_cache(tiny: Path, monkeypatch: pytest
     assert computed.count(65) == 1
 
 
+def test_a_context_does_not_grow_with_the_repetitions(tiny: Path) -> None:
+    """What an earlier repetition wrote would no longer fit the cache."""
+    quick = ("--prefill", "8", "--decode", "20", "--batch", "1", "--repeat", "4", "--threads", "1", "--kv", "q8")
+    assert report(tiny, *quick, "--context", "420")["context"][0]["tok_s"] > 0
+
+
 def test_a_machine_without_room_to_read(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "read_rate", lambda n_threads: None)
     found = report(tiny, *QUICK)

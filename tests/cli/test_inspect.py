@@ -73,6 +73,10 @@ def test_memory_is_what_the_cache_takes(tiny: Path) -> None:
         assert memory["kv_bytes"] == n_pages * page_bytes
         assert memory["total_bytes"] == memory["kv_bytes"] + memory["weights_bytes"]
     assert report(tiny)["memory"]["n_ctx"] == min(config.n_ctx_train, 4096)
+    # In int8 a scale of two bytes for 32 dimensions, or for what is left of them.
+    n_scales = -(-config.head_dim // 32)
+    position_bytes = config.n_layers * config.n_kv_heads * 2 * (config.head_dim + 2 * n_scales)
+    assert report(tiny, "--kv", "q8", "--n-ctx", 1)["memory"]["kv_bytes"] == position_bytes * _core.PAGE_TOKENS
 
 
 def test_memory_of_a_real_model(smollm2_path: Path) -> None:

@@ -18,7 +18,8 @@
 
 enum { ROWS = 4, BLOCK = PHI_ATTENTION_BLOCK, LINE_BYTES = 64 };
 
-PHI_INLINE void ask_for(const void *line) { _mm_prefetch((const char *)line, _MM_HINT_T0); }
+/* Into the second level: it waits for far more lines at a time than the first one does. */
+PHI_INLINE void ask_for(const void *line) { _mm_prefetch((const char *)line, _MM_HINT_T1); }
 
 PHI_INLINE phi_page_head head_of(const phi_attention *a, phi_kv_type type, int position) {
     return phi_page_head_of(type, a->head_dim, (uint8_t *)phi_page_of(a, position));

@@ -16,7 +16,8 @@ PHI_INLINE __m512 load_halves(const uint16_t *h) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)h));
 }
 
-PHI_INLINE void ask_for(const void *line) { _mm_prefetch((const char *)line, _MM_HINT_T0); }
+/* Into the second level: it waits for far more lines at a time than the first one does. */
+PHI_INLINE void ask_for(const void *line) { _mm_prefetch((const char *)line, _MM_HINT_T1); }
 
 PHI_INLINE phi_page_head head_of(const phi_attention *a, phi_kv_type type, int position) {
     return phi_page_head_of(type, a->head_dim, (uint8_t *)phi_page_of(a, position));

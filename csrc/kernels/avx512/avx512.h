@@ -14,8 +14,6 @@ void phi_matmul_f32_avx512(const phi_matmul *m);
 void phi_matmul_f16_avx512(const phi_matmul *m);
 void phi_matmul_bf16_avx512(const phi_matmul *m);
 void phi_rms_norm_avx512(const float *x, const float *weight, size_t n, float eps, float *y);
-void phi_rope_neox_avx512(float *x, int rope_dims, const float *cos, const float *sin);
-void phi_rope_norm_avx512(float *x, int rope_dims, const float *cos, const float *sin);
 void phi_silu_mul_avx512(const float *gate, const float *up, size_t n, float *y);
 void phi_add_avx512(const float *x, size_t n, float *y);
 void phi_store_kv_f16_avx512(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head);

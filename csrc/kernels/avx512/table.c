@@ -12,7 +12,6 @@ const phi_kernels phi_kernels_avx512 = {
     .matmul[PHI_TYPE_F16] = phi_matmul_f16_avx512,
     .matmul[PHI_TYPE_BF16] = phi_matmul_bf16_avx512,
     PHI_AVX512_PACKED(PHI_SLOTS).rms_norm = phi_rms_norm_avx512,
-    .rope = {phi_rope_neox_avx512, phi_rope_norm_avx512},
     .silu_mul = phi_silu_mul_avx512,
     .add = phi_add_avx512,
     .store_kv = {phi_store_kv_f16_avx512, phi_store_kv_q8_avx512},

@@ -1,5 +1,6 @@
 /* What happens to activations between the products, sixteen floats a step; tails are masked, so that every element goes
- * through the same operations wherever it lies. Quantisation to int8 is AVX2's: half a block would be left over. */
+ * through the same operations wherever it lies. Quantisation of activations is AVX2's, and so is the rotation: of a
+ * head's few floats masked stores make it twice as slow here. */
 #include <math.h>
 #include <string.h>
 
@@ -21,34 +22,6 @@ void phi_rms_norm_avx512(const float *x, const float *weight, size_t n, float ep
         const __mmask16 lanes = phi_lanes(n - i);
         const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, x + i), inverse);
         _mm512_mask_storeu_ps(y + i, lanes, _mm512_mul_ps(scaled, _mm512_maskz_loadu_ps(lanes, weight + i)));
-    }
-}
-
-/* Products and sums stay apart, as in the scalar kernel: all tiers rotate to the same bits. */
-void phi_rope_neox_avx512(float *x, int rope_dims, const float *cos, const float *sin) {
-    const size_t half = (size_t)rope_dims / 2;
-    for (size_t i = 0; i < half; i += 16) {
-        const __mmask16 lanes = phi_lanes(half - i);
-        const __m512 a = _mm512_maskz_loadu_ps(lanes, x + i), b = _mm512_maskz_loadu_ps(lanes, x + half + i);
-        const __m512 c = _mm512_maskz_loadu_ps(lanes, cos + i), s = _mm512_maskz_loadu_ps(lanes, sin + i);
-        const __m512 first = _mm512_sub_ps(_mm512_mul_ps(a, c), _mm512_mul_ps(b, s));
-        const __m512 second = _mm512_add_ps(_mm512_mul_ps(b, c), _mm512_mul_ps(a, s));
-        _mm512_mask_storeu_ps(x + i, lanes, first);
-        _mm512_mask_storeu_ps(x + half + i, lanes, second);
-    }
-}
-
-void phi_rope_norm_avx512(float *x, int rope_dims, const float *cos, const float *sin) {
-    const size_t n = (size_t)rope_dims;
-    const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-    for (size_t i = 0; i < n; i += 16) {
-        const __mmask16 lanes = phi_lanes(n - i), pairs = phi_lanes((n - i) / 2) & 0xff;
-        const __m512 v = _mm512_maskz_loadu_ps(lanes, x + i), swapped = _mm512_permute_ps(v, 0xb1);
-        const __m512 c = _mm512_permutexvar_ps(twice, _mm512_maskz_loadu_ps(pairs, cos + i / 2));
-        const __m512 s = _mm512_permutexvar_ps(twice, _mm512_maskz_loadu_ps(pairs, sin + i / 2));
-        const __m512 own = _mm512_mul_ps(v, c), other = _mm512_mul_ps(swapped, s);
-        const __m512 rotated = _mm512_mask_sub_ps(_mm512_add_ps(own, other), 0x5555, own, other);
-        _mm512_mask_storeu_ps(x + i, lanes, rotated);
     }
 }
 

@@ -189,7 +189,7 @@ class _Runner:
     def _sequence(self, prompt: list[int], max_tokens: int) -> Sequence:
         greedy = SamplingParams(temperature=0, repeat_penalty=1)
         sequence = Sequence(
-            tokens=prompt,
+            tokens=list(prompt),  # it grows, and a prompt may be run again
             max_tokens=max_tokens,
             sampler=Sampler(greedy, self._model.config.n_vocab),
             eog_ids=frozenset(),  # all generate as much as they are asked for
