@@ -29,6 +29,7 @@ def read_strings(buffer: bytes | mmap, offset: int, count: int) -> tuple[list[st
 def dequantize(
     type_id: int, data: npt.NDArray[np.uint8], n_elements: int, tier: str | None = None
 ) -> npt.NDArray[np.float32]: ...
+
 class Q8(NamedTuple):
     quants: npt.NDArray[np.int8]
     scales: npt.NDArray[np.float32]
