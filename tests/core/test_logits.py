@@ -94,7 +94,7 @@ def test_smollm2_on_english(smollm2: tuple[Path, list[int], Floats], tier: str, 
     )
     assert nmse(got, expected) <= 2e-3
     assert divergence.mean() <= (0.003 if kv == "f16" else 0.004)
-    assert agreement >= 0.96
+    assert agreement >= (0.96 if kv == "f16" else 0.95)
 
 
 def greedy(runner: Runner, prompt: list[int], n: int) -> list[int]:
