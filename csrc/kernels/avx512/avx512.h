@@ -13,6 +13,7 @@ PHI_AVX512_PACKED(PHI_DECLARE)
 void phi_matmul_f32_avx512(const phi_matmul *m);
 void phi_matmul_f16_avx512(const phi_matmul *m);
 void phi_matmul_bf16_avx512(const phi_matmul *m);
+void phi_quantize_q8_avx512(const float *x, size_t n, phi_q8 q8);
 void phi_rms_norm_avx512(const float *x, const float *weight, size_t n, float eps, float *y);
 void phi_silu_mul_avx512(const float *gate, const float *up, size_t n, float *y);
 void phi_add_avx512(const float *x, size_t n, float *y);

@@ -212,8 +212,9 @@ INLINE void multiply_tokens(const format f, const chunk *c, size_t first_block, 
     }
 }
 
-INLINE int tokens_at_a_time(int left) {
-    if (left >= MANY_AT_A_TIME && left != 8) return MANY_AT_A_TIME; /* 8 is better cut in halves */
+INLINE int tokens_at_a_time(const format f, int left) {
+    const bool has_room = f.groups_per_block == 1; /* the second group's sums take registers */
+    if (has_room && left >= MANY_AT_A_TIME && left != 8) return MANY_AT_A_TIME; /* 8 is better cut in halves */
     return left >= 4 ? 4 : 1;
 }
 
@@ -228,7 +229,7 @@ INLINE void multiply_many(const format f, const uint8_t *panel, const phi_matmul
         chunk c[PANELS];
         for (int p = 0; p < n_panels; p++) unpack_chunk(f, part + (size_t)p * panel_bytes, n, &c[p]);
         for (int t = 0; t < m->n_tokens;) {
-            const int n_tokens = tokens_at_a_time(m->n_tokens - t);
+            const int n_tokens = tokens_at_a_time(f, m->n_tokens - t);
             for (int p = 0; p < n_panels; p += PAIR) {
                 const uint8_t *fetch = t == 0 ? next + (size_t)p * panel_bytes : NULL;
                 float *rows = out + p * PHI_PANEL_ROWS;

@@ -1,11 +1,44 @@
 /* What happens to activations between the products, sixteen floats a step; tails are masked, so that every element goes
- * through the same operations wherever it lies. Quantisation of activations is AVX2's, and so is the rotation: of a
- * head's few floats masked stores make it twice as slow here. */
+ * through the same operations wherever it lies. The rotation is AVX2's: of a head's few floats masked stores make it
+ * twice as slow here. */
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
 #include "avx512.h"
 #include "simd.h"
+
+/* 16 floats to the nearest integers from -127 to 127. */
+PHI_INLINE __m128i to_bytes(__m512 x) {
+    const __m512 limit = _mm512_set1_ps(127.0f);
+    const __m512 clamped = _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), limit), _mm512_min_ps(limit, x));
+    return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(clamped));
+}
+
+void phi_quantize_q8_avx512(const float *x, size_t n, phi_q8 q8) {
+    const __m256i ones = _mm256_set1_epi8(1);
+    for (size_t b = 0; b < n / PHI_Q8_BLOCK; b++) {
+        const __m512 low = _mm512_loadu_ps(x + b * PHI_Q8_BLOCK), high = _mm512_loadu_ps(x + b * PHI_Q8_BLOCK + 16);
+        const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
+        const float scale = largest / 127.0f;
+        /* As the scalar kernel: below the smallest normal scale the block is zero. */
+        const __m512 inverse = _mm512_set1_ps(scale >= FLT_MIN ? 1.0f / scale : 0.0f);
+        const __m256i quants =
+            _mm256_set_m128i(to_bytes(_mm512_mul_ps(high, inverse)), to_bytes(_mm512_mul_ps(low, inverse)));
+        _mm256_storeu_si256((__m256i *)(void *)(q8.quants + b * PHI_Q8_BLOCK), quants);
+        /* Sums of fours, then of eights and sixteens: a sub-block a lane of 128 bits. */
+        const __m256i fours = _mm256_dpbusd_epi32(_mm256_setzero_si256(), ones, quants);
+        const __m256i eights = _mm256_hadd_epi32(fours, fours), sums = _mm256_hadd_epi32(eights, eights);
+        const int32_t first = _mm256_cvtsi256_si32(sums), second = _mm256_extract_epi32(sums, 4);
+        q8.scales[b] = scale;
+        q8.sums[2 * b] = scale * (float)first;
+        q8.sums[2 * b + 1] = scale * (float)second;
+        q8.block_sums[b] = scale * (float)(first + second);
+        q8.offsets[2 * b] = -128 * first;
+        q8.offsets[2 * b + 1] = -128 * second;
+        q8.block_offsets[b] = -128 * (first + second);
+    }
+}
 
 void phi_rms_norm_avx512(const float *x, const float *weight, size_t n, float eps, float *y) {
     __m512d squares[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()};
@@ -67,12 +100,11 @@ static uint16_t quantize_kv(const float *x, size_t n, int8_t *q) {
     const __m256i halves = phi_to_half(scales);
     const float scale = _mm512_cvtss_f32(_mm512_cvtph_ps(halves));
     const bool is_usable = scale > 0.0f && scale < INFINITY;
-    const __m512 inverse = _mm512_set1_ps(is_usable ? 1.0f / scale : 0.0f), limit = _mm512_set1_ps(127.0f);
+    const __m512 inverse = _mm512_set1_ps(is_usable ? 1.0f / scale : 0.0f);
     const __mmask16 lanes = is_usable ? 0xffff : 0;
     for (int i = 0; i < 2; i++) {
         const __m512 x_scaled = _mm512_maskz_mul_ps(lanes, i ? high : low, inverse);
-        const __m512 clamped = _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), limit), _mm512_min_ps(limit, x_scaled));
-        _mm_storeu_si128((__m128i *)(void *)(q + 16 * i), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(clamped)));
+        _mm_storeu_si128((__m128i *)(void *)(q + 16 * i), to_bytes(x_scaled));
     }
     return (uint16_t)_mm256_extract_epi16(halves, 0);
 }
