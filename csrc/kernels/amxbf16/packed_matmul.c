@@ -82,6 +82,10 @@ typedef struct {
     size_t stride_bytes; /* from a token to the next */
 } sums;
 
+static sums sums_in_output(const phi_matmul *m, int token, int row) {
+    return (sums){m->out + (size_t)token * m->out_stride + row, m->out_stride * sizeof *m->out};
+}
+
 /* Adds 256 columns to the sums of 16 n_tiles tokens and 16 n_panels rows, or begins them. x: left tiles of the first 16
  * tokens, and of the others. n_tiles and n_panels are constants where this is inlined. */
 INLINE void multiply_block(const int8_t *x, const int8_t *others, const block *w, const sums *s, int n_tiles,
@@ -122,7 +126,6 @@ static void multiply_panels(unpack_fn unpack_block, const phi_matmul *m, int fir
     const size_t block_bytes = panel_bytes / n_blocks, x_bytes = phi_wide_bytes(PHI_TILE_TOKENS, (size_t)m->n_cols);
     const uint8_t *panels = m->rows + (size_t)first_row * m->row_bytes;
     const int n_filling = m->n_tokens / PHI_TILE_TOKENS * PHI_TILE_TOKENS;
-    float *out = m->out + first_row;
     float rest[PHI_TILE_TOKENS][PANELS * ROWS]; /* of the tokens that do not fill their tile */
     block w[PANELS];
     for (size_t b = 0; b < n_blocks; b++) {
@@ -132,13 +135,10 @@ static void multiply_panels(unpack_fn unpack_block, const phi_matmul *m, int fir
             const int8_t *x = phi_wide_of(m->x, m->first_token + t) + b * STEPS * TILE_BYTES, *others = x + x_bytes;
             const bool two = m->n_tokens - t > PHI_TILE_TOKENS;
             for (int i = 0; i < n_panels; i += 2) {
-                sums s[2];
-                for (int k = 0; k < 2; k++) {
-                    const int token = t + k * PHI_TILE_TOKENS;
-                    s[k] = token < n_filling
-                               ? (sums){out + (size_t)token * m->out_stride + i * ROWS, m->out_stride * sizeof *out}
-                               : (sums){rest[0] + i * ROWS, sizeof rest[0]};
-                }
+                const sums in_rest = {rest[0] + i * ROWS, sizeof rest[0]};
+                sums s[2] = {in_rest, in_rest};
+                for (int k = 0; k < 2 && t + k * PHI_TILE_TOKENS < n_filling; k++)
+                    s[k] = sums_in_output(m, t + k * PHI_TILE_TOKENS, first_row + i * ROWS);
                 if (two && n_panels - i > 1)
                     multiply_block(x, others, &w[i], s, 2, 2, b == 0);
                 else if (two)
@@ -151,7 +151,7 @@ static void multiply_panels(unpack_fn unpack_block, const phi_matmul *m, int fir
         }
     }
     for (int t = n_filling; t < m->n_tokens; t++)
-        memcpy(out + (size_t)t * m->out_stride, rest[t - n_filling], (size_t)(n_panels * ROWS) * sizeof *out);
+        memcpy(sums_in_output(m, t, first_row).at, rest[t - n_filling], (size_t)(n_panels * ROWS) * sizeof rest[0][0]);
 }
 
 static void matmul(unpack_fn unpack_block, void (*few)(const phi_matmul *), const phi_matmul *m) {
