@@ -366,6 +366,10 @@ def test_quantize_q8(tier: str) -> None:
     assert np.array_equal(found.block_offsets, -128 * block_sums)
     for got, scalar in zip(found, _core.quantize_q8(x.reshape(-1), "scalar"), strict=True):
         assert np.array_equal(got, scalar)
+    x[4, :3] = np.inf, -np.inf, np.nan
+    expected = _core.quantize_q8(x.reshape(-1), "scalar")
+    for got, scalar in zip(_core.quantize_q8(x.reshape(-1), tier), expected, strict=True):
+        assert np.array_equal(got, scalar, equal_nan=True)
 
 
 @pytest.mark.parametrize("tier", TIERS)
