@@ -61,7 +61,7 @@ def sanitize(session: nox.Session) -> None:
 
 @nox.session
 def emulate_amx(session: nox.Session) -> None:
-    """Kernels and forward passes of the tiers amx, its tiles emulated in C, and avxvnni, by AVX-512's instruction."""
+    """Kernels and forward passes of amx and amxbf16, tiles emulated in C, and avxvnni, by AVX-512's instruction."""
     # A build folder of its own: CMake would remember the option for the next build.
     session.install(
         *("-C", "cmake.define.PHI_EMULATE_AMX=ON", "-C", "cmake.define.PHI_AVXVNNI_BY_AVX512=ON"),
@@ -70,5 +70,6 @@ def emulate_amx(session: nox.Session) -> None:
     )
     tiers = session.run("python", "-c", "from phi_c import _core; print(*_core.tiers())", silent=True)
     if "amx" not in str(tiers).split():
-        session.skip("both need AVX-512 VNNI, which this machine lacks")
+        session.skip("all need AVX-512 VNNI, which this machine lacks")
+    # "amx" means amxbf16 too, which is there where the machine has AVX512-BF16.
     session.run("pytest", *(session.posargs or ["tests/core", "-k", "amx or avxvnni"]))

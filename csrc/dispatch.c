@@ -36,6 +36,14 @@ static bool amx_available(void) {
     return avx512_available() && c->amx_tile && c->amx_int8 && phi_cpu_request_tiles();
 #endif
 }
+static bool amxbf16_available(void) {
+    const phi_cpu *c = phi_cpu_detect();
+#ifdef PHI_EMULATE_AMX
+    return avx512_available() && c->avx512bf16;
+#else
+    return avx512_available() && c->avx512bf16 && c->amx_tile && c->amx_bf16 && phi_cpu_request_tiles();
+#endif
+}
 #endif
 
 typedef struct {
@@ -54,8 +62,9 @@ static const tier tiers[] = {
     {&phi_kernels_avx512, avx512_available, true},
 #endif
 #ifdef PHI_HAVE_AMX
-    /* Only on request: its arithmetic was checked in emulation, its speed was never measured on hardware. */
+    /* Only on request: their arithmetic was checked in emulation, their speed was never measured on hardware. */
     {&phi_kernels_amx, amx_available, false},
+    {&phi_kernels_amxbf16, amxbf16_available, false},
 #endif
 };
 enum { N_TIERS = sizeof tiers / sizeof tiers[0] };

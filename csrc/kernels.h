@@ -14,7 +14,7 @@ enum {
     PHI_SUM_BLOCK = 16,   /* activations whose sum is kept: the smallest sub-block of a weight type */
     PHI_WIDE_BLOCK = 256, /* wide activations that share a scale */
     PHI_WIDE_STEPS = 254, /* steps of the low part of a wide activation in one of the high part */
-    PHI_TILE_TOKENS = 16, /* tokens and columns of a tile of wide activations */
+    PHI_TILE_TOKENS = 16, /* tokens of a tile of wide activations, and bytes of each: columns in int8 */
     PHI_TILE_COLS = 64,
     PHI_KV_BLOCK = 32,        /* dimensions that share a scale in an int8 page */
     PHI_KV_GROUP = 16,        /* positions that lie side by side in a key page */
@@ -48,9 +48,11 @@ typedef struct {
     int n_cols;
     float *f32; /* [n_tokens, n_cols] */
     phi_q8 q8;  /* of n_tokens * n_cols; for PHI_ACT_Q8 products only */
-    /* The same once more for products of many tokens, in two parts: x = scale * (high + low / PHI_WIDE_STEPS). NULL
-     * where the tier has no quantize_wide, n_cols is no multiple of PHI_WIDE_BLOCK, or the tokens are few. */
-    int8_t *wide;       /* [n_tokens / PHI_TILE_TOKENS (rounded up), 2, n_cols / PHI_TILE_COLS] tiles of
+    /* The same once more for products of many tokens, as the tier's quantize_wide writes them. NULL where it has none,
+     * n_cols is no multiple of PHI_WIDE_BLOCK, or the tokens are few.
+     * amx: int8 in two parts, x = scale * (high + low / PHI_WIDE_STEPS), by 16 tokens all of the high one first;
+     * amxbf16: bf16, whose tiles have half as many columns, and no scales. */
+    int8_t *wide;       /* [n_tokens / PHI_TILE_TOKENS (rounded up), 2 * n_cols / PHI_TILE_COLS] tiles of
                            [PHI_TILE_TOKENS, PHI_TILE_COLS]; tokens that fill up may hold anything */
     float *wide_scales; /* [n_tokens, n_cols / PHI_WIDE_BLOCK] */
 } phi_activations;
@@ -59,8 +61,8 @@ static inline size_t phi_wide_bytes(size_t n_tokens, size_t n_cols) {
     return (n_tokens + PHI_TILE_TOKENS - 1) / PHI_TILE_TOKENS * PHI_TILE_TOKENS * 2 * n_cols;
 }
 
-/* Where the wide activations of a token begin: PHI_TILE_COLS of the high part, the next ones in the next tile. The low
- * part is PHI_TILE_TOKENS * n_cols further on. */
+/* Where the wide activations of a token begin: PHI_TILE_COLS bytes, the next ones in the next tile. The low part of
+ * int8 is PHI_TILE_TOKENS * n_cols further on. */
 static inline int8_t *phi_wide_of(const phi_activations *x, int token) {
     const size_t row = (size_t)token % PHI_TILE_TOKENS;
     return x->wide + phi_wide_bytes((size_t)token - row, (size_t)x->n_cols) + row * PHI_TILE_COLS;
@@ -154,6 +156,7 @@ extern const phi_kernels phi_kernels_avx512;
 #endif
 #ifdef PHI_HAVE_AMX
 extern const phi_kernels phi_kernels_amx;
+extern const phi_kernels phi_kernels_amxbf16;
 #endif
 
 /* One head in a page: keys [PHI_PAGE_TOKENS / 16, head_dim, 16], then values [PHI_PAGE_TOKENS, head_dim]. In int8 these

@@ -161,8 +161,8 @@ typedef struct {
 
 /* Runs the batch: appends its keys and values to the cache and writes the logits asked for. A token sees the
  * positions before it in its sequence, those of this batch included. A token's result does not depend on what else
- * is in the batch: the bits are the same alone, in a chunk, or among other sequences. (On the amx tier in batches of at
- * most 16 tokens; larger ones take their products with coarser rounding.) */
+ * is in the batch: the bits are the same alone, in a chunk, or among other sequences. (On the tiers amx and amxbf16 in
+ * batches of at most 16 tokens; larger ones take products that round otherwise.) */
 phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batch);
 
 #endif

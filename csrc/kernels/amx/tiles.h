@@ -1,6 +1,7 @@
 /* The tile operations that products use: AMX, or the same in plain C on any machine (PHI_EMULATE_AMX).
- * All eight tiles are 16 rows of 64 bytes: int8 [16, 64] and, as the right factor, [16, 16, 4], or int32 [16, 16].
- * Numbers of tiles are literals: they end up in the names of registers. */
+ * All eight tiles are 16 rows of 64 bytes: int8 [16, 64] and, as the right factor, [16, 16, 4]; bf16 [16, 32] and, as
+ * the right factor, [16, 16, 2]; sums in int32 or float [16, 16]. Numbers of tiles are literals: they end up in the
+ * names of registers. */
 #ifndef PHI_AMX_TILES_H
 #define PHI_AMX_TILES_H
 
@@ -46,15 +47,23 @@ static inline void phi_tiles_configure(void) {
 #define phi_tile_store(tile, rows, stride_bytes) _tile_stored(tile, rows, stride_bytes)
 /* sums[m, n] += sum over k of left[m, k] * right[k / 4, n, k % 4] */
 #define phi_tile_multiply(sums, left, right) _tile_dpbssd(sums, left, right)
+/* The same in bf16 and float, by pairs: k / 2 and k % 2. */
+#define phi_tile_multiply_bf16(sums, left, right) _tile_dpbf16ps(sums, left, right)
 
 #else
 
+#include <float.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "../../half.h"
+
 typedef union {
     int8_t bytes[16][64];
+    uint16_t words[16][32];
     int32_t dwords[16][16];
+    float floats[16][16];
 } phi_tile;
 
 static _Thread_local struct {
@@ -99,6 +108,30 @@ static inline void phi_tile_multiply(int sums, int left, int right) {
                 for (int i = 0; i < 4; i++) dot += a->bytes[m][4 * k + i] * b->bytes[k][4 * n + i];
                 c->dwords[m][n] += dot;
             }
+        }
+    }
+}
+
+/* TDPBF16PS treats numbers below the smallest normal one as 0, in what it reads and what it makes. */
+static inline float phi_flushed(float x) { return fabsf(x) < FLT_MIN ? copysignf(0.0f, x) : x; }
+static inline float phi_flushed_bf16(uint16_t b) { return phi_flushed(phi_bf16_to_float(b)); }
+
+/* In the order of the instruction's description (Intel SDM volume 2): the first and the second numbers of the pairs are
+ * summed apart, then added to each other, then to what was there. */
+static inline void phi_tile_multiply_bf16(int sums, int left, int right) {
+    const phi_tile *a = phi_tile_of(left), *b = phi_tile_of(right);
+    phi_tile *c = phi_tile_of(sums);
+    for (int m = 0; m < 16; m++) {
+        float dots[32] = {0};
+        for (int k = 0; k < 16; k++) {
+            for (int i = 0; i < 32; i++) {
+                const float x = phi_flushed_bf16(a->words[m][2 * k + i % 2]), w = phi_flushed_bf16(b->words[k][i]);
+                dots[i] = phi_flushed(fmaf(x, w, dots[i]));
+            }
+        }
+        for (int n = 0; n < 16; n++) {
+            const float dot = phi_flushed(dots[2 * n] + dots[2 * n + 1]);
+            c->floats[m][n] = phi_flushed(phi_flushed(c->floats[m][n]) + dot);
         }
     }
 }

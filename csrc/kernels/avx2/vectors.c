@@ -22,8 +22,9 @@ void phi_quantize_q8_avx2(const float *x, size_t n, phi_q8 q8) {
         const __m256 inverse = _mm256_set1_ps(scale >= FLT_MIN ? 1.0f / scale : 0.0f);
         __m256i q[4];
         for (int i = 0; i < 4; i++) {
+            /* NaN, which infinity times 0 makes, becomes the limit, as in the scalar kernel: sums stay small. */
             const __m256 clamped = _mm256_max_ps(_mm256_sub_ps(_mm256_setzero_ps(), limit),
-                                                 _mm256_min_ps(limit, _mm256_mul_ps(v[i], inverse)));
+                                                 _mm256_min_ps(_mm256_mul_ps(v[i], inverse), limit));
             q[i] = _mm256_cvtps_epi32(clamped);
         }
         const __m256i low = _mm256_packs_epi32(q[0], q[1]), high = _mm256_packs_epi32(q[2], q[3]);

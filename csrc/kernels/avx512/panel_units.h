@@ -1,4 +1,4 @@
-/* Units of packed rows (kernels/generic/pack.h) to integers, for the products of the AVX-512 and AMX tiers.
+/* Units of packed rows (kernels/generic/pack.h) to integers, for the products of the AVX-512 tier and both AMX tiers.
  * Layout: a line is four columns of 16 rows, one dword a row; eight lines are a sub-block of 32 columns.
  * Idea: quants become unsigned bytes in the order of the columns; scales and minima, one vector for 16 rows, absorb
  * their offsets: w = scale * q - min. Types without minima are centred:
