@@ -8,10 +8,10 @@
 #include "avx512.h"
 #include "simd.h"
 
-/* 16 floats to the nearest integers from -127 to 127. */
+/* 16 floats to the nearest integers from -127 to 127; NaN, which infinity times 0 makes, becomes 127. */
 PHI_INLINE __m128i to_bytes(__m512 x) {
     const __m512 limit = _mm512_set1_ps(127.0f);
-    const __m512 clamped = _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), limit), _mm512_min_ps(limit, x));
+    const __m512 clamped = _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), limit), _mm512_min_ps(x, limit));
     return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(clamped));
 }
 
