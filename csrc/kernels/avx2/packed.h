@@ -135,10 +135,10 @@ PHI_INLINE void groups_q5_k(const void *unit, groups *g) {
 }
 PHI_INLINE __m256i line_q5_k(const void *unit, int sub_block, int line, int half) {
     const phi_panel_q5_k *u = unit;
-    const __m256i high = half_line(u->high[line], half);
+    const __m256i high = half_line(u->first[line].high, half);
     const __m256i fifth =
         sub_block < 4 ? _mm256_slli_epi16(high, 4 - sub_block) : _mm256_srli_epi16(high, sub_block - 4);
-    return _mm256_or_si256(nibbles_of(u->lines[sub_block / 2 * 8 + line], half, sub_block % 2),
+    return _mm256_or_si256(nibbles_of(phi_panel_q5_k_line(u, sub_block / 2 * 8 + line), half, sub_block % 2),
                            _mm256_and_si256(fifth, _mm256_set1_epi8(16)));
 }
 

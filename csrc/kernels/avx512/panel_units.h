@@ -152,10 +152,10 @@ INLINE void lines_q5_k(const void *unit, int sub_block, __m512i *q) {
     const phi_panel_q5_k *u = unit;
     const __m512i bit4 = _mm512_set1_epi8(16);
     for (int i = 0; i < LINES; i++) {
-        const __m512i high = load_line(u->high[i]);
+        const __m512i high = load_line(u->first[i].high);
         const __m512i fifth =
             sub_block < 4 ? _mm512_slli_epi16(high, 4 - sub_block) : _mm512_srli_epi16(high, sub_block - 4);
-        q[i] = or_bits(nibbles_of(u->lines[sub_block / 2 * 8 + i], sub_block % 2), fifth, bit4);
+        q[i] = or_bits(nibbles_of(phi_panel_q5_k_line(u, sub_block / 2 * 8 + i), sub_block % 2), fifth, bit4);
     }
 }
 

@@ -60,8 +60,11 @@ static void pack_block_q5_k(const void *block, int row, void *unit) {
     u->d[row] = b->d;
     u->dmin[row] = b->dmin;
     pack_bytes(b->scales, sizeof b->scales, row, u->scales);
-    pack_lines(b->qh, sizeof b->qh, row, u->high);
-    pack_lines(b->qs, sizeof b->qs, row, u->lines);
+    for (size_t i = 0; i < 8; i++) {
+        memcpy(&u->first[i].high[4 * row], b->qh + 4 * i, 4);
+        memcpy(&u->first[i].low[4 * row], b->qs + 4 * i, 4);
+    }
+    pack_lines(b->qs + 32, sizeof b->qs - 32, row, u->rest);
 }
 
 static void pack_block_q6_k(const void *block, int row, void *unit) {

@@ -10,7 +10,7 @@
 
 /* Part of the key of packed weights that are kept in a file: to be raised whenever a panel has other bytes, or when the
  * order in which a model's matrices are packed changes. */
-enum { PHI_PANEL_VERSION = 1 };
+enum { PHI_PANEL_VERSION = 2 };
 
 typedef struct {
     uint16_t d[16];
@@ -33,14 +33,22 @@ typedef struct {
     uint8_t lines[32][64];
 } phi_panel_q4_k;
 
+/* This and the next lie in the order in which a product reads them: the memory's own prefetchers follow one ascending
+ * stream, and lose two. */
 typedef struct {
     uint16_t d[16], dmin[16];
     uint8_t scales[12][16];
-    uint8_t high[8][64]; /* lines of qh */
-    uint8_t lines[32][64];
+    struct {
+        uint8_t high[64], low[64]; /* line i of qh, and of the first 32 bytes of qs */
+    } first[8];
+    uint8_t rest[24][64]; /* the other lines of qs */
 } phi_panel_q5_k;
 
-/* In the order in which a product reads it: the memory's own prefetchers follow one ascending stream, and lose two. */
+/* Line i of qs. */
+static inline const uint8_t *phi_panel_q5_k_line(const phi_panel_q5_k *u, int i) {
+    return i < 8 ? u->first[i].low : u->rest[i - 8];
+}
+
 typedef struct {
     uint16_t d[16];
     int8_t scales[16][16];
