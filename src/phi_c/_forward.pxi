@@ -1,0 +1,169 @@
+# ---- the KV cache, and a forward pass over it ----
+
+
+KV_TYPES = ("f16", "q8")
+
+
+cdef phi_kv_type _kv_type(kv) except *:
+    if kv not in KV_TYPES:
+        raise OptionError(f"kv is {kv!r}, expected one of {', '.join(KV_TYPES)}")
+    return PHI_KV_Q8 if kv == "q8" else PHI_KV_F16
+
+
+def kv_page_bytes(config, kv="f16"):
+    """Return the bytes of PAGE_TOKENS positions of a model in a KV cache of a type. Raises OptionError for another."""
+    return config.n_layers * config.n_kv_heads * phi_page_head_bytes(_kv_type(kv), config.head_dim)
+
+
+cdef class KvCache:
+    """Pages of keys and values for one model, PAGE_TOKENS positions each.
+
+    kv: "f16", half precision, or "q8", int8 with a scale for each 32 dimensions of a position. Memory is taken from
+    the system as pages are first written. Raises MemoryError when it is refused, OptionError for another type.
+    """
+
+    cdef phi_kv *kv
+    cdef Model model
+    cdef readonly int n_pages
+    cdef readonly size_t page_bytes
+
+    def __init__(self, Model model not None, int n_pages, kv="f16"):
+        cdef phi_kv_type type = _kv_type(kv)
+        if n_pages < 1:
+            raise ValueError(f"{n_pages} pages, expected at least 1")
+        self.model = model
+        self.n_pages = n_pages
+        self.page_bytes = phi_kv_page_bytes(&model.model, type)
+        if phi_kv_create(&model.model, type, n_pages, &self.kv) != PHI_OK:
+            raise MemoryError(f"the KV cache of {n_pages * self.page_bytes} bytes could not be had")
+
+    def __dealloc__(self):
+        phi_kv_free(self.kv)
+
+
+cdef class CancelFlag:
+    """Stops a running `forward` from another thread."""
+
+    cdef volatile int flag
+
+    def set(self):
+        """Ask the call that watches this flag to stop."""
+        self.flag = 1
+
+    def clear(self):
+        """Make the flag usable again."""
+        self.flag = 0
+
+    def is_set(self):
+        """Return whether `set` was called."""
+        return self.flag != 0
+
+
+cdef struct _Watch:  # what a running forward pass asks between layers
+    const volatile int *flag  # of a CancelFlag, or NULL
+    double asked  # phi_seconds() at the last look at Python's signals
+    void *errors  # the list that takes what a signal handler raised
+
+
+cdef c_bool _poll(void *context) noexcept nogil:
+    cdef _Watch *watch = <_Watch *>context
+    cdef double now = phi_seconds()
+    if watch.flag != NULL and watch.flag[0]:
+        return True
+    if 0 <= now - watch.asked < 0.1:
+        return False
+    watch.asked = now
+    return _handle_signals(watch)
+
+
+cdef c_bool _handle_signals(_Watch *watch) noexcept with gil:
+    try:
+        PyErr_CheckSignals()
+    except BaseException as error:
+        (<list>watch.errors).append(error)
+        return True
+    return False
+
+
+cdef int _check(const int32_t[::1] values, int low, int high, what) except -1:
+    cdef Py_ssize_t i
+    for i in range(values.shape[0]):
+        if not low <= values[i] < high:
+            raise ValueError(f"{what} is {values[i]}, expected {low} to {high - 1}")
+    return 0
+
+
+def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens not None,
+            const int32_t[::1] positions not None, const int32_t[::1] sequences not None,
+            list page_tables not None, list long_rope not None, const int32_t[::1] logit_rows not None,
+            CancelFlag cancel=None):
+    """Run a batch of tokens and return the logits asked for: float32 [n_logit_rows, n_vocab].
+
+    tokens, positions, sequences: int32 [n_tokens]; token i is at a position of sequence sequences[i], whose position
+    p lies in KV page page_tables[s][p // PAGE_TOKENS] (int32) and which rotates by the long factors if long_rope[s].
+    logit_rows: int32, tokens of the batch. Positions ascend within a sequence, and the cache holds those before.
+
+    Raises ValueError for indices out of range, ModelClosedError, Cancelled when the flag was set; an interrupt
+    (Ctrl-C) passes through within a layer's time.
+    """
+    cdef int n_tokens = <int>tokens.shape[0], n_sequences = <int>len(page_tables), i
+    cdef int n_logit_rows = <int>logit_rows.shape[0]
+    if n_tokens == 0 or positions.shape[0] != n_tokens or sequences.shape[0] != n_tokens or len(long_rope) != n_sequences:
+        raise ValueError("tokens, positions and sequences differ in length or are empty")
+    if kv.model is not model:
+        raise ValueError("the KV cache belongs to another model")
+    _check(tokens, 0, model.model.n_vocab, "a token id")
+    _check(sequences, 0, n_sequences, "a sequence index")
+    _check(logit_rows, 0, n_tokens, "a logit row")
+    tables = [np.ascontiguousarray(table, np.int32) for table in page_tables]
+    cdef const int32_t[::1] table
+    cdef phi_sequence *seqs = <phi_sequence *>calloc(n_sequences, sizeof(phi_sequence))
+    if seqs == NULL:
+        raise MemoryError
+    cdef phi_batch batch
+    cdef phi_status status
+    cdef list errors = []
+    cdef _Watch watch
+    watch.flag = &cancel.flag if cancel is not None else NULL
+    watch.asked = phi_seconds()
+    watch.errors = <void *>errors
+    try:
+        for i in range(n_sequences):
+            table = tables[i]
+            _check(table, 0, kv.n_pages, "a page")
+            seqs[i].pages = &table[0] if table.shape[0] else NULL
+            seqs[i].long_rope = bool(long_rope[i])
+        for i in range(n_tokens):
+            if not 0 <= positions[i] < len(tables[sequences[i]]) * PHI_PAGE_TOKENS:
+                raise ValueError(f"position {positions[i]} is outside the pages of its sequence")
+        logits = np.empty((n_logit_rows, model.model.n_vocab), np.float32)
+        batch.n_tokens = n_tokens
+        batch.tokens = &tokens[0]
+        batch.positions = &positions[0]
+        batch.sequences = &sequences[0]
+        batch.seqs = seqs
+        batch.n_logit_rows = n_logit_rows
+        batch.logit_rows = &logit_rows[0] if n_logit_rows else NULL
+        batch.logits = NULL
+        if n_logit_rows:
+            batch.logits = _data(logits)
+        batch.poll = _poll
+        batch.poll_context = &watch
+        with model.lock:  # one run at a time on a pool
+            if model.model.pool == NULL:
+                raise ModelClosedError("the model was closed")
+            with nogil:
+                status = phi_forward(&model.model, kv.kv, &batch)
+    finally:
+        free(seqs)
+    if errors:
+        raise errors[0]
+    if status == PHI_CANCELLED:
+        raise Cancelled("the call was cancelled")
+    if status != PHI_OK:
+        raise MemoryError("the working memory of a forward pass could not be had")
+    return logits
+
+
+cdef float *_data(float[:, ::1] array) noexcept:
+    return &array[0, 0]
