@@ -11,11 +11,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from phi_c._core import CancelFlag
     from phi_c.errors import PhiError
-    from phi_c.llm import LLM, Completion, Piece, Usage, load
+    from phi_c.llm import LLM, load
+    from phi_c.results import Completion, Piece, Usage
 
 __all__ = ["LLM", "CancelFlag", "Completion", "PhiError", "Piece", "Usage", "load"]
 
-_HOMES = {"CancelFlag": "phi_c._core", "PhiError": "phi_c.errors"}
+_HOMES = {
+    "CancelFlag": "phi_c._core",
+    "PhiError": "phi_c.errors",
+    "Completion": "phi_c.results",
+    "Piece": "phi_c.results",
+    "Usage": "phi_c.results",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,67 +13,24 @@ import numpy as np
 import numpy.typing as npt
 
 from phi_c import hub, machine
-from phi_c._core import PAGE_TOKENS, CancelFlag, Model, kv_page_bytes, tiers, touch
+from phi_c._core import CancelFlag, Model, touch
 from phi_c.engine.engine import Engine
-from phi_c.engine.scheduler import pages_for
 from phi_c.engine.sequence import Finish
 from phi_c.engine.sequence import Sequence as EngineSequence
-from phi_c.errors import ChatTemplateError, ContextLengthError, MemoryLimitError, OptionError
+from phi_c.errors import ChatTemplateError, ContextLengthError, OptionError
 from phi_c.model.config import ModelConfig, read_config
 from phi_c.model.gguf_file import GGUFFile
 from phi_c.model.side_file import SideFile
 from phi_c.model.weights import load_weights
+from phi_c.options import check_count, check_memory, choose_n_ctx, choose_tier
+from phi_c.results import Completion, Piece, Usage, collect, piece_of
 from phi_c.sampling.params import SamplingParams
-from phi_c.sampling.sampler import Sampler, TokenLogprob
+from phi_c.sampling.sampler import Sampler
 from phi_c.text.chat import Message, encode_chat, load_chat_template
 from phi_c.text.stream import TextStream
 from phi_c.text.tokenizer import load_tokenizer
 
-DEFAULT_N_CTX = 4096
 LAYOUTS = ("packed", "cached", "file")
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a call cost."""
-
-    prompt_tokens: int
-    cached_tokens: int  # of the prompt, found in the cache of earlier calls
-    completion_tokens: int
-    prompt_seconds: float  # until the first token, waiting for other calls included
-    decode_seconds: float  # from the first token to the last
-
-    @property
-    def prompt_tok_s(self) -> float:
-        """Prompt tokens computed a second."""
-        return (self.prompt_tokens - self.cached_tokens) / max(self.prompt_seconds, 1e-9)
-
-    @property
-    def decode_tok_s(self) -> float:
-        """Tokens a second after the first."""
-        return (self.completion_tokens - 1) / self.decode_seconds if self.completion_tokens > 1 else 0.0
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of a text as it comes; the last one says why it ended."""
-
-    text: str
-    tokens: list[int]
-    logprobs: list[TokenLogprob] | None = None
-    finish_reason: str | None = None
-    usage: Usage | None = None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A whole text. tokens has the ids as they were generated, an end token included; text has not."""
-
-    text: str
-    tokens: list[int]
-    finish_reason: str  # "stop": the model or a stop string ended it; "length": max_tokens or context; "cancelled"
-    usage: Usage
-    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass(frozen=True)
@@ -140,21 +97,21 @@ class LLM:
         kv: str = "f16",
         tokenizer_json: Path | None = None,
     ) -> None:
-        _check_count("n_threads", n_threads, 1, 1024)
-        _check_count("n_batch", n_batch, 1, 1 << 16)
+        check_count("n_threads", n_threads, 1, 1024)
+        check_count("n_batch", n_batch, 1, 1 << 16)
         if layout not in LAYOUTS:
             raise OptionError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
-        tier = _choose_tier(tier)
+        tier = choose_tier(tier)
         self.path = path
         self._file = GGUFFile(path)
         try:
             self.config: ModelConfig = read_config(self._file)
-            self.n_ctx = _choose_n_ctx(n_ctx, self.config)
+            self.n_ctx = choose_n_ctx(n_ctx, self.config)
             weights = load_weights(self._file, self.config)
             side_file = SideFile(self._file, weights.packed_sizes(tier)) if layout == "cached" else None
             panels = side_file.open() if side_file else None
             is_mapped = layout == "file" or panels is not None
-            _check_memory(self.config, self.n_ctx, kv, 0 if is_mapped else self._file.n_bytes)
+            check_memory(self.config, self.n_ctx, kv, 0 if is_mapped else self._file.n_bytes)
             if is_mapped:
                 _touch_meanwhile(self._file.all_data() if panels is None else panels)
             self.tokenizer = load_tokenizer(self._file.metadata, tokenizer_json)
@@ -207,7 +164,7 @@ class LLM:
         """
         request = _request(max_tokens, stop, logprobs, cancel, sampling)
         ids = self._encode(prompt, raw, system, parse_special)
-        return _collect(self._run(ids, request, raw or not isinstance(prompt, str)))
+        return collect(self._run(ids, request, raw or not isinstance(prompt, str)))
 
     def stream(
         self,
@@ -242,7 +199,7 @@ class LLM:
         Turns that were computed in earlier calls are found in the cache. Options and errors as in `generate`.
         """
         request = _request(max_tokens, stop, logprobs, cancel, sampling)
-        return _collect(self._run(self._encode_chat(messages, parse_special), request))
+        return collect(self._run(self._encode_chat(messages, parse_special), request))
 
     def chat_stream(
         self,
@@ -352,7 +309,7 @@ class LLM:
                 if n_now and first is None:
                     first = time.perf_counter()
                 if n_now > n_given and not sequence.is_done:
-                    yield _piece(sequence, n_given, n_now, _taken(ready))
+                    yield piece_of(sequence, n_given, n_now, _taken(ready))
                     n_given = n_now
         finally:
             self.engine.remove(sequence)
@@ -368,43 +325,7 @@ class LLM:
             decode_seconds=end - (first or end),
         )
         finish = sequence.finish or Finish.CANCELLED
-        yield _piece(sequence, n_given, n_all, _taken(ready) + text.finish(), finish, usage)
-
-
-@dataclass
-class _Collected:
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-
-
-def _collect(pieces: Iterator[Piece]) -> Completion:
-    all_of = _Collected()
-    for piece in pieces:
-        all_of.text += piece.text
-        all_of.tokens += piece.tokens
-        all_of.logprobs += piece.logprobs or []
-    if piece.finish_reason is None or piece.usage is None:
-        raise AssertionError("the last piece says why the text ended")
-    logprobs = None if piece.logprobs is None else all_of.logprobs
-    return Completion(all_of.text, all_of.tokens, piece.finish_reason, piece.usage, logprobs)
-
-
-def _piece(
-    sequence: EngineSequence,
-    start: int,
-    end: int,
-    text: str,
-    finish: Finish | None = None,
-    usage: Usage | None = None,
-) -> Piece:
-    return Piece(
-        text=text,
-        tokens=sequence.tokens[sequence.n_prompt + start : sequence.n_prompt + end],
-        logprobs=None if sequence.n_top_logprobs is None else sequence.logprobs[start:end],
-        finish_reason=finish.value if finish else None,
-        usage=usage,
-    )
+        yield piece_of(sequence, n_given, n_all, _taken(ready) + text.finish(), finish, usage)
 
 
 def _taken(ready: list[str]) -> str:
@@ -423,48 +344,11 @@ def _request(
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(s, str) and s for s in stops):
         raise OptionError(f"stop is {stop!r:.60}, expected strings that are not empty")
-    _check_count("max_tokens", max_tokens, 1, None)
-    _check_count("logprobs", logprobs, 0, None)
+    check_count("max_tokens", max_tokens, 1, None)
+    check_count("logprobs", logprobs, 0, None)
     return _Request(max_tokens, stops, logprobs, cancel, SamplingParams(**sampling))
-
-
-def _check_count(name: str, value: int | None, least: int, most: int | None) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
-        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise OptionError(f"{name} is {value!r}, expected an integer {limits}")
-
-
-def _choose_tier(tier: str | None) -> str | None:
-    name = tier or os.environ.get("PHI_C_ISA") or None
-    if name is not None and name not in tiers():
-        where = "tier" if tier else "PHI_C_ISA"
-        raise OptionError(f"{where} is {name!r}, expected one that this machine has: {', '.join(tiers())}")
-    return name
-
-
-def _choose_n_ctx(n_ctx: int | None, config: ModelConfig) -> int:
-    if n_ctx is None:
-        return min(config.n_ctx_train, DEFAULT_N_CTX)
-    if isinstance(n_ctx, bool) or not isinstance(n_ctx, int) or not 0 <= n_ctx <= config.n_ctx_train:
-        raise OptionError(f"n_ctx is {n_ctx!r}, expected 1 to {config.n_ctx_train}, the model's own, or 0 for that")
-    return n_ctx or config.n_ctx_train
 
 
 def _touch_meanwhile(mapped: npt.NDArray[np.uint8]) -> None:
     """Bring mapped weights into memory on another core while this one is busy with Python."""
     threading.Thread(target=touch, args=(mapped,), daemon=True).start()
-
-
-def _check_memory(config: ModelConfig, n_ctx: int, kv: str, weight_bytes: int) -> None:
-    page_bytes = kv_page_bytes(config, kv)
-    kv_bytes = pages_for(n_ctx) * page_bytes
-    available = machine.memory_available()
-    if kv_bytes + weight_bytes > available:
-        fits = max(available - weight_bytes, 0) // page_bytes * PAGE_TOKENS
-        raise MemoryLimitError(
-            f"the weights take {weight_bytes / 2**30:.1f} GiB and a context of {n_ctx} {kv_bytes / 2**30:.1f} GiB, "
-            f"{available / 2**30:.1f} GiB are free: "
-            + (f"n_ctx of at most {fits} fits" if fits else "this model does not fit")
-        )

@@ -11,7 +11,8 @@ from phi_c.cli.options import LOADING, SAMPLING, given
 from phi_c.errors import OptionError
 
 if TYPE_CHECKING:
-    from phi_c.llm import LLM, Piece, Usage
+    from phi_c.llm import LLM
+    from phi_c.results import Piece, Usage
     from phi_c.sampling.sampler import TokenLogprob
 
 _EPILOG = """\b

@@ -1,0 +1,52 @@
+"""Options of `load`, checked and chosen: one line says what was expected."""
+
+import os
+
+from phi_c import machine
+from phi_c._core import PAGE_TOKENS, kv_page_bytes, tiers
+from phi_c.engine.scheduler import pages_for
+from phi_c.errors import MemoryLimitError, OptionError
+from phi_c.model.config import ModelConfig
+
+DEFAULT_N_CTX = 4096
+
+
+def check_count(name: str, value: int | None, least: int, most: int | None) -> None:
+    """Raise OptionError for a value, unless it is None, that is no integer within limits."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise OptionError(f"{name} is {value!r}, expected an integer {limits}")
+
+
+def choose_tier(tier: str | None) -> str | None:
+    """Return the tier asked for, by the caller or PHI_C_ISA; None: the best. Raises OptionError for one not there."""
+    name = tier or os.environ.get("PHI_C_ISA") or None
+    if name is not None and name not in tiers():
+        where = "tier" if tier else "PHI_C_ISA"
+        raise OptionError(f"{where} is {name!r}, expected one that this machine has: {', '.join(tiers())}")
+    return name
+
+
+def choose_n_ctx(n_ctx: int | None, config: ModelConfig) -> int:
+    """Return the context in tokens; raises OptionError for one beyond the model's own."""
+    if n_ctx is None:
+        return min(config.n_ctx_train, DEFAULT_N_CTX)
+    if isinstance(n_ctx, bool) or not isinstance(n_ctx, int) or not 0 <= n_ctx <= config.n_ctx_train:
+        raise OptionError(f"n_ctx is {n_ctx!r}, expected 1 to {config.n_ctx_train}, the model's own, or 0 for that")
+    return n_ctx or config.n_ctx_train
+
+
+def check_memory(config: ModelConfig, n_ctx: int, kv: str, weight_bytes: int) -> None:
+    """Raise MemoryLimitError when weights and KV cache do not fit the memory that is free."""
+    page_bytes = kv_page_bytes(config, kv)
+    kv_bytes = pages_for(n_ctx) * page_bytes
+    available = machine.memory_available()
+    if kv_bytes + weight_bytes > available:
+        fits = max(available - weight_bytes, 0) // page_bytes * PAGE_TOKENS
+        raise MemoryLimitError(
+            f"the weights take {weight_bytes / 2**30:.1f} GiB and a context of {n_ctx} {kv_bytes / 2**30:.1f} GiB, "
+            f"{available / 2**30:.1f} GiB are free: "
+            + (f"n_ctx of at most {fits} fits" if fits else "this model does not fit")
+        )
