@@ -52,6 +52,7 @@ typedef struct {
 
 static int max_int(int a, int b) { return a > b ? a : b; }
 static int min_int(int a, int b) { return a < b ? a : b; }
+static int n_chunks(int n_rows, int chunk) { return (n_rows + chunk - 1) / chunk; }
 static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 static int take_task(const worker *w) { return atomic_fetch_add(&w->f->next_task[w->phase % 3], 1); }
@@ -106,6 +107,19 @@ static void multiply(const forward *f, const phi_matrix *w, int first_row, int n
 }
 
 /* ---- phases ---- */
+
+/* sums[column] += x[row, column]^2 for all rows of the batch, as a phase; for every thread once x is whole. */
+static void observe(worker *w, const phi_activations *x, double *sums) {
+    const int n_cols = x->n_cols, n_tokens = w->f->batch->n_tokens;
+    FOR_EACH_TASK(w, task, n_chunks(n_cols, CHUNK_ROWS)) {
+        const int first = task * CHUNK_ROWS, end = min_int(first + CHUNK_ROWS, n_cols);
+        for (int t = 0; t < n_tokens; t++) {
+            const float *row = x->f32 + (size_t)t * (size_t)n_cols;
+            for (int i = first; i < end; i++) sums[i] += (double)row[i] * (double)row[i];
+        }
+    }
+    end_phase(w);
+}
 
 static void embed(worker *w) {
     const forward *f = w->f;
@@ -181,6 +195,8 @@ static void project_heads(worker *w, int layer) {
     const int head_dim = model->head_dim, n_tokens = f->batch->n_tokens;
     const size_t q_dim = (size_t)model->n_heads * (size_t)head_dim;
     const phi_activations *normed = norm(w, l->attn_norm, n_tokens, NULL);
+    const phi_observer *seen = f->batch->observer;
+    if (seen) observe(w, normed, seen->attn_in + (size_t)layer * (size_t)model->n_embd);
     float *k = f->scratch + (size_t)w->thread * f->scratch_floats;
     float *v = k + (size_t)n_tokens * (size_t)head_dim;
     FOR_EACH_TASK(w, task, model->n_kv_heads + model->n_heads) {
@@ -243,7 +259,6 @@ static void attend(worker *w, int layer) {
 static int chunk_rows(const forward *f, int n_rows) {
     return n_rows / CHUNK_ROWS >= 8 * phi_pool_size(f->model->pool) ? CHUNK_ROWS : PHI_Q8_BLOCK;
 }
-static int n_chunks(int n_rows, int chunk) { return (n_rows + chunk - 1) / chunk; }
 
 /* residual += x @ matrix.T */
 static void project_back(worker *w, const phi_matrix *matrix, const phi_activations *x) {
@@ -263,13 +278,16 @@ static void project_back(worker *w, const phi_matrix *matrix, const phi_activati
 }
 
 /* inner = silu(gate) * up */
-static void gate(worker *w, const phi_layer *l) {
+static void gate(worker *w, int layer) {
     const forward *f = w->f;
+    const phi_layer *l = &f->model->layers[layer];
     const phi_kernels *kernels = f->model->kernels;
     const int n_tokens = f->batch->n_tokens, n_ffn = f->model->n_ffn;
     float *gates = f->scratch + (size_t)w->thread * f->scratch_floats;
     float *ups = gates + (size_t)n_tokens * CHUNK_ROWS;
     const phi_activations *normed = norm(w, l->ffn_norm, n_tokens, NULL);
+    const phi_observer *seen = f->batch->observer;
+    if (seen) observe(w, normed, seen->ffn_in + (size_t)layer * (size_t)f->model->n_embd);
     const int chunk = chunk_rows(f, n_ffn);
     FOR_EACH_TASK(w, task, n_chunks(n_ffn, chunk)) {
         const int first = task * chunk, n_rows = min_int(chunk, n_ffn - first);
@@ -303,6 +321,7 @@ static void write_logits(worker *w) {
 static void run(void *context, int thread) {
     forward *f = context;
     const phi_model *model = f->model;
+    const phi_observer *seen = f->batch->observer;
     worker w = {.f = f, .thread = thread};
     embed(&w);
     for (int layer = 0; layer < model->n_layers; layer++) {
@@ -311,12 +330,15 @@ static void run(void *context, int thread) {
         if (atomic_load(&f->stop)) return;
         project_heads(&w, layer);
         attend(&w, layer);
+        if (seen) observe(&w, &f->attended, seen->attn_out + (size_t)layer * (size_t)f->attended.n_cols);
         project_back(&w, &l->wo, &f->attended);
-        gate(&w, l);
+        gate(&w, layer);
+        if (seen) observe(&w, &f->inner, seen->ffn_inner + (size_t)layer * (size_t)model->n_ffn);
         if (thread == 0 && f->batch->poll && f->batch->poll(f->batch->poll_context)) atomic_store(&f->stop, true);
         project_back(&w, &l->down, &f->inner);
     }
     if (atomic_load(&f->stop)) return;
+    if (seen && seen->output) observe(&w, norm(&w, model->output_norm, f->batch->n_tokens, NULL), seen->output);
     write_logits(&w);
 }
 

@@ -146,6 +146,17 @@ typedef struct {
     bool long_rope;       /* rotate with rope_inv_freq_long */
 } phi_sequence;
 
+/* What products are fed: for each column of a matrix, the sum over tokens of the input's square before it is rounded.
+ * Matrices that share an input share its sums. A batch adds its tokens in their order, in double, so the bits depend
+ * neither on the number of threads nor, where products do not, on how a text is cut into batches. */
+typedef struct {
+    double *attn_in;   /* [n_layers, n_embd]: of wq, wk, wv */
+    double *attn_out;  /* [n_layers, n_heads * head_dim]: of wo */
+    double *ffn_in;    /* [n_layers, n_embd]: of gate, up */
+    double *ffn_inner; /* [n_layers, n_ffn]: of down */
+    double *output;    /* [n_embd]: of output, of all tokens whether or not their logits are wanted; NULL: not summed */
+} phi_observer;
+
 typedef struct {
     int n_tokens;
     const int32_t *tokens;    /* [n_tokens] vocabulary ids */
@@ -157,6 +168,7 @@ typedef struct {
     float *logits;             /* out [n_logit_rows, n_vocab] */
     bool (*poll)(void *);      /* asked between layers; true: stop. NULL: never */
     void *poll_context;
+    const phi_observer *observer; /* NULL: nobody looks, at no cost. What a cancelled batch has added stays added */
 } phi_batch;
 
 /* Runs the batch: appends its keys and values to the cache and writes the logits asked for. A token sees the

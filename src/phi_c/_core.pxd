@@ -110,6 +110,12 @@ cdef extern from "phi.h":
     ctypedef struct phi_sequence:
         const int32_t *pages
         c_bool long_rope
+    ctypedef struct phi_observer:
+        double *attn_in
+        double *attn_out
+        double *ffn_in
+        double *ffn_inner
+        double *output
     ctypedef struct phi_batch:
         int n_tokens
         const int32_t *tokens
@@ -121,6 +127,7 @@ cdef extern from "phi.h":
         float *logits
         c_bool (*poll)(void *) noexcept nogil
         void *poll_context
+        const phi_observer *observer
     phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batch) nogil
 
 cdef extern from "kernels.h":

@@ -85,6 +85,43 @@ cdef c_bool _handle_signals(_Watch *watch) noexcept with gil:
     return False
 
 
+cdef class Observer:
+    """Adds up, while `forward` runs, the squares of what each matrix of a model is multiplied with.
+
+    attn_in [n_layers, n_embd] is fed to wq, wk and wv, attn_out [n_layers, n_heads * head_dim] to wo, ffn_in
+    [n_layers, n_embd] to gate and up, ffn_inner [n_layers, n_ffn] to down, and output [n_embd], None unless it is asked
+    for, to the output matrix: float64, sums over n_tokens. Inputs count as they are before they are rounded to int8.
+    """
+
+    cdef phi_observer sums
+    cdef Model model
+    cdef readonly object attn_in, attn_out, ffn_in, ffn_inner, output
+    cdef readonly long long n_tokens
+
+    def __init__(self, Model model not None, *, output=False):
+        cdef const phi_model *m = &model.model
+        self.model = model
+        self.attn_in = np.zeros((m.n_layers, m.n_embd))
+        self.attn_out = np.zeros((m.n_layers, m.n_heads * m.head_dim))
+        self.ffn_in = np.zeros((m.n_layers, m.n_embd))
+        self.ffn_inner = np.zeros((m.n_layers, m.n_ffn))
+        self.output = np.zeros(m.n_embd) if output else None
+        self.sums.attn_in, self.sums.attn_out = _doubles(self.attn_in), _doubles(self.attn_out)
+        self.sums.ffn_in, self.sums.ffn_inner = _doubles(self.ffn_in), _doubles(self.ffn_inner)
+        self.sums.output = _doubles(self.output[None]) if output else NULL
+
+    def clear(self):
+        """Begin anew: also after a pass that was interrupted, which has added a part of its tokens."""
+        for sums in (self.attn_in, self.attn_out, self.ffn_in, self.ffn_inner, self.output):
+            if sums is not None:
+                sums.fill(0)
+        self.n_tokens = 0
+
+
+cdef double *_doubles(double[:, ::1] array) noexcept:
+    return &array[0, 0]
+
+
 cdef int _check(const int32_t[::1] values, int low, int high, what) except -1:
     cdef Py_ssize_t i
     for i in range(values.shape[0]):
@@ -96,12 +133,13 @@ cdef int _check(const int32_t[::1] values, int low, int high, what) except -1:
 def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens not None,
             const int32_t[::1] positions not None, const int32_t[::1] sequences not None,
             list page_tables not None, list long_rope not None, const int32_t[::1] logit_rows not None,
-            CancelFlag cancel=None):
+            CancelFlag cancel=None, Observer observer=None):
     """Run a batch of tokens and return the logits asked for: float32 [n_logit_rows, n_vocab].
 
     tokens, positions, sequences: int32 [n_tokens]; token i is at a position of sequence sequences[i], whose position
     p lies in KV page page_tables[s][p // PAGE_TOKENS] (int32) and which rotates by the long factors if long_rope[s].
     logit_rows: int32, tokens of the batch. Positions ascend within a sequence, and the cache holds those before.
+    observer: one of this model, to which the batch is added.
 
     Raises ValueError for indices out of range, ModelClosedError, Cancelled when the flag was set; an interrupt
     (Ctrl-C) passes through within a layer's time.
@@ -112,6 +150,8 @@ def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens
         raise ValueError("tokens, positions and sequences differ in length or are empty")
     if kv.model is not model:
         raise ValueError("the KV cache belongs to another model")
+    if observer is not None and observer.model is not model:
+        raise ValueError("the observer belongs to another model")
     _check(tokens, 0, model.model.n_vocab, "a token id")
     _check(sequences, 0, n_sequences, "a sequence index")
     _check(logit_rows, 0, n_tokens, "a logit row")
@@ -149,6 +189,7 @@ def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens
             batch.logits = _data(logits)
         batch.poll = _poll
         batch.poll_context = &watch
+        batch.observer = &observer.sums if observer is not None else NULL
         with model.lock:  # one run at a time on a pool
             if model.model.pool == NULL:
                 raise ModelClosedError("the model was closed")
@@ -162,6 +203,8 @@ def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens
         raise Cancelled("the call was cancelled")
     if status != PHI_OK:
         raise MemoryError("the working memory of a forward pass could not be had")
+    if observer is not None:
+        observer.n_tokens += n_tokens
     return logits
 
 
