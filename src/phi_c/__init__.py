@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from phi_c._core import CancelFlag
+    from phi_c.calibration import collect_imatrix
     from phi_c.errors import PhiError
     from phi_c.llm import LLM, load
     from phi_c.results import Completion, Piece, Usage
 
-__all__ = ["LLM", "CancelFlag", "Completion", "PhiError", "Piece", "Usage", "load"]
+__all__ = ["LLM", "CancelFlag", "Completion", "PhiError", "Piece", "Usage", "collect_imatrix", "load"]
 
 _HOMES = {
     "CancelFlag": "phi_c._core",
+    "collect_imatrix": "phi_c.calibration",
     "PhiError": "phi_c.errors",
     "Completion": "phi_c.results",
     "Piece": "phi_c.results",
