@@ -18,6 +18,7 @@ class Reference:
 
     def __init__(self, path: Path) -> None:
         reader = gguf.GGUFReader(path)
+        self.inputs: dict[str, Floats] = {}  # of each matrix in the last call of `logits`: [n_tokens, n_cols]
         self.tensors: dict[str, Floats] = {
             t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32) for t in reader.tensors
         }
@@ -70,15 +71,20 @@ class Reference:
         mean = (x.astype(np.float64) ** 2).mean(-1, keepdims=True)
         return (x / np.sqrt(mean + self.eps) * self.tensors[name]).astype(np.float32)
 
+    def product(self, x: Floats, name: str) -> Floats:
+        """Return x [n_tokens, n_cols] times a matrix, and remember x."""
+        self.inputs[name] = x
+        return x @ self.tensors[name].T
+
     def projections(self, layer: int, x: Floats) -> list[Floats]:
         """Return q, k, v as [n_tokens, heads, head_dim]."""
         block = f"blk.{layer}."
         counts = [self.n_heads, self.n_kv_heads, self.n_kv_heads]
         if self.architecture == "phi3":
             ends = np.cumsum(counts)[:-1] * self.head_dim
-            parts = np.split(x @ self.tensors[block + "attn_qkv.weight"].T, ends, axis=1)
+            parts = np.split(self.product(x, block + "attn_qkv.weight"), ends, axis=1)
         else:
-            parts = [x @ self.tensors[f"{block}attn_{name}.weight"].T for name in "qkv"]
+            parts = [self.product(x, f"{block}attn_{name}.weight") for name in "qkv"]
         return [part.reshape(len(x), n, self.head_dim) for part, n in zip(parts, counts, strict=True)]
 
     def attention(self, q: Floats, k: Floats, v: Floats) -> Floats:
@@ -99,10 +105,10 @@ class Reference:
     def feed_forward(self, layer: int, x: Floats) -> Floats:
         block = f"blk.{layer}."
         if self.architecture == "phi3":
-            gate, up = np.split(x @ self.tensors[block + "ffn_up.weight"].T, 2, axis=1)
+            gate, up = np.split(self.product(x, block + "ffn_up.weight"), 2, axis=1)
         else:
-            gate, up = (x @ self.tensors[f"{block}ffn_{name}.weight"].T for name in ("gate", "up"))
-        return (gate / (1 + np.exp(-gate)) * up) @ self.tensors[block + "ffn_down.weight"].T
+            gate, up = (self.product(x, f"{block}ffn_{name}.weight") for name in ("gate", "up"))
+        return self.product(gate / (1 + np.exp(-gate)) * up, block + "ffn_down.weight")
 
     def logits(self, tokens: list[int], *, long_rope: bool | None = None) -> Floats:
         """Return the logits after each token; long_rope None: as transformers decides for the whole text."""
@@ -114,7 +120,7 @@ class Reference:
             block = f"blk.{layer}."
             q, k, v = self.projections(layer, self.norm(x, block + "attn_norm.weight"))
             attended = self.attention(self.rotate(q, cos, sin), self.rotate(k, cos, sin), v)
-            x = x + attended @ self.tensors[block + "attn_output.weight"].T
+            x = x + self.product(attended, block + "attn_output.weight")
             x = x + self.feed_forward(layer, self.norm(x, block + "ffn_norm.weight"))
-        output = self.tensors.get("output.weight", self.tensors["token_embd.weight"])
-        return self.norm(x, "output_norm.weight") @ output.T
+        output = "output.weight" if "output.weight" in self.tensors else "token_embd.weight"
+        return self.product(self.norm(x, "output_norm.weight"), output)

@@ -39,6 +39,7 @@ class Runner:
         table: npt.NDArray[np.int32] | None = None,
         long_rope: bool = False,
         cancel: _core.CancelFlag | None = None,
+        observer: _core.Observer | None = None,
     ) -> Floats:
         """Return the logits of all the tokens, which are at positions start, start + 1, ..."""
         n = len(tokens)
@@ -52,4 +53,5 @@ class Runner:
             [long_rope],
             np.arange(n, dtype=np.int32),
             cancel,
+            observer,
         )
