@@ -12,7 +12,7 @@ import phi_c
 from core.closeness import nmse, rounds_anew
 from phi_c import _core, calibration
 from phi_c.errors import ModelFileError, OptionError
-from phi_c.model.imatrix import Imatrix, read_imatrix
+from phi_c.model.imatrix import Entry, Imatrix, read_imatrix
 from reference import Reference
 from tiny_gguf import write_tiny
 
@@ -146,8 +146,7 @@ def test_refusals(path: Path, tmp_path: Path) -> None:
                 phi_c.collect_imatrix(llm, TEXT, **{"n_ctx": N_CTX, **options})
         with pytest.raises(OptionError, match="the text has 1 tokens, expected at least 48: 1 chunks of 48"):
             phi_c.collect_imatrix(llm, "", n_ctx=N_CTX)
-        other = Imatrix(N_CTX)
-        other.add("blk.0.ffn_down.weight", np.ones((1, 3)), np.array([1]))
+        other = Imatrix(N_CTX, entries={"blk.0.ffn_down.weight": Entry(np.ones((1, 3)), np.array([1]))})
         with pytest.raises(ModelFileError, match=r"another model's: blk.0.ffn_down.weight has 3 columns in it, 512 in"):
             phi_c.collect_imatrix(llm, TEXT, n_ctx=N_CTX, into=other)
         foreign = collect(write_tiny(tmp_path / "deep.gguf", n_layers=3))

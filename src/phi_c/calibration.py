@@ -15,7 +15,7 @@ from phi_c.errors import ModelFileError, OptionError
 from phi_c.llm import LLM
 from phi_c.model.config import ModelConfig, expected_tensors
 from phi_c.model.gguf_file import GGUFFile
-from phi_c.model.imatrix import DEFAULT_CHUNK_SIZE, Imatrix
+from phi_c.model.imatrix import DEFAULT_CHUNK_SIZE, Entry, Imatrix
 from phi_c.options import check_count
 
 _MAX_SUM = 1e32  # of a chunk: a million of them stay within float32, which the file holds
@@ -79,7 +79,7 @@ def collect_imatrix(
             tokens[0] = llm.tokenizer.bos_id
         observer.clear()
         _run(llm, kv, tokens, observer)
-        _add(imatrix, inputs, observer, llm)
+        imatrix.merge(_chunk(inputs, observer, llm))
         progress(chunk + 1 - first_chunk, end - first_chunk)
     return imatrix
 
@@ -124,11 +124,12 @@ def _run(llm: LLM, kv: KvCache, tokens: npt.NDArray[np.int32], observer: Observe
         forward(llm.engine.model, kv, part, positions, sequences, [table], [long_rope], none, None, observer)
 
 
-def _add(imatrix: Imatrix, inputs: dict[str, tuple[str, int]], observer: Observer, llm: LLM) -> None:
-    sums = {name: np.atleast_2d(getattr(observer, array))[layer][None] for name, (array, layer) in inputs.items()}
-    for name, values in sums.items():
-        if not (values <= _MAX_SUM).all():  # nor NaN
-            raise ModelFileError(f"{llm.path}: what {name!r} is fed is not finite: the weights are damaged")
+def _chunk(inputs: dict[str, tuple[str, int]], observer: Observer, llm: LLM) -> Imatrix:
     counts = np.array([observer.n_tokens], np.int64)
-    for name, values in sums.items():
-        imatrix.add(name, values, counts)
+    chunk = Imatrix()
+    for name, (array, layer) in inputs.items():
+        sums = np.atleast_2d(getattr(observer, array))[layer : layer + 1].copy()
+        if not (sums <= _MAX_SUM).all():  # nor NaN
+            raise ModelFileError(f"{llm.path}: what {name!r} is fed is not finite: the weights are damaged")
+        chunk.entries[name] = Entry(sums, counts)
+    return chunk

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi_c.errors import CacheError, ModelFileError, ModelNotFoundError, PhiError
-from phi_c.model.imatrix import Imatrix, load_imatrix, read_imatrix
+from phi_c.model.imatrix import Entry, Imatrix, load_imatrix, read_imatrix
 from tiny_gguf import write_tiny
 
 RNG = np.random.default_rng(0)
@@ -58,11 +58,16 @@ def dat(entries: list[tuple[bytes, int, npt.NDArray[np.float32]]], tail: bytes =
 
 
 def sample() -> Imatrix:
-    imatrix = Imatrix(64, ["a.txt"])
-    imatrix.add(PLAIN, RNG.uniform(0, 9, (1, 40)), np.array([128]))
-    imatrix.add("output.weight", RNG.uniform(0, 9, (1, 5)), np.array([128]))
-    imatrix.add(EXPERTS, RNG.uniform(0, 9, (4, 40)) * [[1], [1], [0], [1]], np.array([100, 28, 0, 128]))
-    return imatrix
+    entries = {
+        PLAIN: Entry(RNG.uniform(0, 9, (1, 40)), np.array([128])),
+        "output.weight": Entry(RNG.uniform(0, 9, (1, 5)), np.array([128])),
+        EXPERTS: Entry(RNG.uniform(0, 9, (4, 40)) * [[1], [1], [0], [1]], np.array([100, 28, 0, 128])),
+    }
+    return Imatrix(64, ["a.txt"], entries)
+
+
+def one(name: str, sums: npt.NDArray[np.float64], *counts: int) -> Imatrix:
+    return Imatrix(entries={name: Entry(sums, np.array(counts))})
 
 
 def test_a_peers_file(tmp_path: Path) -> None:
@@ -167,22 +172,30 @@ def test_merged(tmp_path: Path) -> None:
         assert np.array_equal(total.entries[name].sums, a.entries[name].sums + b.entries[name].sums)
         assert np.array_equal(total.entries[name].counts, a.entries[name].counts + b.entries[name].counts)
     assert a.entries[PLAIN].counts.tolist() == [128]  # merged, not changed
-    other = Imatrix()
-    other.add(PLAIN, np.ones((1, 41)), np.array([1]))
-    with pytest.raises(ValueError, match="41 columns, expected 40"):
+    before = dict(total.entries)
+    other = one("blk.0.new.weight", np.ones((1, 2)), 1)
+    other.merge(one(PLAIN, np.ones((1, 41)), 1))
+    with pytest.raises(ValueError, match="blk.0.attn_q.weight has 41 columns, expected 40"):
         total.merge(other)
+    assert total.entries == before  # all of it or nothing
 
 
 def test_experts_of_the_older_format_merge(tmp_path: Path) -> None:
     flat = np.arange(12, dtype=np.float32)
     (tmp_path / "i.dat").write_bytes(dat([(EXPERTS.encode(), 2, flat)]))
     imatrix = load_imatrix(tmp_path / "i.dat", 10)
-    imatrix.add(EXPERTS, np.ones((4, 3)), np.array([1, 2, 3, 4]))
-    entry = imatrix.entries[EXPERTS]
-    assert np.array_equal(entry.sums, flat.reshape(4, 3) * 10 + 1)
-    assert entry.counts.tolist() == [21, 22, 23, 24]
+    counted = one(EXPERTS, np.ones((4, 3)), 1, 2, 3, 4)
+    for first, second in ((imatrix, counted), (counted, imatrix)):
+        total = Imatrix()
+        total.merge(first)
+        total.merge(second)
+        entry = total.entries[EXPERTS]
+        assert np.array_equal(entry.sums, flat.reshape(4, 3) * 10 + 1)
+        assert entry.counts.tolist() == [21, 22, 23, 24]
     with pytest.raises(ValueError, match="2 experts, expected 4"):
-        imatrix.add(EXPERTS, np.ones((2, 6)), np.array([1, 1]))
+        total.merge(one(EXPERTS, np.ones((2, 6)), 1, 1))
+    with pytest.raises(ValueError, match="5 experts, expected 1"):
+        imatrix.merge(one(EXPERTS, np.ones((1, 12)), 1, 1, 1, 1, 1))
 
 
 SUMS, COUNTS = {PLAIN + ".in_sum2": f32(1, 2)}, {PLAIN + ".counts": f32(1)}

@@ -32,7 +32,7 @@ _U32, _STRING, _ARRAY, _F32 = 4, 8, 9, 0  # GGUF value types, and the tensor typ
 _MAX_F32 = float(np.finfo(np.float32).max)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Entry:
     """What one matrix was fed: sums of squares float64 [n_experts, n_cols], and tokens int64 [n_experts]."""
 
@@ -43,6 +43,19 @@ class Entry:
         """Return mean squares, float32 [n_experts, n_cols]; an expert that no token reached gets ones (llama.cpp)."""
         counts = self.counts[:, None]
         return np.where(counts > 0, self.sums / np.maximum(counts, 1), 1.0).astype(np.float32)
+
+    def plus(self, other: "Entry") -> "Entry":
+        """Return the sum of two; raises ValueError where they differ in size.
+
+        A .dat file knows no experts: its one row and count are cut for those of the other.
+        """
+        n_experts = max(len(self.counts), len(other.counts))
+        if self.sums.size != other.sums.size:
+            raise ValueError(f"{other.sums.size} columns, expected {self.sums.size}")
+        if {len(self.counts), len(other.counts)} - {1, n_experts} or self.sums.size % n_experts:
+            raise ValueError(f"{len(other.counts)} experts, expected {len(self.counts)}")
+        shape = (n_experts, self.sums.size // n_experts)
+        return Entry(self.sums.reshape(shape) + other.sums.reshape(shape), self.counts + other.counts)
 
 
 @dataclass
@@ -61,26 +74,18 @@ class Imatrix:
         """The chunks that the matrix of most tokens has seen."""
         return max((int(e.counts.max()) for e in self.entries.values()), default=0) // self.chunk_size
 
-    def add(self, name: str, sums: Doubles, counts: npt.NDArray[np.int64]) -> None:
-        """Add sums of squares [n_experts, n_cols] over tokens [n_experts]; raises ValueError for other shapes."""
-        entry = self.entries.get(name)
-        if entry is None:
-            self.entries[name] = Entry(sums.copy(), counts.copy())
-            return
-        if entry.sums.size != sums.size:
-            raise ValueError(f"{name} has {sums.size} columns, expected {entry.sums.size}")
-        if len(entry.counts) == 1:  # a .dat file knows no experts: all of them saw as many tokens
-            entry.sums, entry.counts = entry.sums.reshape(sums.shape), np.repeat(entry.counts, len(counts))
-        if len(counts) not in (1, len(entry.counts)):
-            raise ValueError(f"{name} has {len(counts)} experts, expected {len(entry.counts)}")
-        entry.sums += sums.reshape(entry.sums.shape)
-        entry.counts += counts
-
     def merge(self, other: "Imatrix") -> None:
-        """Add what another one has seen; raises ValueError where a matrix has other sizes there."""
+        """Add what another one has seen: all of it, or nothing when an exception such as KeyboardInterrupt comes.
+
+        Raises ValueError where a matrix has other sizes there.
+        """
+        entries = dict(self.entries)
         for name, entry in other.entries.items():
-            self.add(name, entry.sums, entry.counts)
-        self.datasets += other.datasets
+            try:
+                entries[name] = entries[name].plus(entry) if name in entries else entry
+            except ValueError as error:
+                raise ValueError(f"{name} has {error}") from None
+        self.entries, self.datasets = entries, self.datasets + other.datasets
 
     def means(self) -> dict[str, Floats]:
         """Return mean squares by tensor name, float32 [n_experts, n_cols]."""
