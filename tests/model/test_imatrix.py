@@ -1,6 +1,9 @@
 """Importance matrices as files: what llama.cpp writes, GGUF and .dat, what we write, and damage."""
 
+import os
+import stat
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +146,21 @@ def test_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "i.gguf").read_bytes() == before
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions of POSIX")
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    umask = os.umask(0o027)
+    try:
+        sample().save(tmp_path / "i.gguf")
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "i.gguf").stat().st_mode) == 0o640
+
+
 def test_saved_where_a_folder_is(tmp_path: Path) -> None:
-    with pytest.raises(CacheError):
-        sample().save(tmp_path)
+    for folder in (tmp_path, Path(tmp_path.anchor)):
+        with pytest.raises(CacheError):
+            sample().save(folder)
+    assert not list(tmp_path.parent.glob("*.part"))
 
 
 @pytest.mark.parametrize("tail", [b"", struct.pack("<i", 3), struct.pack("<ii", 3, 5) + b"a.txt"])
