@@ -89,13 +89,16 @@ cdef class Observer:
     """Adds up, while `forward` runs, the squares of what each matrix of a model is multiplied with.
 
     attn_in [n_layers, n_embd] is fed to wq, wk and wv, attn_out [n_layers, n_heads * head_dim] to wo, ffn_in
-    [n_layers, n_embd] to gate and up, ffn_inner [n_layers, n_ffn] to down, and output [n_embd], None unless it is asked
-    for, to the output matrix: float64, sums over n_tokens. Inputs count as they are before they are rounded to int8.
+    [n_layers, n_embd] to gate and up, or to a router of experts, ffn_inner [n_layers, n_ffn] to down, and output
+    [n_embd], None unless it is asked for, to the output matrix: float64, sums over n_tokens. expert_in [n_layers,
+    n_experts, n_embd] and expert_inner [n_layers, n_experts, n_ffn] are what experts are fed, summed over the
+    expert_tokens [n_layers, n_experts] that they ran for; without experts they are empty, with them ffn_inner is 0.
+    Inputs count as they are before they are rounded to int8.
     """
 
     cdef phi_observer sums
     cdef Model model
-    cdef readonly object attn_in, attn_out, ffn_in, ffn_inner, output
+    cdef readonly object attn_in, attn_out, ffn_in, ffn_inner, output, expert_in, expert_inner, expert_tokens
     cdef readonly long long n_tokens
 
     def __init__(self, Model model not None, *, output=False):
@@ -109,10 +112,20 @@ cdef class Observer:
         self.sums.attn_in, self.sums.attn_out = _doubles(self.attn_in), _doubles(self.attn_out)
         self.sums.ffn_in, self.sums.ffn_inner = _doubles(self.ffn_in), _doubles(self.ffn_inner)
         self.sums.output = _doubles(self.output[None]) if output else NULL
+        cdef int n_experts = m.n_experts
+        self.expert_in = np.zeros((m.n_layers, n_experts, m.n_embd))
+        self.expert_inner = np.zeros((m.n_layers, n_experts, m.n_ffn))
+        self.expert_tokens = np.zeros((m.n_layers, n_experts), np.int64)
+        cdef int64_t[:, ::1] tokens = self.expert_tokens
+        if n_experts:
+            self.sums.expert_in = _doubles(self.expert_in.reshape(-1, m.n_embd))
+            self.sums.expert_inner = _doubles(self.expert_inner.reshape(-1, m.n_ffn))
+            self.sums.expert_tokens = &tokens[0, 0]
 
     def clear(self):
         """Begin anew: also after a pass that was interrupted, which has added a part of its tokens."""
-        for sums in (self.attn_in, self.attn_out, self.ffn_in, self.ffn_inner, self.output):
+        for sums in (self.attn_in, self.attn_out, self.ffn_in, self.ffn_inner, self.output,
+                     self.expert_in, self.expert_inner, self.expert_tokens):
             if sums is not None:
                 sums.fill(0)
         self.n_tokens = 0

@@ -106,6 +106,29 @@ def rms_norm(const float[::1] x not None, const float[::1] weight not None, floa
     return y
 
 
+def layer_norm(const float[::1] x not None, const float[::1] weight not None, const float[::1] bias not None, float eps,
+               tier=None):
+    """Return (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias, float32 [n]."""
+    cdef const phi_kernels *kernels = _kernels(tier)
+    if not 0 < x.shape[0] == weight.shape[0] == bias.shape[0]:
+        raise ValueError("x, weight and bias differ in length, or are empty")
+    y = np.empty(x.shape[0], np.float32)
+    cdef float[::1] view = y
+    kernels.layer_norm(&x[0], &weight[0], &bias[0], x.shape[0], eps, &view[0])
+    return y
+
+
+def gelu(const float[::1] x not None, tier=None):
+    """Return gelu(x) in the form with tanh, float32 [n]."""
+    cdef const phi_kernels *kernels = _kernels(tier)
+    if x.shape[0] == 0:
+        raise ValueError("x is empty")
+    y = np.empty(x.shape[0], np.float32)
+    cdef float[::1] view = y
+    kernels.gelu(&x[0], x.shape[0], &view[0])
+    return y
+
+
 def silu_mul(const float[::1] gate not None, const float[::1] up not None, tier=None):
     """Return silu(gate) * up, float32 [n]."""
     cdef const phi_kernels *kernels = _kernels(tier)
