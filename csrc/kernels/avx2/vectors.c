@@ -116,7 +116,8 @@ PHI_INLINE __m256 gelu(__m256 x) {
     const __m256 one = _mm256_set1_ps(1.0f), cube = _mm256_mul_ps(_mm256_mul_ps(x, x), x);
     const __m256 u = _mm256_fmadd_ps(_mm256_set1_ps(0.044715f), cube, x);
     const __m256 e = phi_exp(_mm256_mul_ps(_mm256_set1_ps(-2.0f * 0.7978845608f), u));
-    return _mm256_div_ps(x, _mm256_add_ps(one, e));
+    const __m256 bounded = _mm256_max_ps(_mm256_set1_ps(-1e6f), x); /* e is bounded too: 0 must be the limit */
+    return _mm256_div_ps(bounded, _mm256_add_ps(one, e));
 }
 
 void phi_gelu_avx2(const float *x, size_t n, float *y) {
