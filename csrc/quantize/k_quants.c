@@ -11,7 +11,9 @@
 #include "blocks.h"
 #include "lanes.h"
 
-enum { SUPER_BLOCK = 256, MAX_SUB_BLOCKS = 16, MAX_GROUPS = 2, ROUNDS = 3 };
+enum { SUPER_BLOCK = 256, MAX_SUB_BLOCKS = 16, MAX_GROUPS = 2, ROUNDS = 3, MORE_TRIES = 6, REFITS = 1, N_STEPS = 9 };
+#define NEAR_ENOUGH 1.1f
+#define STEP 0.1f
 
 /* What a type is to the search. */
 typedef struct {
@@ -36,7 +38,17 @@ typedef struct {
     float err;
 } super_block;
 
+/* A super-block's weights, and the scale and min, in floats, that suit each of its sub-blocks best. */
+typedef struct {
+    const k_type *type;
+    phi_lanes lanes[MAX_GROUPS];
+    float scale[MAX_GROUPS][PHI_LANES], min[MAX_GROUPS][PHI_LANES];
+    float scale_curvature[MAX_GROUPS][PHI_LANES], min_curvature[MAX_GROUPS][PHI_LANES];
+} k_search;
+
 static int n_groups(const k_type *type) { return SUPER_BLOCK / PHI_LANES / type->n; }
+
+static int is_affine(const k_type *type) { return type->q_min == 0.0f; }
 
 static void load(phi_lanes *lanes, const k_type *type, const float *x, const float *importance) {
     const float unit = phi_unit_of(x, SUPER_BLOCK);
@@ -49,42 +61,60 @@ static void load(phi_lanes *lanes, const k_type *type, const float *x, const flo
     }
 }
 
-/* Takes for each sub-block the scale code next to its own scale, and that one's best min code, which err least. */
-static void choose_codes(const phi_lanes *lanes, const k_type *type, const float *own_scale, const float *own_min,
-                         float d, float dmin, group *best) {
+/* Keeps for each sub-block the codes if the quants nearest for them err less than the least so far. */
+static void try_codes(const k_search *search, int g, float d, float dmin, const float *scale_code,
+                      const float *min_code, float *least, group *best) {
+    const k_type *type = search->type;
+    float scale[PHI_LANES], min[PHI_LANES];
+    PHI_EACH_LANE(l) {
+        scale[l] = d * scale_code[l];
+        min[l] = -dmin * min_code[l];
+    }
+    phi_nearest(&search->lanes[g], scale, min, type->q_min, type->q_max, best->q, &best->sums);
+    PHI_EACH_LANE(l) {
+        const int is_better = best->sums.err[l] < least[l];
+        least[l] = is_better ? best->sums.err[l] : least[l];
+        best->scale[l] = is_better ? scale_code[l] : best->scale[l];
+        best->min[l] = is_better ? min_code[l] : best->min[l];
+    }
+}
+
+/* Finds each sub-block's best codes: the scale code next to its own scale, with the min code that is best for its
+ * quants; then the scale code that is best for that min. */
+static void choose_codes(const k_search *search, int g, float d, float dmin, group *best) {
     static const float steps[] = {0.0f, -1.0f, 1.0f};
+    const k_type *type = search->type;
+    const phi_lanes *lanes = &search->lanes[g];
     const float per_d = phi_inverse(d), per_dmin = phi_inverse(dmin);
-    float scale[PHI_LANES], min[PHI_LANES], scale_code[PHI_LANES], min_code[PHI_LANES], least[PHI_LANES];
+    float scale[PHI_LANES], scale_code[PHI_LANES], min_code[PHI_LANES] = {0}, least[PHI_LANES];
     phi_lane_sums *sums = &best->sums;
     PHI_EACH_LANE(l) least[l] = INFINITY;
     for (int k = 0; k < 3; k++) {
         PHI_EACH_LANE(l) {
-            const float code = phi_round(phi_clamp(own_scale[l] * per_d, type->code_min, type->code_max)) + steps[k];
-            scale_code[l] = phi_clamp(code, type->code_min, type->code_max);
+            const float code = phi_round(phi_clamp(search->scale[g][l] * per_d, type->code_min, type->code_max));
+            scale_code[l] = phi_clamp(code + steps[k], type->code_min, type->code_max);
             scale[l] = d * scale_code[l];
-            min_code[l] = min[l] = 0.0f;
         }
-        if (own_min) {
-            phi_nearest(lanes, scale, own_min, type->q_min, type->q_max, best->q, sums);
+        if (is_affine(type)) {
+            phi_nearest(lanes, scale, search->min[g], type->q_min, type->q_max, best->q, sums);
             PHI_EACH_LANE(l) {
-                const float best_min = lanes->mean[l] - scale[l] * sums->q[l] / lanes->sum_w[l];
-                min_code[l] = phi_round(phi_clamp(-best_min * per_dmin, 0.0f, type->code_max));
-                min[l] = -dmin * min_code[l];
+                const float min = lanes->mean[l] - scale[l] * sums->q[l] / lanes->sum_w[l];
+                min_code[l] = phi_round(phi_clamp(-min * per_dmin, 0.0f, type->code_max));
             }
         }
-        phi_nearest(lanes, scale, min, type->q_min, type->q_max, best->q, sums);
+        try_codes(search, g, d, dmin, scale_code, min_code, least, best);
+    }
+    for (int k = 0; k < REFITS && is_affine(type); k++) {
+        try_codes(search, g, d, dmin, best->scale, best->min, least, best); /* for its sums */
         PHI_EACH_LANE(l) {
-            const int is_better = sums->err[l] < least[l];
-            least[l] = is_better ? sums->err[l] : least[l];
-            best->scale[l] = is_better ? scale_code[l] : best->scale[l];
-            best->min[l] = is_better ? min_code[l] : best->min[l];
+            const float above = lanes->mean[l] + dmin * best->min[l];
+            const float whole = sums->qx[l] + above * sums->q[l]; /* w q (x - min) */
+            const float code = sums->qq[l] > 0.0f ? whole / sums->qq[l] * per_d : 0.0f;
+            scale_code[l] = phi_round(phi_clamp(code, type->code_min, type->code_max));
         }
+        try_codes(search, g, d, dmin, scale_code, best->min, least, best);
     }
-    PHI_EACH_LANE(l) {
-        scale[l] = d * best->scale[l];
-        min[l] = -dmin * best->min[l];
-    }
-    phi_nearest(lanes, scale, min, type->q_min, type->q_max, best->q, sums);
+    try_codes(search, g, d, dmin, best->scale, best->min, least, best); /* the quants that go with the best */
 }
 
 /* The super-block's scale and min that suit codes and quants best: the least sum of w (x - d A + dmin B)^2, where A is
@@ -112,39 +142,93 @@ static void solve(const phi_lanes *lanes, const k_type *type, const super_block 
     }
 }
 
-/* The d for which the extreme of the sub-blocks' own scales has the extreme code. */
-static float first_scale(const k_type *type, float (*scale)[PHI_LANES]) {
-    float extreme = 0.0f;
+/* The d for which d times codes comes nearest to the sub-blocks' own scales (or mins): the extreme one near the extreme
+ * code, by steps; what a scale is off counts by its curvature. Whole scales are no finer than codes where weights
+ * hardly differ, so this is worth a search of its own. */
+static float first_scale(const k_type *type, const float (*scale)[PHI_LANES], const float (*curvature)[PHI_LANES]) {
+    const float end = type->code_min < 0.0f ? type->code_min : type->code_max;
+    float extreme = 0.0f, best = 0.0f, most = 0.0f;
     for (int g = 0; g < n_groups(type); g++) {
         for (int l = 0; l < PHI_LANES; l++) extreme = fabsf(scale[g][l]) > fabsf(extreme) ? scale[g][l] : extreme;
     }
-    return extreme / (type->code_min < 0.0f ? type->code_min : type->code_max);
+    const float per_extreme = phi_inverse(extreme);
+    for (int k = 0; k <= 2 * N_STEPS; k++) {
+        const float step = k % 2 ? STEP * (float)((k + 1) / 2) : STEP * (float)(-k / 2); /* 0, 1, -1, 2, -2, ... */
+        const float per_d = (end + step) * per_extreme;
+        float cc[PHI_LANES] = {0}, cs[PHI_LANES] = {0}, sum_cc = 0.0f, sum_cs = 0.0f;
+        for (int g = 0; g < n_groups(type); g++) {
+            PHI_EACH_LANE(l) {
+                const float code = phi_round(phi_clamp(scale[g][l] * per_d, type->code_min, type->code_max));
+                cc[l] += curvature[g][l] * code * code;
+                cs[l] += curvature[g][l] * code * scale[g][l];
+            }
+        }
+        for (int l = 0; l < PHI_LANES; l++) {
+            sum_cc += cc[l];
+            sum_cs += cs[l];
+        }
+        const float d = sum_cc > 0.0f ? sum_cs / sum_cc : 0.0f, gain = d * sum_cs;
+        if (gain > most * (1.0f + PHI_ROUNDING)) {
+            best = d;
+            most = gain;
+        }
+    }
+    return best;
+}
+
+/* Chooses codes and quants for a scale and a min, and keeps them if they err less than the best so far. */
+static void try_scale(const k_search *search, float d, float dmin, super_block *best) {
+    const k_type *type = search->type;
+    const float unit = search->lanes[0].unit[0];
+    super_block tried = {.d = phi_scale_half(d, unit), .dmin = phi_scale_half(dmin, unit), .err = 0.0f};
+    d = phi_half_in_units(tried.d, unit);
+    dmin = phi_half_in_units(tried.dmin, unit);
+    for (int g = 0; g < n_groups(type); g++) {
+        choose_codes(search, g, d, dmin, &tried.groups[g]);
+        for (int l = 0; l < PHI_LANES; l++) tried.err += tried.groups[g].sums.err[l];
+    }
+    if (tried.err < best->err) *best = tried;
+}
+
+/* Fits each sub-block alone; returns the error that is left: no super-block has less. */
+static float fit_sub_blocks(k_search *search) {
+    const k_type *type = search->type;
+    float q[PHI_LANE_ELEMENTS][PHI_LANES], err = 0.0f;
+    for (int g = 0; g < n_groups(type); g++) {
+        phi_lane_sums sums;
+        if (is_affine(type)) {
+            phi_fit_affine(&search->lanes[g], type->q_max, 1, search->scale[g], search->min[g]);
+        } else {
+            phi_fit_symmetric(&search->lanes[g], type->q_min, type->q_max, search->scale[g]);
+            PHI_EACH_LANE(l) search->min[g][l] = 0.0f;
+        }
+        phi_nearest(&search->lanes[g], search->scale[g], search->min[g], type->q_min, type->q_max, q, &sums);
+        for (int l = 0; l < PHI_LANES; l++) {
+            err += sums.err[l];
+            search->scale_curvature[g][l] = sums.qq[l];
+            search->min_curvature[g][l] = search->lanes[g].sum_w[l];
+        }
+    }
+    return err;
 }
 
 static void quantize_super_block(const k_type *type, const float *x, const float *importance, super_block *best) {
-    const int is_affine = type->q_min == 0.0f;
-    phi_lanes lanes[MAX_GROUPS];
-    float scale[MAX_GROUPS][PHI_LANES], min[MAX_GROUPS][PHI_LANES] = {{0}};
-    load(lanes, type, x, importance);
-    for (int g = 0; g < n_groups(type); g++) {
-        if (is_affine) {
-            phi_fit_affine(&lanes[g], type->q_max, 1, scale[g], min[g]);
-        } else {
-            phi_fit_symmetric(&lanes[g], type->q_min, type->q_max, scale[g]);
-        }
-    }
-    const float unit = lanes[0].unit[0];
-    float d = first_scale(type, scale), dmin = -first_scale(type, min);
+    k_search search;
+    search.type = type;
+    load(search.lanes, type, x, importance);
+    const float least = fit_sub_blocks(&search);
+    const float first_d = first_scale(type, search.scale, search.scale_curvature),
+                first_dmin = -first_scale(type, search.min, search.min_curvature);
+    float d = first_d, dmin = first_dmin;
+    *best = (super_block){.err = INFINITY};
     for (int round = 0; round < ROUNDS; round++) {
-        super_block tried = {.d = phi_half_of(d, unit), .dmin = phi_half_of(dmin, unit), .err = 0.0f};
-        d = phi_half_in_units(tried.d, unit);
-        dmin = phi_half_in_units(tried.dmin, unit);
-        for (int g = 0; g < n_groups(type); g++) {
-            choose_codes(&lanes[g], type, scale[g], is_affine ? min[g] : NULL, d, dmin, &tried.groups[g]);
-            for (int l = 0; l < PHI_LANES; l++) tried.err += tried.groups[g].sums.err[l];
-        }
-        if (tried.err < best->err) *best = tried;
-        solve(lanes, type, &tried, &d, &dmin);
+        try_scale(&search, d, dmin, best);
+        solve(search.lanes, type, best, &d, &dmin);
+    }
+    const float end = is_affine(type) ? type->code_max : type->code_min;
+    for (int k = 1; k <= MORE_TRIES && best->err > NEAR_ENOUGH * least; k++) {
+        const float stretch = end / (end - (end < 0.0f ? -(float)k : (float)k));
+        try_scale(&search, first_d * stretch, first_dmin * stretch, best);
     }
 }
 
@@ -228,7 +312,7 @@ static void store_q6_k(const super_block *s, void *out) {
 #define K_ROW(type)                                                                                   \
     void phi_quantize_row_##type(const float *x, const float *importance, size_t n_cols, void *out) { \
         for (size_t i = 0; i < n_cols; i += SUPER_BLOCK) {                                            \
-            super_block best = {.err = INFINITY};                                                     \
+            super_block best;                                                                         \
             quantize_super_block(&type, x + i, importance ? importance + i : NULL, &best);            \
             store_##type(&best, (uint8_t *)out + i / SUPER_BLOCK * sizeof(phi_block_##type));         \
         }                                                                                             \

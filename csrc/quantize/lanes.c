@@ -6,16 +6,15 @@
  * solved again, as in Lloyd's algorithm, while that gains. */
 #include "lanes.h"
 
+#include <float.h>
 #include <string.h>
 
 enum { REFINEMENTS = 2 };
 
 /* Quants that the span of a lane is stretched over, beside q_max. */
-static const float affine_stretch[] = {-0.9f, -0.7f, -0.5f, -0.35f, -0.2f, -0.1f, 0.0f,
-                                       0.1f,  0.2f,  0.35f, 0.5f,   0.7f,  0.9f,  1.2f};
-static const float symmetric_stretch[] = {-0.9f, -0.7f, -0.5f, -0.35f, -0.2f, -0.1f, 0.0f,
-                                          0.1f,  0.2f,  0.35f, 0.5f,   0.7f,  0.9f,  1.2f};
-#define COUNT(array) (int)(sizeof(array) / sizeof *(array))
+static const float stretches[] = {0.0f, -0.9f, -0.7f, -0.5f, -0.35f, -0.2f, -0.1f,
+                                  0.1f, 0.2f,  0.35f, 0.5f,  0.7f,   0.9f,  1.2f};
+enum { N_STRETCHES = sizeof stretches / sizeof *stretches };
 
 float phi_unit_of(const float *x, size_t n) {
     float largest = 0.0f;
@@ -124,18 +123,19 @@ static void keep_better_affine(const phi_lanes *lanes, const phi_lane_sums *sums
     PHI_EACH_LANE(l) {
         const float mean = lanes->mean[l], sum_w = lanes->sum_w[l];
         const float spread = sums->qq[l] - sums->q[l] * sums->q[l] / sum_w;
-        float s = spread > 0.0f ? sums->qx[l] / spread : 0.0f;
+        float s = spread > 1e-5f * sums->qq[l] ? sums->qx[l] / spread : 0.0f; /* else one quant, and noise */
         s = s > 0.0f ? s : 0.0f;
         float m = mean - s * sums->q[l] / sum_w;
-        float g = s * sums->qx[l];
+        float g = s * sums->qx[l], noise = fabsf(gain[l]);
         if (min_at_most_zero && m > 0.0f) {
             const float whole = sums->qx[l] + mean * sums->q[l]; /* w q x */
             m = 0.0f;
             s = sums->qq[l] > 0.0f ? whole / sums->qq[l] : 0.0f;
             s = s > 0.0f ? s : 0.0f;
             g = s * whole - sum_w * mean * mean;
+            noise += 8.0f * sum_w * mean * mean; /* both terms are sums of up to 32 */
         }
-        const int is_better = g > gain[l];
+        const int is_better = g > gain[l] + PHI_ROUNDING * noise;
         scale[l] = is_better ? s : scale[l];
         min[l] = is_better ? m : min[l];
         gain[l] = is_better ? g : gain[l];
@@ -147,7 +147,7 @@ void phi_fit_affine(const phi_lanes *lanes, float q_max, int min_at_most_zero, f
     phi_lane_sums sums;
     PHI_EACH_LANE(l) {
         low[l] = high[l] = lanes->x[0][l];
-        gain[l] = -INFINITY;
+        gain[l] = -FLT_MAX;
         scale[l] = min[l] = 0.0f;
     }
     for (int i = 1; i < lanes->n; i++) {
@@ -159,8 +159,8 @@ void phi_fit_affine(const phi_lanes *lanes, float q_max, int min_at_most_zero, f
     if (min_at_most_zero) {
         PHI_EACH_LANE(l) low[l] = low[l] < 0.0f ? low[l] : 0.0f;
     }
-    for (int k = 0; k < COUNT(affine_stretch); k++) {
-        PHI_EACH_LANE(l) inverse[l] = (q_max + affine_stretch[k]) * phi_inverse(high[l] - low[l]);
+    for (int k = 0; k < N_STRETCHES; k++) {
+        PHI_EACH_LANE(l) inverse[l] = (q_max + stretches[k]) * phi_inverse(high[l] - low[l]);
         candidate_sums(lanes, low, inverse, 0.0f, q_max, &sums);
         keep_better_affine(lanes, &sums, min_at_most_zero, scale, min, gain);
     }
@@ -176,7 +176,7 @@ static void keep_better_symmetric(const phi_lanes *lanes, const phi_lane_sums *s
         const float whole = sums->qx[l] + lanes->mean[l] * sums->q[l]; /* w q x */
         const float s = sums->qq[l] > 0.0f ? whole / sums->qq[l] : 0.0f;
         const float g = s * whole; /* of sum w x^2 */
-        const int is_better = g > gain[l];
+        const int is_better = g > gain[l] * (1.0f + PHI_ROUNDING);
         scale[l] = is_better ? s : scale[l];
         gain[l] = is_better ? g : gain[l];
     }
@@ -194,8 +194,8 @@ void phi_fit_symmetric(const phi_lanes *lanes, float q_min, float q_max, float *
     /* The largest magnitude goes to q_min, which reaches one further than q_max; then to the other end. */
     for (int side = 0; side < 2; side++) {
         const float end = side == 0 ? q_min : q_max;
-        for (int k = 0; k < COUNT(symmetric_stretch); k++) {
-            const float stretch = end < 0.0f ? -symmetric_stretch[k] : symmetric_stretch[k];
+        for (int k = 0; k < N_STRETCHES; k++) {
+            const float stretch = end < 0.0f ? -stretches[k] : stretches[k];
             PHI_EACH_LANE(l) inverse[l] = (end + stretch) * largest[l];
             candidate_sums(lanes, zero, inverse, q_min, q_max, &sums);
             keep_better_symmetric(lanes, &sums, scale, gain);

@@ -15,6 +15,10 @@
 
 enum { PHI_LANES = 8, PHI_LANE_ELEMENTS = 32 };
 
+/* What a candidate must gain over one before it: less is rounding. So lanes whose weights all are alike, for which many
+ * scales are equally good, agree on the first, and share a super-block's scale well. */
+#define PHI_ROUNDING 5e-7f
+
 /* A loop over lanes. gcc would unroll it first, and then vectorise the loop around it, badly. */
 #if defined(__GNUC__) && !defined(__clang__)
 #define PHI_EACH_LANE(l) _Pragma("GCC unroll 1") for (int l = 0; l < PHI_LANES; l++)
@@ -50,9 +54,15 @@ static inline float phi_clamp(float v, float low, float high) {
 
 static inline float phi_inverse(float scale) { return fabsf(scale) < 1e-30f ? 0.0f : 1.0f / scale; }
 
-/* The half that is nearest to value * unit and finite; phi_half_in_units: what it stands for, over the unit. */
+/* The half that is nearest to value * unit and finite. A scale is not rounded to 0, for small codes and quants can make
+ * up for a large one. phi_half_in_units: what a half stands for, over the unit. */
 static inline uint16_t phi_half_of(float value, float unit) {
     return phi_float_to_half(phi_clamp(value * unit, -65504.0f, 65504.0f));
+}
+
+static inline uint16_t phi_scale_half(float value, float unit) {
+    const uint16_t half = phi_half_of(value, unit);
+    return value != 0.0f && (half & 0x7fffu) == 0 ? (uint16_t)(half | 1u) : half;
 }
 
 static inline float phi_half_in_units(uint16_t half, float unit) { return phi_half_to_float(half) / unit; }

@@ -40,23 +40,32 @@ static void keep_better(blocks_of_32 *best, const uint16_t *d, const uint16_t *m
     }
 }
 
-/* w = d q, q from q_min to q_max; scale: what to begin with. */
-static void solve_symmetric(const phi_lanes *lanes, float q_min, float q_max, float *scale, blocks_of_32 *best) {
+/* Rounds scales, finds quants for them, and keeps what is better; then the scales that suit these quants. */
+static void try_symmetric(const phi_lanes *lanes, float q_min, float q_max, float *scale, blocks_of_32 *best) {
     float q[BLOCK][PHI_LANES];
     uint16_t d[PHI_LANES];
     phi_lane_sums sums;
-    PHI_EACH_LANE(l) best->err[l] = INFINITY;
-    for (int round = 0; round < ROUNDS; round++) {
-        PHI_EACH_LANE(l) {
-            d[l] = phi_half_of(scale[l], lanes->unit[l]);
-            scale[l] = phi_half_in_units(d[l], lanes->unit[l]);
-        }
-        phi_nearest(lanes, scale, NULL, q_min, q_max, q, &sums);
-        keep_better(best, d, NULL, q, sums.err);
-        PHI_EACH_LANE(l) {
-            const float whole = sums.qx[l] + lanes->mean[l] * sums.q[l];
-            scale[l] = sums.qq[l] > 0.0f ? whole / sums.qq[l] : 0.0f;
-        }
+    PHI_EACH_LANE(l) {
+        d[l] = phi_scale_half(scale[l], lanes->unit[l]);
+        scale[l] = phi_half_in_units(d[l], lanes->unit[l]);
+    }
+    phi_nearest(lanes, scale, NULL, q_min, q_max, q, &sums);
+    keep_better(best, d, NULL, q, sums.err);
+    PHI_EACH_LANE(l) {
+        const float whole = sums.qx[l] + lanes->mean[l] * sums.q[l]; /* w q x */
+        scale[l] = sums.qq[l] > 0.0f ? whole / sums.qq[l] : 0.0f;
+    }
+}
+
+/* w = d q, q from q_min to q_max. */
+static void solve_symmetric(const phi_lanes *lanes, float q_min, float q_max, blocks_of_32 *best) {
+    float scale[PHI_LANES];
+    phi_fit_symmetric(lanes, q_min, q_max, scale);
+    for (int round = 0; round < ROUNDS; round++) try_symmetric(lanes, q_min, q_max, scale, best);
+    /* Where all weights are alike, what matters is how the scale is rounded: other quants, other scales. */
+    for (float end = q_min; end < q_min + 3.0f; end += 1.0f) {
+        PHI_EACH_LANE(l) scale[l] = lanes->mean[l] / end;
+        try_symmetric(lanes, q_min, q_max, scale, best);
     }
 }
 
@@ -65,20 +74,20 @@ static void solve_affine(const phi_lanes *lanes, float q_max, blocks_of_32 *best
     float q[BLOCK][PHI_LANES], scale[PHI_LANES], min[PHI_LANES];
     uint16_t d[PHI_LANES], m[PHI_LANES];
     phi_lane_sums sums;
-    PHI_EACH_LANE(l) best->err[l] = INFINITY;
     phi_fit_affine(lanes, q_max, 0, scale, min);
     for (int round = 0; round < ROUNDS; round++) {
         PHI_EACH_LANE(l) {
-            d[l] = phi_half_of(scale[l], lanes->unit[l]);
             m[l] = phi_half_of(min[l], lanes->unit[l]);
-            scale[l] = phi_half_in_units(d[l], lanes->unit[l]);
             min[l] = phi_half_in_units(m[l], lanes->unit[l]);
+            /* Without a scale all quants are alike: it may as well make up for the min's rounding. */
+            d[l] = phi_scale_half(scale[l] == 0.0f ? lanes->mean[l] - min[l] : scale[l], lanes->unit[l]);
+            scale[l] = phi_half_in_units(d[l], lanes->unit[l]);
         }
         phi_nearest(lanes, scale, min, 0.0f, q_max, q, &sums);
         keep_better(best, d, m, q, sums.err);
         PHI_EACH_LANE(l) {
             const float spread = sums.qq[l] - sums.q[l] * sums.q[l] / lanes->sum_w[l];
-            scale[l] = spread > 0.0f ? sums.qx[l] / spread : 0.0f;
+            scale[l] = spread > 1e-5f * sums.qq[l] ? sums.qx[l] / spread : 0.0f;
             min[l] = lanes->mean[l] - scale[l] * sums.q[l] / lanes->sum_w[l];
         }
     }
@@ -107,23 +116,16 @@ static void quantize_row(const float *x, const float *importance, size_t n_cols,
         phi_lanes lanes;
         blocks_of_32 best;
         memset(&best, 0, sizeof best);
+        PHI_EACH_LANE(l) best.err[l] = INFINITY;
         load(&lanes, x + first, importance ? importance + first : NULL, n_blocks);
         solve(&lanes, &best);
         for (int l = 0; l < n_blocks; l++) store(&best, l, out + (first / BLOCK + (size_t)l) * block_bytes);
     }
 }
 
-static void solve_q4_0(const phi_lanes *lanes, blocks_of_32 *best) {
-    float scale[PHI_LANES];
-    phi_fit_symmetric(lanes, -8.0f, 7.0f, scale);
-    solve_symmetric(lanes, -8.0f, 7.0f, scale, best);
-}
+static void solve_q4_0(const phi_lanes *lanes, blocks_of_32 *best) { solve_symmetric(lanes, -8.0f, 7.0f, best); }
 
-static void solve_q5_0(const phi_lanes *lanes, blocks_of_32 *best) {
-    float scale[PHI_LANES];
-    phi_fit_symmetric(lanes, -16.0f, 15.0f, scale);
-    solve_symmetric(lanes, -16.0f, 15.0f, scale, best);
-}
+static void solve_q5_0(const phi_lanes *lanes, blocks_of_32 *best) { solve_symmetric(lanes, -16.0f, 15.0f, best); }
 
 /* Eight bits need no search: the span is used to its ends, then the scale is adjusted to the quants. */
 static void solve_q8_0(const phi_lanes *lanes, blocks_of_32 *best) {
@@ -132,7 +134,7 @@ static void solve_q8_0(const phi_lanes *lanes, blocks_of_32 *best) {
         PHI_EACH_LANE(l) scale[l] = fabsf(lanes->x[i][l]) > scale[l] ? fabsf(lanes->x[i][l]) : scale[l];
     }
     PHI_EACH_LANE(l) scale[l] /= 127.0f;
-    solve_symmetric(lanes, -127.0f, 127.0f, scale, best);
+    for (int round = 0; round < ROUNDS; round++) try_symmetric(lanes, -127.0f, 127.0f, scale, best);
 }
 
 static void solve_q4_1(const phi_lanes *lanes, blocks_of_32 *best) { solve_affine(lanes, 15.0f, best); }
