@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from phi_c._core import CancelFlag
     from phi_c.errors import PhiError
     from phi_c.llm import LLM, load
+    from phi_c.model.quantize import quantize
     from phi_c.results import Completion, Piece, Usage
 
-__all__ = ["LLM", "CancelFlag", "Completion", "PhiError", "Piece", "Usage", "load"]
+__all__ = ["LLM", "CancelFlag", "Completion", "PhiError", "Piece", "Usage", "load", "quantize"]
 
 _HOMES = {
     "CancelFlag": "phi_c._core",
@@ -22,6 +23,7 @@ _HOMES = {
     "Completion": "phi_c.results",
     "Piece": "phi_c.results",
     "Usage": "phi_c.results",
+    "quantize": "phi_c.model.quantize",
 }
 
 
