@@ -12,8 +12,8 @@
 enum { REFINEMENTS = 2 };
 
 /* Quants that the span of a lane is stretched over, beside q_max. */
-static const float stretches[] = {0.0f, -0.9f, -0.7f, -0.5f, -0.35f, -0.2f, -0.1f,
-                                  0.1f, 0.2f,  0.35f, 0.5f,  0.7f,   0.9f,  1.2f};
+static const float stretches[] = {0.0f,  -0.9f, -0.7f, -0.5f, -0.35f, -0.2f, -0.1f, 0.1f, 0.2f,
+                                  0.35f, 0.5f,  0.7f,  0.9f,  1.2f,   1.7f,  2.5f,  4.0f};
 enum { N_STRETCHES = sizeof stretches / sizeof *stretches };
 
 float phi_unit_of(const float *x, size_t n) {
