@@ -1,9 +1,10 @@
 /* Q2_K to Q6_K: super-blocks of 256 with one scale, and one min, in half precision, and a small integer for each
  * sub-block that says how much of it is meant: the code.
  *
- * First each sub-block gets the scale and min that suit it best; the largest fix the super-block's. Then, in rounds:
- * every sub-block takes the codes, of those around its own scale, whose quants are nearest; codes and quants fixed, the
- * super-block's scale and min are solved for (weighted least squares). The best round is kept. */
+ * First each sub-block gets the scale and min that suit it best; the super-block's are those of which codes come
+ * nearest to these. Then, in rounds: every sub-block takes the codes, of those around its own scale, whose quants are
+ * nearest; codes and quants fixed, the super-block's scale and min are solved for (weighted least squares). The best
+ * round is kept. Where it is much worse than sub-blocks alone would be, a few other scales are tried. */
 #include "quantize.h"
 
 #include <string.h>
@@ -11,9 +12,9 @@
 #include "blocks.h"
 #include "lanes.h"
 
-enum { SUPER_BLOCK = 256, MAX_SUB_BLOCKS = 16, MAX_GROUPS = 2, ROUNDS = 3, MORE_TRIES = 6, REFITS = 1, N_STEPS = 9 };
-#define NEAR_ENOUGH 1.1f
-#define STEP 0.1f
+enum { SUPER_BLOCK = 256, MAX_GROUPS = 2, ROUNDS = 3, MORE_TRIES = 6, N_STEPS = 9 };
+#define STEP 0.1f        /* of the extreme code */
+#define NEAR_ENOUGH 1.1f /* error over that of sub-blocks alone */
 
 /* What a type is to the search. */
 typedef struct {
@@ -104,7 +105,7 @@ static void choose_codes(const k_search *search, int g, float d, float dmin, gro
         }
         try_codes(search, g, d, dmin, scale_code, min_code, least, best);
     }
-    for (int k = 0; k < REFITS && is_affine(type); k++) {
+    if (is_affine(type)) {
         try_codes(search, g, d, dmin, best->scale, best->min, least, best); /* for its sums */
         PHI_EACH_LANE(l) {
             const float above = lanes->mean[l] + dmin * best->min[l];
@@ -142,10 +143,9 @@ static void solve(const phi_lanes *lanes, const k_type *type, const super_block 
     }
 }
 
-/* The d for which d times codes comes nearest to the sub-blocks' own scales (or mins): the extreme one near the extreme
- * code, by steps; what a scale is off counts by its curvature. Whole scales are no finer than codes where weights
- * hardly differ, so this is worth a search of its own. */
-static float first_scale(const k_type *type, const float (*scale)[PHI_LANES], const float (*curvature)[PHI_LANES]) {
+/* The d whose multiples by codes come nearest to the sub-blocks' own scales (or mins), of those that give the extreme
+ * one about the extreme code. What a scale is off counts by its curvature: how fast the error grows with its square. */
+static float first_scale(const k_type *type, float (*scale)[PHI_LANES], float (*curvature)[PHI_LANES]) {
     const float end = type->code_min < 0.0f ? type->code_min : type->code_max;
     float extreme = 0.0f, best = 0.0f, most = 0.0f;
     for (int g = 0; g < n_groups(type); g++) {
@@ -217,8 +217,8 @@ static void quantize_super_block(const k_type *type, const float *x, const float
     search.type = type;
     load(search.lanes, type, x, importance);
     const float least = fit_sub_blocks(&search);
-    const float first_d = first_scale(type, search.scale, search.scale_curvature),
-                first_dmin = -first_scale(type, search.min, search.min_curvature);
+    const float first_d = first_scale(type, search.scale, search.scale_curvature);
+    const float first_dmin = -first_scale(type, search.min, search.min_curvature);
     float d = first_d, dmin = first_dmin;
     *best = (super_block){.err = INFINITY};
     for (int round = 0; round < ROUNDS; round++) {

@@ -188,12 +188,13 @@ def _converted(
         for start in range(0, per_expert, per_slab):
             first = expert * per_expert + start
             slab = rows[first : min(first + per_slab, (expert + 1) * per_expert)]
-            if step.is_copied and step.type_now not in FLOATS:
+            if step.is_copied:
+                if step.type_now in FLOATS:
+                    _floats(slab, info, first, file.path)  # refuses what is not finite
                 yield slab
             else:
-                values = _floats(slab, info, first, file.path)  # copied or not: what is not finite is refused
-                is_new = not step.is_copied
-                yield quantize_rows(TYPES[step.type_then].type_id, values, columns, n_threads) if is_new else slab
+                values = _floats(slab, info, first, file.path)
+                yield quantize_rows(TYPES[step.type_then].type_id, values, columns, n_threads)
             progress(len(slab) * n_cols)
 
 
