@@ -54,11 +54,14 @@ static int is_affine(const k_type *type) { return type->q_min == 0.0f; }
 static void load(phi_lanes *lanes, const k_type *type, const float *x, const float *importance) {
     const float unit = phi_unit_of(x, SUPER_BLOCK);
     const float largest = phi_largest_importance(importance, SUPER_BLOCK);
-    float units[PHI_LANES];
-    PHI_EACH_LANE(l) units[l] = unit;
+    float units[PHI_LANES], largests[PHI_LANES];
+    PHI_EACH_LANE(l) {
+        units[l] = unit;
+        largests[l] = largest;
+    }
     for (int g = 0; g < n_groups(type); g++) {
         const int at = g * PHI_LANES * type->n;
-        phi_load_lanes(&lanes[g], type->n, PHI_LANES, x + at, units, importance ? importance + at : NULL, largest);
+        phi_load_lanes(&lanes[g], type->n, PHI_LANES, x + at, units, importance ? importance + at : NULL, largests);
     }
 }
 

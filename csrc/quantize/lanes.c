@@ -35,19 +35,19 @@ float phi_largest_importance(const float *importance, size_t n) {
 }
 
 /* Importances over the largest; what is unimportant keeps enough weight to be stored sanely. */
-static void load_importance(phi_lanes *lanes, int n_lanes, const float *importance, float largest) {
+static void load_importance(phi_lanes *lanes, int n_lanes, const float *importance, const float *largest) {
     const int n = lanes->n;
-    const int has_importance = importance && largest > 1e-30f;
     for (int l = 0; l < PHI_LANES; l++) {
+        const int has_importance = importance && l < n_lanes && largest[l] > 1e-30f;
         for (int i = 0; i < n; i++) {
-            const float w = has_importance && l < n_lanes ? importance[l * n + i] / largest : 1.0f;
+            const float w = has_importance ? importance[l * n + i] / largest[l] : 1.0f;
             lanes->w[i][l] = w < 1e-6f ? 1e-6f : w;
         }
     }
 }
 
 void phi_load_lanes(phi_lanes *lanes, int n, int n_lanes, const float *x, const float *unit, const float *importance,
-                    float largest_importance) {
+                    const float *largest_importance) {
     lanes->n = n;
     PHI_EACH_LANE(l) {
         const float u = l < n_lanes ? unit[l] : 0.0f;

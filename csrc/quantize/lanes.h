@@ -71,9 +71,9 @@ static inline float phi_half_in_units(uint16_t half, float unit) { return phi_ha
 float phi_unit_of(const float *x, size_t n);
 float phi_largest_importance(const float *importance, size_t n); /* 0 for NULL */
 /* Loads n_lanes blocks of n elements, which follow each other at x, the unit of each, and the importances of their
- * columns (NULL: all alike) over what is called the largest; lanes left over hold zeros. */
+ * columns (NULL: all alike) over the lane's largest one; lanes left over hold zeros. */
 void phi_load_lanes(phi_lanes *lanes, int n, int n_lanes, const float *x, const float *unit, const float *importance,
-                    float largest_importance);
+                    const float *largest_importance);
 
 /* The scale (and min, below 0 if it must be) of each lane for which scale * q + min is nearest to its weights, weighted
  * squares summed, q from 0 (symmetric: from q_min) to q_max. */

@@ -19,10 +19,12 @@ typedef struct {
 } blocks_of_32;
 
 static void load(phi_lanes *lanes, const float *x, const float *importance, int n_blocks) {
-    float unit[PHI_LANES];
-    for (int l = 0; l < n_blocks; l++) unit[l] = phi_unit_of(x + l * BLOCK, BLOCK);
-    phi_load_lanes(lanes, BLOCK, n_blocks, x, unit, importance,
-                   phi_largest_importance(importance, (size_t)n_blocks * BLOCK));
+    float unit[PHI_LANES], largest[PHI_LANES];
+    for (int l = 0; l < n_blocks; l++) {
+        unit[l] = phi_unit_of(x + l * BLOCK, BLOCK);
+        largest[l] = phi_largest_importance(importance ? importance + l * BLOCK : NULL, BLOCK);
+    }
+    phi_load_lanes(lanes, BLOCK, n_blocks, x, unit, importance, largest);
 }
 
 static void keep_better(blocks_of_32 *best, const uint16_t *d, const uint16_t *m, float (*q)[PHI_LANES],

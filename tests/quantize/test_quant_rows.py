@@ -150,15 +150,18 @@ def test_threads_do_not_change_the_bytes(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(TYPES))
 def test_rows_and_blocks_do_not_depend_on_each_other(name: str) -> None:
-    rows = make("blocks of all sizes")
-    whole = quantized(name, rows)
-    np.testing.assert_array_equal(quantized(name, rows[3:5].copy()), whole[3:5])
+    rows, weights = (
+        make("blocks of all sizes"),
+        importance() * np.repeat(10.0 ** np.arange(-32, 32), 32).astype(np.float32),
+    )
+    whole = quantized(name, rows, weights)
+    np.testing.assert_array_equal(quantized(name, rows[3:5].copy(), weights), whole[3:5])
     kind = TYPES[name]
     step = max(kind.block_elements, 32)
     for n_blocks in (1, 2, 3):  # a tail of less than eight blocks of 32
         part = np.ascontiguousarray(rows[:, : n_blocks * step])
         n_bytes = n_blocks * step // kind.block_elements * kind.block_bytes
-        np.testing.assert_array_equal(quantized(name, part), whole[:, :n_bytes])
+        np.testing.assert_array_equal(quantized(name, part, weights[: n_blocks * step]), whole[:, :n_bytes])
 
 
 @pytest.mark.parametrize("name", list(TYPES))
