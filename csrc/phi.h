@@ -150,6 +150,12 @@ typedef struct {
 size_t phi_packed_bytes(const phi_kernels *kernels, const phi_matrix *matrix);
 phi_status phi_pack(const phi_kernels *kernels, phi_pool *pool, phi_matrix *matrix, uint8_t *memory);
 
+/* Writes rows of a type, out [n_rows * phi_row_bytes(type, n_cols)] bytes, that are near to finite x [n_rows, n_cols]:
+ * the squares of their errors, weighted by importance [n_cols] (not negative; NULL: all alike), are small. The bytes
+ * do not depend on the number of threads. */
+phi_status phi_quantize_rows(phi_pool *pool, phi_type type, const float *x, size_t n_rows, size_t n_cols,
+                             const float *importance, void *out);
+
 /* ---- KV cache ---- */
 
 enum { PHI_PAGE_TOKENS = 32 }; /* positions a page */

@@ -119,6 +119,9 @@ cdef extern from "phi.h":
     size_t phi_packed_bytes(const phi_kernels *kernels, const phi_matrix *matrix) nogil
     phi_status phi_pack(const phi_kernels *kernels, phi_pool *pool, phi_matrix *matrix, uint8_t *memory) nogil
 
+    phi_status phi_quantize_rows(phi_pool *pool, phi_type type, const float *x, size_t n_rows, size_t n_cols,
+                                 const float *importance, void *out) nogil
+
     ctypedef enum phi_kv_type:
         PHI_KV_F16
         PHI_KV_Q8

@@ -29,6 +29,9 @@ def read_strings(buffer: bytes | mmap, offset: int, count: int) -> tuple[list[st
 def dequantize(
     type_id: int, data: npt.NDArray[np.uint8], n_elements: int, tier: str | None = None
 ) -> npt.NDArray[np.float32]: ...
+def quantize_rows(
+    type_id: int, x: npt.NDArray[np.float32], importance: npt.NDArray[np.float32] | None = None, n_threads: int = 1
+) -> npt.NDArray[np.uint8]: ...
 
 class Q8(NamedTuple):
     quants: npt.NDArray[np.int8]

@@ -10,7 +10,19 @@ import click
 
 from phi_c.errors import OptionError, PhiError
 
-VERBS = ("generate", "chat", "tokens", "inspect", "doctor", "bench", "imatrix", "pull", "list", "completion")
+VERBS = (
+    "generate",
+    "chat",
+    "tokens",
+    "inspect",
+    "doctor",
+    "bench",
+    "quantize",
+    "imatrix",
+    "pull",
+    "list",
+    "completion",
+)
 
 _EPILOG = """\b
 Examples:
@@ -44,6 +56,7 @@ _ABOUT = {
     "doctor": "Show what phi-c finds on this machine.",
     "bench": "Measure how fast a model runs.",
     "imatrix": "Find out which weights of a model matter, for a quantiser.",
+    "quantize": "Store a model in fewer bits a weight.",
     "pull": "Download models.",
     "list": "List known and downloaded models.",
     "completion": "Print the script that completes commands in a shell.",
