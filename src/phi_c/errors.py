@@ -25,6 +25,10 @@ class CacheError(PhiError):
     """The cache folder cannot be read or written."""
 
 
+class OutputError(PhiError):
+    """A file that was asked for cannot be written."""
+
+
 class OptionError(PhiError, ValueError):
     """An option has a value outside its range; a usage error on the command line."""
 

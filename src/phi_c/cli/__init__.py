@@ -10,7 +10,7 @@ import click
 
 from phi_c.errors import OptionError, PhiError
 
-VERBS = ("generate", "chat", "tokens", "inspect", "doctor", "bench", "pull", "list", "completion")
+VERBS = ("generate", "chat", "tokens", "inspect", "doctor", "bench", "convert", "pull", "list", "completion")
 
 _EPILOG = """\b
 Examples:
@@ -43,6 +43,7 @@ _ABOUT = {
     "inspect": "Show what is in a model file, and the memory it takes.",
     "doctor": "Show what phi-c finds on this machine.",
     "bench": "Measure how fast a model runs.",
+    "convert": "Make a GGUF file of a Hugging Face folder.",
     "pull": "Download models.",
     "list": "List known and downloaded models.",
     "completion": "Print the script that completes commands in a shell.",
