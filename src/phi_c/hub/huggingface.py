@@ -76,7 +76,11 @@ def fetch_folder(source: str, patterns: Sequence[str], *, progress: bool) -> Pat
     reason = _unreachable()
     if reason is not None:
         try:
-            return Path(huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True))
+            return Path(
+                huggingface_hub.snapshot_download(
+                    repo, revision=revision, allow_patterns=list(patterns), local_files_only=True
+                )
+            )
         except Exception:  # the client's kinds for what is not in its cache, which differ between its versions
             raise HubUnreachableError(
                 f"the Hugging Face hub cannot be reached for {where}, which the cache lacks: {reason}"
