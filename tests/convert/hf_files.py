@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from small_tokenizers import save_tokenizer
 
 Array = npt.NDArray[Any]

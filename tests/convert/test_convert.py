@@ -333,7 +333,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sparse files and peak memory are Unix's here")
 def test_memory_stays_below_the_model(tmp_path: Path) -> None:
-    """A model of 250 MB, most of it one matrix, becomes one of 500 MB in less than 200 MB with Python and NumPy in it."""
+    """A model of 250 MB, most of it one matrix, becomes one of 500 MB in less than 200 MB, Python included."""
     import subprocess
 
     folder = write_folder(tmp_path / "model", dtype="BF16", hidden_size=1024, num_attention_heads=16)

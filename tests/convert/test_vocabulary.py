@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_tokenizers import TOKENIZERS, save_tokenizer
 from tokenizers import Tokenizer as Backend
 
 from phi_c.convert.vocabulary import PROBES, read_tokenizer
 from phi_c.errors import ModelFileError, UnsupportedModelError
 from phi_c.text.tokenizer import Tokenizer, load_tokenizer
+from small_tokenizers import TOKENIZERS, save_tokenizer
 
 TEXTS = (
     *PROBES,
