@@ -34,8 +34,8 @@ def save_model(
     """
     with _quiet():
         model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**config))
-        # An embedding that is the output too would make each token the likeliest after itself.
-        unit = None if config.get("tie_word_embeddings") else "model.embed_tokens.weight"
+        # An embedding that is the output too would, at full size, make each token the likeliest after itself.
+        embedding_scale = 0.25 if config.get("tie_word_embeddings") else 1.0
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, weights in model.named_parameters():
@@ -43,7 +43,7 @@ def save_model(
                 if weights.ndim == 1:
                     weights.copy_((0.0 if name.endswith("bias") else 1.0) + 0.1 * noise)
                 else:
-                    weights.copy_(noise if name == unit else noise * weights.shape[-1] ** -0.5)
+                    weights.copy_(noise * (embedding_scale if "embed" in name else weights.shape[-1] ** -0.5))
         options = {"max_shard_size": shard} if shard else {}
         model.to(getattr(torch, dtype)).save_pretrained(folder, **options)
     return folder

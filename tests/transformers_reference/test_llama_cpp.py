@@ -54,4 +54,5 @@ def test_the_same_text(converted: Convert, case: str, outtype: str) -> None:
             PROMPT, raw=True, max_tokens=N_TOKENS, temperature=0, repeat_penalty=1.0, logit_bias=endless
         )
     assert theirs.greedy(PROMPT, N_TOKENS) == mine.text
-    assert len(set(mine.tokens)) > 5
+    if "tied" not in case:  # a random embedding that is the output too likes to repeat a token
+        assert len(set(mine.tokens)) > 5
