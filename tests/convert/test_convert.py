@@ -237,6 +237,46 @@ def test_what_is_refused(tmp_path: Path, case: str) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
+ODD = (None, True, -1, 1.5, 2**70, float("nan"), "x", [], [1, 2], {"type": "longrope"})
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+
+
+@pytest.mark.parametrize(
+    ("file", "part"),
+    [
+        ("config.json", None),
+        ("config.json", "rope_scaling"),
+        ("tokenizer.json", None),
+        ("tokenizer.json", "model"),
+        ("tokenizer_config.json", None),
+        ("generation_config.json", None),
+    ],
+)
+def test_odd_values_everywhere(tmp_path: Path, file: str, part: str | None) -> None:
+    """A key of a JSON file with something else in it: a conversion, or one line that says what is wrong."""
+    folder = write_folder(
+        tmp_path / "model",
+        rope_scaling=LONGROPE,
+        sliding_window=20,
+        hidden_act="silu",
+        original_max_position_embeddings=64,
+    )
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
+    whole = json.loads((folder / file).read_text(encoding="utf-8"))
+    refused = 0
+    for key in whole[part] if part else whole:
+        for odd in ODD:
+            changed = json.loads(json.dumps(whole))
+            (changed[part] if part else changed)[key] = odd
+            (folder / file).write_text(json.dumps(changed), encoding="utf-8")
+            try:
+                convert(folder, tmp_path / "m.gguf", force=True)
+            except PhiError as error:
+                assert "\n" not in str(error), (key, odd)
+                refused += 1
+    assert refused or file in ("generation_config.json", "tokenizer_config.json")  # nothing in these is needed
+
+
 def test_more_tokens_than_rows(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "model", vocab_size=700)
     with pytest.raises(ModelFileError, match="expected 0 to 699"):

@@ -118,7 +118,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "no BPE": ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}, UnsupportedModelError, "no BPE"),
     "damaged": ({"model": 5}, UnsupportedModelError, "no BPE vocabulary"),
-    "damaged added tokens": ({"added_tokens": [{"id": 1}]}, ModelFileError, "added_tokens is damaged"),
+    "damaged added tokens": ({"added_tokens": [{"id": 1}]}, ModelFileError, "missing field"),
 }
 
 

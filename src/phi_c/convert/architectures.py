@@ -14,13 +14,13 @@ class Row:
 
     sources: (name, shape), shape being words of `Sizes.dims`; a name with {x} stands for one tensor an expert, which
     become the planes of one tensor. paired: the rows of each head are interleaved, from halves (i, i + half) to pairs
-    (2 i, 2 i + 1). when: the name of a condition in `Sizes.conditions`. f32: stays so whatever type is asked for.
+    (2 i, 2 i + 1). untied: absent where the embedding is the output. f32: stays so whatever type is asked for.
     """
 
     target: str
     sources: tuple[tuple[str, str], ...]
     paired: bool = False
-    when: str = "always"
+    untied: bool = False
     f32: bool = False
 
 
@@ -32,7 +32,7 @@ class Architecture:
     classes: tuple[str, ...]
     model: tuple[Row, ...]
     layer: tuple[Row, ...]  # targets below blk.N, sources below model.layers.N
-    partial_rotary: float = 1.0  # where config.json does not say
+    partial_rotary: float | None = 1.0  # share of a head that turns where config.json does not say; None: all of it
     rope_kinds: tuple[str, ...] = ("default", "longrope")
     activations: tuple[str, ...] = ("silu",)
     norm_key: str = "attention.layer_norm_rms_epsilon"
@@ -50,7 +50,7 @@ def _row(target: str, *sources: str, **options: Any) -> Row:
 
 _EMBEDDING = _row("token_embd.weight", "model.embed_tokens.weight: vocab embd")
 _NORM = _row("output_norm.weight", "model.norm.weight: embd")
-_OUTPUT = _row("output.weight", "lm_head.weight: vocab embd", when="untied")
+_OUTPUT = _row("output.weight", "lm_head.weight: vocab embd", untied=True)
 _ATTN_NORM = _row("attn_norm.weight", "input_layernorm.weight: embd")
 _FFN_NORM = _row("ffn_norm.weight", "post_attention_layernorm.weight: embd")
 _ATTN_OUTPUT = _row("attn_output.weight", "self_attn.o_proj.weight: embd q")
@@ -85,6 +85,7 @@ LLAMA = Architecture(
         _row("ffn_up.weight", "mlp.up_proj.weight: ffn embd"),
         _row("ffn_down.weight", "mlp.down_proj.weight: embd ffn"),
     ),
+    partial_rotary=None,
     rope_kinds=("default", "linear", "llama3"),
     required={"attention_bias": False, "mlp_bias": False},
 )
@@ -127,19 +128,19 @@ PHIMOE = Architecture(
         _NORM,
         _row("output_norm.bias", "model.norm.bias: embd"),
         _OUTPUT,
-        _row("output.bias", "lm_head.bias: vocab", when="lm_head_bias"),
+        _row("output.bias", "lm_head.bias: vocab"),
     ),
     layer=(
         _ATTN_NORM,
         _row("attn_norm.bias", "input_layernorm.bias: embd"),
         _row("attn_q.weight", "self_attn.q_proj.weight: q embd"),
-        _row("attn_q.bias", "self_attn.q_proj.bias: q", when="attention_bias"),
+        _row("attn_q.bias", "self_attn.q_proj.bias: q"),
         _row("attn_k.weight", "self_attn.k_proj.weight: k embd"),
-        _row("attn_k.bias", "self_attn.k_proj.bias: k", when="attention_bias"),
+        _row("attn_k.bias", "self_attn.k_proj.bias: k"),
         _row("attn_v.weight", "self_attn.v_proj.weight: k embd"),
-        _row("attn_v.bias", "self_attn.v_proj.bias: k", when="attention_bias"),
+        _row("attn_v.bias", "self_attn.v_proj.bias: k"),
         _ATTN_OUTPUT,
-        _row("attn_output.bias", "self_attn.o_proj.bias: embd", when="attention_bias"),
+        _row("attn_output.bias", "self_attn.o_proj.bias: embd"),
         _FFN_NORM,
         _row("ffn_norm.bias", "post_attention_layernorm.bias: embd"),
         _row("ffn_gate_inp.weight", "block_sparse_moe.gate.weight: experts embd", f32=True),
@@ -147,8 +148,14 @@ PHIMOE = Architecture(
         _row("ffn_up_exps.weight", "block_sparse_moe.experts.{x}.w3.weight: ffn embd"),
         _row("ffn_down_exps.weight", "block_sparse_moe.experts.{x}.w2.weight: embd ffn"),
     ),
-    # SparseMixer's threshold and its two experts a token are fixed: GGUF has no key for the former.
-    required={"router_jitter_noise": 0.01, "num_experts_per_tok": 2},
+    # GGUF has no key for SparseMixer's threshold and knows no more than two experts; llama.cpp insists on the biases.
+    required={
+        "router_jitter_noise": 0.01,
+        "num_experts_per_tok": 2,
+        "attention_bias": True,
+        "lm_head_bias": True,
+    },
+    partial_rotary=None,
     has_window=True,
     is_moe=True,
 )

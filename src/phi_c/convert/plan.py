@@ -52,7 +52,7 @@ class Sizes:
     n_vocab: int
     n_ctx: int
     n_experts: int
-    conditions: frozenset[str]
+    is_tied: bool
 
     @property
     def dims(self) -> dict[str, int]:
@@ -117,9 +117,6 @@ def _sizes(folder: HFFolder, architecture: Architecture) -> Sizes:
         return value
 
     n_embd, n_heads = integer("hidden_size"), integer("num_attention_heads")
-    conditions = {"always"} | {key for key in ("attention_bias", "lm_head_bias") if folder.config.get(key)}
-    if not folder.config.get("tie_word_embeddings", False):
-        conditions.add("untied")
     return Sizes(
         n_layers=integer("num_hidden_layers"),
         n_embd=n_embd,
@@ -130,12 +127,12 @@ def _sizes(folder: HFFolder, architecture: Architecture) -> Sizes:
         n_vocab=integer("vocab_size"),
         n_ctx=integer("max_position_embeddings"),
         n_experts=integer("num_local_experts") if architecture.is_moe else 0,
-        conditions=frozenset(conditions),
+        is_tied=bool(folder.config.get("tie_word_embeddings", False)),
     )
 
 
 def _rows(rows: tuple[Row, ...], sizes: Sizes) -> list[Row]:
-    return [row for row in rows if row.when in sizes.conditions]
+    return [row for row in rows if not (row.untied and sizes.is_tied)]
 
 
 def _target(
@@ -176,8 +173,8 @@ def _stored(folder: HFFolder, name: str, shape: tuple[int, ...]) -> StoredTensor
 def _refuse_unused(folder: HFFolder, used: set[str], sizes: Sizes) -> None:
     for name in sorted(folder.tensors.keys() - used):
         # transformers, too, takes the embedding when config.json ties them, whatever is stored.
-        tied_copy = name == "lm_head.weight" and "untied" not in sizes.conditions
-        if not tied_copy and not name.endswith(_COMPUTED):
+        is_tied_copy = name == "lm_head.weight" and sizes.is_tied
+        if not is_tied_copy and not name.endswith(_COMPUTED):
             raise UnsupportedModelError(
                 f"{folder.path}: tensor {name!r} has no place in the GGUF file; without it the output would be wrong"
             )
@@ -187,7 +184,13 @@ def _metadata(
     folder: HFFolder, architecture: Architecture, sizes: Sizes, rope: Rope, targets: list[Target]
 ) -> dict[str, Any]:
     config = folder.config
+    where = folder.path / "config.json"
     eps = next((config[key] for key in architecture.norm_configs if key in config), 1e-5)
+    window = config.get("sliding_window") or 0
+    if type(eps) not in (int, float) or not 0 < eps < 1:
+        raise ModelFileError(f"{where}: {architecture.norm_configs[0]} is {eps!r:.60}, expected a number from 0 to 1")
+    if type(window) is not int or not 0 <= window < 2**31:
+        raise ModelFileError(f"{where}: sliding_window is {window!r:.60}, expected a number of positions or null")
     values: dict[str, Any] = {
         "vocab_size": sizes.n_vocab,
         "context_length": sizes.n_ctx,
@@ -204,7 +207,7 @@ def _metadata(
         values |= {"attention.key_length": sizes.head_dim, "attention.value_length": sizes.head_dim}
     if architecture.has_window:
         # 0 tells a model without a window from one whose file was made before the key existed.
-        values["attention.sliding_window"] = int(config.get("sliding_window") or 0)
+        values["attention.sliding_window"] = window
         values["rope.scaling.original_context_length"] = rope.n_ctx_orig or sizes.n_ctx
     if rope.kind == "longrope":
         values["rope.scaling.attn_factor"] = rope.attn_factor

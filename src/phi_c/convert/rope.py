@@ -12,6 +12,7 @@ from phi_c.errors import ModelFileError, UnsupportedModelError
 
 Floats = npt.NDArray[np.float32]
 _KINDS = ("default", "linear", "llama3", "longrope")
+_MAX = 1e30  # far beyond any setting, and float32 still has it
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,12 @@ class Rope:
     tensors: dict[str, Floats]  # what divides the frequencies, by the GGUF file's names
 
 
-def read_rope(config: Mapping[str, Any], head_dim: int, n_ctx: int, default_partial: float, where: str) -> Rope:
+def read_rope(config: Mapping[str, Any], head_dim: int, n_ctx: int, default_partial: float | None, where: str) -> Rope:
     """Return the embedding's settings; raises ModelFileError, UnsupportedModelError for a kind of scaling unknown here.
 
-    where: begins the messages. Formulas: transformers, modeling_rope_utils.
+    default_partial: share of a head that turns where the file does not say; None: it is 1. where: begins the messages.
+
+    Formulas: transformers, modeling_rope_utils.
     """
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(found, dict):
@@ -42,8 +45,11 @@ def read_rope(config: Mapping[str, Any], head_dim: int, n_ctx: int, default_part
     if kind not in _KINDS:
         raise UnsupportedModelError(f"{where}: the rotary scaling {kind!r} has no place in a GGUF file of this kind")
     base = settings.number("rope_theta", 10000.0)
-    dims = int(head_dim * settings.number("partial_rotary_factor", default_partial))
-    n_ctx_orig = int(settings.number("original_max_position_embeddings", n_ctx))
+    partial = settings.number("partial_rotary_factor", default_partial or 1.0)
+    if partial > 1 or (partial != 1 and default_partial is None):
+        raise UnsupportedModelError(f"{where}: partial_rotary_factor is {partial}, expected 1 for such a model")
+    dims = int(head_dim * partial)
+    n_ctx_orig = min(int(settings.number("original_max_position_embeddings", n_ctx)), 2**31 - 1)
     tensors: dict[str, Floats] = {}
     attn_factor = 1.0
     if kind == "longrope":
@@ -70,13 +76,17 @@ class _Settings:
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _MAX:
             raise ModelFileError(f"{self.where}: {key} is {value!r:.60}, expected a positive number")
         return float(value)
 
     def factors(self, key: str, dims: int) -> Floats:
         value = self.values.get(key)
-        if not isinstance(value, list) or not all(type(v) in (int, float) for v in value) or len(value) != dims // 2:
+        if (
+            not isinstance(value, list)
+            or not all(type(v) in (int, float) and abs(v) < _MAX for v in value)
+            or len(value) != dims // 2
+        ):
             size = len(value) if isinstance(value, list) else "none"
             raise ModelFileError(f"{self.where}: {key} has {size} numbers, expected {dims // 2}")
         return np.array(value, np.float32)
@@ -90,8 +100,8 @@ def _attn_factor(settings: _Settings, n_ctx: int, n_ctx_orig: int) -> float:
         return settings.number("short_mscale" if "short_mscale" in settings.values else "long_mscale")
     if settings.values.get("attention_factor") is not None:
         return settings.number("attention_factor")
-    factor = settings.number("factor") if settings.values.get("factor") is not None else n_ctx / n_ctx_orig
-    return math.sqrt(1 + math.log(factor) / math.log(n_ctx_orig)) if factor > 1 else 1.0
+    factor = settings.number("factor") if settings.values.get("factor") is not None else n_ctx / max(n_ctx_orig, 1)
+    return math.sqrt(1 + math.log(factor) / math.log(n_ctx_orig)) if factor > 1 and n_ctx_orig > 1 else 1.0
 
 
 def _llama3_divisors(settings: _Settings, base: float, dims: int, n_ctx_orig: int) -> Floats:

@@ -1,6 +1,7 @@
 """The tokenizer of a Hugging Face folder as GGUF metadata: tokens, types, scores or merges, special ids, template."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,18 @@ def read_tokenizer(path: Path, architecture: str, n_vocab: int) -> Metadata:
         metadata = _from_sentencepiece(path, n_vocab)
     else:
         raise ModelNotFoundError(f"{path} has neither tokenizer.json nor tokenizer.model")
-    metadata |= _special(path, n_vocab)
+    special, template = _special(path, n_vocab)
+    metadata |= special
     if content is not None:
         _check_same_ids(path / "tokenizer.json", metadata)
-    return {f"tokenizer.ggml.{key}": value for key, value in metadata.items()} | _template(path)
+    return {f"tokenizer.ggml.{key}": value for key, value in metadata.items()} | template
 
 
 def _from_json(path: Path, content: dict[str, Any], architecture: str, n_vocab: int) -> Metadata:
     model = content.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise UnsupportedModelError(f"{path} holds no BPE vocabulary, which is all that phi-c converts")
+    backend = _backend(path)  # its reading is strict: what follows may rely on the parts
     tokens, kinds = _tokens(path, model["vocab"], content.get("added_tokens") or [], n_vocab)
     try:
         merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model.get("merges") or []]
@@ -63,7 +66,7 @@ def _from_json(path: Path, content: dict[str, Any], architecture: str, n_vocab: 
         raise ModelFileError(f"{path}: the merges are damaged, expected pairs of tokens") from None
     metadata: Metadata = {"tokens": tokens, "token_type": kinds}
     if not model.get("byte_fallback"):
-        pre = _pre_tokenizer(path, architecture, ignore_merges=bool(model.get("ignore_merges")))
+        pre = _pre_tokenizer(path, backend, architecture, ignore_merges=bool(model.get("ignore_merges")))
         return {"model": "gpt2", "pre": pre, **metadata, "merges": [" ".join(merge) for merge in merges]}
     for i, token in enumerate(tokens):
         if kinds[i] == NORMAL and len(token) == 6 and token.startswith("<0x"):
@@ -104,18 +107,19 @@ def _scores(tokens: list[str], kinds: list[int], merges: list[tuple[str, ...]]) 
 def _adds_space(content: dict[str, Any]) -> bool:
     steps: list[dict[str, Any]] = []
     for part in ("normalizer", "pre_tokenizer"):
-        step = content.get(part) or {}
+        step = content.get(part)
+        step = step if isinstance(step, dict) else {}
         steps += step.get("normalizers") or step.get("pretokenizers") or [step]
     return any(
         step.get("type") == "Prepend"
         or (step.get("type") == "Metaspace" and step.get("prepend_scheme", "always") != "never")
         for step in steps
+        if isinstance(step, dict)
     )
 
 
-def _pre_tokenizer(path: Path, architecture: str, *, ignore_merges: bool) -> str:
+def _pre_tokenizer(path: Path, backend: Tokenizer, architecture: str, *, ignore_merges: bool) -> str:
     """Return the name of the pre-tokenizer that cuts texts as the file's does, however its patterns are written."""
-    backend = _backend(path)
     if backend.normalizer is not None or backend.pre_tokenizer is None:
         raise UnsupportedModelError(f"{path}: expected a byte-level BPE with a pre-tokenizer and no normalizer")
     for name in _PRE_NAMES:
@@ -163,27 +167,29 @@ def _from_sentencepiece(path: Path, n_vocab: int) -> Metadata:
     return {"model": "llama", "pre": "default", "tokens": tokens, "token_type": kinds, "scores": scores}
 
 
-def _special(path: Path, n_vocab: int) -> Metadata:
-    """Return special ids and whether BOS and EOS are added, by the gguf package's reading of the folder."""
-    for name in ("tokenizer_config.json", "generation_config.json"):
-        read_json(path / name)  # for its errors
-    found = gguf.SpecialVocab(path, n_vocab=n_vocab)
+def _special(path: Path, n_vocab: int) -> tuple[Metadata, Metadata]:
+    """Return special ids and whether BOS and EOS are added, and the template, by the gguf package's reading."""
+    generation = read_json(path / "generation_config.json") or {}
+    read_json(path / "tokenizer_config.json")  # for its errors
+    # It warns of ids that it leaves out, which the model may well have.
+    logging.getLogger("gguf.vocab").setLevel(logging.ERROR)
+    try:
+        found = gguf.SpecialVocab(path, n_vocab=n_vocab)
+    except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
+        raise ModelFileError(f"{path}: the special tokens cannot be read: {' '.join(str(error).split())}") from None
     names = {"unk": "unknown", "sep": "seperator", "pad": "padding"}  # as GGUF spells them
     ids = {f"{names.get(kind, kind)}_token_id": i for kind, i in found.special_token_ids.items()}
-    ends = (read_json(path / "generation_config.json") or {}).get("eos_token_id")
+    ends = generation.get("eos_token_id")
     others = [i for i in ends if i != ids.get("eos_token_id")] if isinstance(ends, list) else []
     if others and "eot_token_id" not in ids and type(others[0]) is int and 0 <= others[0] < n_vocab:
         ids["eot_token_id"] = others[0]
-    return ids | {
-        f"add_{kind}_token": value for kind, value in found.add_special_token.items() if kind in ("bos", "eos")
-    }
-
-
-def _template(path: Path) -> Metadata:
-    template = gguf.SpecialVocab(path).chat_template
-    if isinstance(template, list):
-        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
-    return {"tokenizer.chat_template": template} if isinstance(template, str) else {}
+    added = {kind: value for kind, value in found.add_special_token.items() if kind in ("bos", "eos")}
+    template = found.chat_template
+    if isinstance(template, list):  # several, by name
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    special = ids | {f"add_{kind}_token": value for kind, value in added.items()}
+    return special, {"tokenizer.chat_template": template} if isinstance(template, str) else {}
 
 
 def _check_same_ids(path: Path, metadata: Metadata) -> None:
