@@ -203,7 +203,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], type[PhiError], str]] = {
     "factors": (
         lambda f: change(f, rope_scaling={"type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 8}),
         ModelFileError,
-        "short_factor has 1 numbers, expected 8",
+        "short_factor has 1 positive numbers, expected 8",
     ),
     "missing tensor": (lambda f: drop(f, NORM), ModelFileError, f"no tensor '{NORM}'"),
     "unexpected tensor": (

@@ -49,6 +49,12 @@ CASES: dict[str, tuple[str, str, dict[str, Any], tuple[int, ...]]] = {
         {**longrope(16), "rope_scaling": {**longrope(16)["rope_scaling"], "attention_factor": 1.3}},
         (64, 100),
     ),
+    "phi3, LongRoPE with a stretch of its own": (
+        "Phi3",
+        "phi-3",
+        {**longrope(16), "rope_scaling": {**longrope(16)["rope_scaling"], "factor": 16.0}},
+        (64, 100),
+    ),
     "llama": ("Llama", "smollm2", {"rms_norm_eps": 1e-5}, (70,)),
     "llama, every head its own keys": ("Llama", "smollm2", {"num_key_value_heads": 4}, (70,)),
     "llama, tied, another base": ("Llama", "smollm2", {"tie_word_embeddings": True, "rope_theta": 1e5}, (70,)),

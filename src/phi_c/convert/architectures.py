@@ -1,6 +1,6 @@
 """What the tensors of each architecture are called on both sides: one table a class of transformers.
 
-Names on the right are those of GGUF as llama.cpp reads them, on the left those of transformers' modeling files.
+The first name of a row is GGUF's, as llama.cpp reads it; those after it are of transformers' modeling files.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """A tensor of the GGUF file and what it is made of, joined by rows; `.N` names are per layer.
+    """A tensor of the GGUF file and the tensors that it is made of, joined by rows.
 
     sources: (name, shape), shape being words of `Sizes.dims`; a name with {x} stands for one tensor an expert, which
     become the planes of one tensor. paired: the rows of each head are interleaved, from halves (i, i + half) to pairs

@@ -82,13 +82,9 @@ class _Settings:
 
     def factors(self, key: str, dims: int) -> Floats:
         value = self.values.get(key)
-        if (
-            not isinstance(value, list)
-            or not all(type(v) in (int, float) and abs(v) < _MAX for v in value)
-            or len(value) != dims // 2
-        ):
-            size = len(value) if isinstance(value, list) else "none"
-            raise ModelFileError(f"{self.where}: {key} has {size} numbers, expected {dims // 2}")
+        numbers = [v for v in value if type(v) in (int, float) and 0 < v < _MAX] if isinstance(value, list) else []
+        if len(numbers) != dims // 2 or numbers != value:
+            raise ModelFileError(f"{self.where}: {key} has {len(numbers)} positive numbers, expected {dims // 2}")
         return np.array(value, np.float32)
 
 
