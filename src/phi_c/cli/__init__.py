@@ -10,19 +10,7 @@ import click
 
 from phi_c.errors import OptionError, PhiError
 
-VERBS = (
-    "generate",
-    "chat",
-    "tokens",
-    "inspect",
-    "doctor",
-    "bench",
-    "quantize",
-    "imatrix",
-    "pull",
-    "list",
-    "completion",
-)
+VERBS = ("generate", "chat", "tokens", "inspect", "doctor", "bench", "convert", "quantize", "imatrix", "pull", "list", "completion")
 
 _EPILOG = """\b
 Examples:
@@ -57,6 +45,7 @@ _ABOUT = {
     "bench": "Measure how fast a model runs.",
     "imatrix": "Find out which weights of a model matter, for a quantiser.",
     "quantize": "Store a model in fewer bits a weight.",
+    "convert": "Make a GGUF file of a Hugging Face folder.",
     "pull": "Download models.",
     "list": "List known and downloaded models.",
     "completion": "Print the script that completes commands in a shell.",
