@@ -240,6 +240,34 @@ def judge(name: str) -> ModuleType:
         pytest.skip(f"{name} is not installed")
 
 
+# The model_type of config.json and the tokenizer_class of tokenizer_config.json that are published.
+CLASSES = {
+    "phi-3": ("phi3", "LlamaTokenizer"),
+    "phi-2": ("phi", "CodeGenTokenizer"),
+    "phi-4": ("phi3", "GPT2Tokenizer"),
+    "phi-4-mini": ("phi3", "GPT2Tokenizer"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", [c for c in CASES if "published" in c], indirect=True)
+def test_auto_tokenizer_gives_these_ids(case: Case, tmp_path: Path) -> None:
+    """What transformers makes of the published files is what the library makes of tokenizer.json alone."""
+    transformers = judge("transformers")
+    model_type, tokenizer_class = CLASSES[case.family.name]
+    flags = {t["id"]: {key: value for key, value in t.items() if key != "id"} for t in case.content["added_tokens"]}
+    config = {"tokenizer_class": tokenizer_class, "added_tokens_decoder": flags, "legacy": False, "unk_token": "<unk>"}
+    config |= {f"{name}_token": token for name, token in case.family.ids.items()}
+    if not case.scores:
+        config |= {"add_prefix_space": False, "unk_token": case.family.ids["eos"]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(case.content), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    found = theirs(case.texts, add_special_tokens=False)["input_ids"]
+    assert differences(case, case.expected[True], found) == []
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if "phi-3" not in c], indirect=True)
 def test_plain_ids_are_tiktokens(case: Case) -> None:
     tiktoken = judge("tiktoken")
