@@ -139,6 +139,21 @@ def test_ids_are_hugging_faces(case: Case, source: str, parse_special: bool) -> 
     assert differences(case, found, case.expected[parse_special]) == []
 
 
+@pytest.mark.parametrize("case", ["phi-3/small"], indirect=True)
+def test_a_space_before_the_first_word_only(case: Case, tmp_path: Path) -> None:
+    """What transformers writes for Llama's tokenizers without legacy: nothing is put behind special tokens."""
+    metaspace = {"type": "Metaspace", "replacement": v.SPACE, "prepend_scheme": "first", "split": False}
+    content = case.content | {"normalizer": None, "pre_tokenizer": metaspace}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with GGUFFile(case.gguf_path) as file:
+        encode = load_tokenizer(file.metadata, tmp_path / "tokenizer.json").encode
+    found = [encode(text, add_bos=False, parse_special=True) for text in case.texts]
+    theirs = HuggingFace.from_file(str(tmp_path / "tokenizer.json"))
+    expected = [e.ids for e in theirs.encode_batch(case.texts, add_special_tokens=False)]
+    assert expected != case.expected[True]
+    assert differences(case, found, expected) == []
+
+
 def test_decoding_is_hugging_faces(case: Case) -> None:
     """All but `</s>`: it ends a generation, so no text of ours has it; it is not special in Phi-3's tokenizer.json."""
     ours = case.ours["gguf"]

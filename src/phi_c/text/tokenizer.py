@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
+from tokenizers.pre_tokenizers import Metaspace
 
 from phi_c.errors import OptionError
 from phi_c.text.backend import SPACE, build_backend, load_backend
@@ -101,6 +102,16 @@ class Tokenizer:
         self._encode_plain(text[start:], strip, ids)
         return ids
 
+    @cached_property
+    def _continuing(self) -> Backend:
+        """The pipeline for what follows a special token: Metaspace's "first" puts a space before whole texts only."""
+        step = self._backend.pre_tokenizer
+        if not isinstance(step, Metaspace) or step.prepend_scheme != "first":
+            return self._backend
+        backend = Backend.from_str(self._backend.to_str())
+        backend.pre_tokenizer = Metaspace(step.replacement, "never", step.split)
+        return backend
+
     def with_bos(self, ids: list[int], add_bos: bool | None = None) -> list[int]:
         """Return ids that begin with BOS exactly once if add_bos, or if it is None and the file says so."""
         wanted = self.add_bos if add_bos is None else add_bos
@@ -114,7 +125,8 @@ class Tokenizer:
         if text:
             # A lone surrogate is no text: as in a file read with errors="replace".
             clean = text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
-            ids.extend(self._backend.encode(clean, add_special_tokens=False).ids)
+            backend = self._continuing if ids else self._backend
+            ids.extend(backend.encode(clean, add_special_tokens=False).ids)
 
     def piece(self, token_id: int, *, special: bool = False) -> bytes:
         """Return the bytes that a token stands for: none for most special ones, or their name with special=True.
