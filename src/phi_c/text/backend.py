@@ -88,7 +88,7 @@ def _merges_of_scores(vocabulary: Vocabulary, ids: dict[str, int]) -> list[tuple
     A token's own splits are in the order of their parts' ids, as in the tokenizer.json that transformers makes.
     """
     merging = (NORMAL, USER_DEFINED)
-    mergeable = {token for token, i in ids.items() if vocabulary.kinds[i] in merging}
+    mergeable = {token: i for token, i in ids.items() if vocabulary.kinds[i] in merging}
     # A single character or byte that is no token falls back to bytes before any merge.
     order = sorted(
         (i for i, kind in enumerate(vocabulary.kinds) if kind in merging and len(vocabulary.tokens[i]) > 1),
@@ -97,11 +97,12 @@ def _merges_of_scores(vocabulary: Vocabulary, ids: dict[str, int]) -> list[tuple
     merges = []
     for token in (vocabulary.tokens[i] for i in order):
         splits = [
-            (left, right)
+            (mergeable[left], left, right)  # no two of them have the same left part
             for cut in range(1, len(token))
             if (left := token[:cut]) in mergeable and (right := token[cut:]) in mergeable
         ]
-        merges += sorted(splits, key=lambda split: (ids[split[0]], ids[split[1]]))
+        splits.sort()
+        merges += [(left, right) for _, left, right in splits]
     return merges
 
 
