@@ -47,6 +47,9 @@ tokens are smaller than the published ones, LongRoPE's factors are made up, all 
   tokenizer for a small vocabulary of this kind; the published vocabulary itself is not in the test.
 - **Template**: the kind; *same text* as transformers renders, for a conversation with a system message.
 
+Phi-3.5-MoE beyond its original context: transformers' own class keeps the short factors there (seen in 5.24, see
+`reference_models.py`); here it is given the long ones, as the code published with the model does.
+
 | model | GGUF architecture | logits, NMSE below | tokens | window | LongRoPE | tokenizer | template |
 |---|---|---|---|---|---|---|---|
 """
