@@ -124,4 +124,6 @@ def forward(
     long_rope: list[bool],
     logit_rows: npt.NDArray[np.int32],
     cancel: CancelFlag | None = None,
+    embeddings: bool = False,
 ) -> npt.NDArray[np.float32]: ...
+def head(model: Model, kv: KvCache, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]: ...
