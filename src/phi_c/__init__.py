@@ -12,15 +12,16 @@ if TYPE_CHECKING:
     from phi_c._core import CancelFlag
     from phi_c.errors import PhiError
     from phi_c.llm import LLM, load
-    from phi_c.results import Completion, Piece, Usage
+    from phi_c.results import Completion, Piece, Score, Usage
 
-__all__ = ["LLM", "CancelFlag", "Completion", "PhiError", "Piece", "Usage", "load"]
+__all__ = ["LLM", "CancelFlag", "Completion", "PhiError", "Piece", "Score", "Usage", "load"]
 
 _HOMES = {
     "CancelFlag": "phi_c._core",
     "PhiError": "phi_c.errors",
     "Completion": "phi_c.results",
     "Piece": "phi_c.results",
+    "Score": "phi_c.results",
     "Usage": "phi_c.results",
 }
 
