@@ -220,7 +220,7 @@ class LLM:
     def score(
         self,
         prompt: str | Sequence[int],
-        continuations: Sequence[str] | Sequence[Sequence[int]],
+        continuations: Sequence[str | Sequence[int]],
         *,
         parse_special: bool = False,
         cancel: CancelFlag | None = None,
@@ -243,7 +243,7 @@ class LLM:
 
     def embed(
         self,
-        texts: Sequence[str] | Sequence[Sequence[int]],
+        texts: Sequence[str | Sequence[int]],
         *,
         pooling: str = "mean",
         normalize: bool = True,

@@ -10,7 +10,19 @@ import click
 
 from phi_c.errors import OptionError, PhiError
 
-VERBS = ("generate", "chat", "tokens", "inspect", "doctor", "bench", "pull", "list", "completion")
+VERBS = (
+    "generate",
+    "chat",
+    "tokens",
+    "inspect",
+    "doctor",
+    "bench",
+    "perplexity",
+    "compare",
+    "pull",
+    "list",
+    "completion",
+)
 
 _EPILOG = """\b
 Examples:
@@ -43,6 +55,8 @@ _ABOUT = {
     "inspect": "Show what is in a model file, and the memory it takes.",
     "doctor": "Show what phi-c finds on this machine.",
     "bench": "Measure how fast a model runs.",
+    "perplexity": "Measure how likely a model finds a text.",
+    "compare": "Measure how far two models are from each other.",
     "pull": "Download models.",
     "list": "List known and downloaded models.",
     "completion": "Print the script that completes commands in a shell.",
