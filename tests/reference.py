@@ -14,7 +14,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class Reference:
-    """A model in float32; `logits` gives float32 [n_tokens, n_vocab]."""
+    """A model in float32; `logits` gives float32 [n_tokens, n_vocab], `embeddings` [n_tokens, n_embd]."""
 
     def __init__(self, path: Path) -> None:
         reader = gguf.GGUFReader(path)
@@ -106,6 +106,11 @@ class Reference:
 
     def logits(self, tokens: list[int], *, long_rope: bool | None = None) -> Floats:
         """Return the logits after each token; long_rope None: as transformers decides for the whole text."""
+        output = self.tensors.get("output.weight", self.tensors["token_embd.weight"])
+        return self.embeddings(tokens, long_rope=long_rope) @ output.T
+
+    def embeddings(self, tokens: list[int], *, long_rope: bool | None = None) -> Floats:
+        """Return each token's state after the final norm."""
         if long_rope is None:
             long_rope = len(tokens) > self.n_ctx_orig
         x = self.tensors["token_embd.weight"][tokens]
@@ -116,5 +121,4 @@ class Reference:
             attended = self.attention(self.rotate(q, cos, sin), self.rotate(k, cos, sin), v)
             x = x + attended @ self.tensors[block + "attn_output.weight"].T
             x = x + self.feed_forward(layer, self.norm(x, block + "ffn_norm.weight"))
-        output = self.tensors.get("output.weight", self.tensors["token_embd.weight"])
-        return self.norm(x, "output_norm.weight") @ output.T
+        return self.norm(x, "output_norm.weight")
