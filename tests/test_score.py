@@ -56,9 +56,7 @@ def test_scores_are_log_softmax_of_logits(llm: phi_c.LLM) -> None:
     assert scores[0].logprobs == scores[-1].logprobs
 
 
-def test_scores_do_not_depend_on_chunks_or_batches(
-    llm: phi_c.LLM, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_do_not_depend_on_chunks_or_batches(llm: phi_c.LLM, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [s.logprobs for s in llm.score(PROMPT, CONTINUATIONS)]
     assert [llm.score(PROMPT, [c])[0].logprobs for c in CONTINUATIONS] == expected
     for n_batch, head_rows, n_together, n_ctx in ((1, 1, 1, 256), (7, 5, 2, 320), (64, 1000, 64, 1024)):

@@ -67,7 +67,7 @@ def test_windows_of_llama_cpp(llm: phi_c.LLM, path: Path) -> None:
 @pytest.mark.parametrize(("n_ctx", "stride"), [(48, 16), (48, 47), (48, 48), (60, 1), (500, 100)])
 def test_strided_windows_of_transformers(llm: phi_c.LLM, path: Path, n_ctx: int, stride: int) -> None:
     """The loop of its guide: labels before the new part are masked, and the model shifts labels by one."""
-    text = TEXT[:250] if stride == 1 else TEXT
+    text = TEXT[:100] if stride == 1 else TEXT
     ids = llm.tokenizer.encode(text)
     reference = Reference(path)
     total, n_scored, sums, counts, previous = 0.0, 0, [], [], 0
@@ -152,9 +152,9 @@ def test_smollm2_on_english(smollm2_path: Path) -> None:
     """What 4-bit weights and int8 activations do to float32's perplexity is within a hundredth."""
     with phi_c.load(smollm2_path) as llm:
         ids = llm.tokenizer.encode(ENGLISH)
-        found = perplexity(llm, ENGLISH, n_ctx=256)
+        found = perplexity(llm, ENGLISH, n_ctx=256, n_windows=1)
     reference = Reference(smollm2_path)
-    expected = np.concatenate([nll(reference, ids[start : start + 256])[128:] for start in (0, 256)])
-    assert found.n_tokens == len(expected) == 254
+    expected = nll(reference, ids[:256])[128:]
+    assert found.n_tokens == len(expected) == 127
     print(f"perplexity {found.perplexity:.3f}, float32 {np.exp(expected.mean()):.3f}")
     assert found.nll == pytest.approx(expected.mean(), abs=0.01)

@@ -34,7 +34,8 @@ class PhiCLM(LM):  # type: ignore[misc]
 
     model: a source as phi_c.load takes it, or a loaded LLM; loading: options of phi_c.load, such as n_ctx, n_threads,
     kv. batch_size: texts that are generated together, "auto": 8; log-likelihoods run together in any case, as far as
-    n_ctx has room. max_gen_toks: of tasks that name no number. Special tokens in texts are read as such, as
+    n_ctx has room. device: not looked at, since the harness names cuda:0 unasked. max_gen_toks: of tasks that name no
+    number. Special tokens in texts are read as such, as
     transformers does, and a text begins with BOS if the model wants one.
     """
 
@@ -49,8 +50,6 @@ class PhiCLM(LM):  # type: ignore[misc]
         **loading: Any,
     ) -> None:
         super().__init__()
-        if device not in (None, "cpu"):
-            raise OptionError(f"device is {device!r}, expected cpu")
         if isinstance(model, llm.LLM) and loading:
             raise OptionError(f"{', '.join(loading)} cannot be given with a model that is loaded")
         self.llm: llm.LLM = model if isinstance(model, llm.LLM) else llm.load(model, **loading)
