@@ -129,7 +129,6 @@ class LLM:
             self.side_file: Path | None = None
             if side_file is not None and panels is None and model.packed_bytes:
                 self.side_file = side_file.write(model.write_panels)
-            self.n_batch = n_batch
             n_ctx_orig = self.config.n_ctx_orig if self.config.long_rope else None
             # Public for tools that serve or measure: it takes sequences of their own.
             self.engine = Engine(model, self.n_ctx, n_batch, n_ctx_orig, kv)

@@ -4,6 +4,7 @@ python -m phi_c.evaluate --model phi-c --model_args model=smollm2,n_ctx=2048 --t
 lm_eval.simple_evaluate(model=PhiCLM("smollm2", n_ctx=2048), tasks=["hellaswag"])
 """
 
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -41,7 +42,7 @@ class PhiCLM(LM):  # type: ignore[misc]
 
     def __init__(
         self,
-        model: "str | llm.LLM",
+        model: str | os.PathLike[str] | llm.LLM,
         *,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
