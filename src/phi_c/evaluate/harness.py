@@ -95,7 +95,7 @@ class PhiCLM(LM):  # type: ignore[misc]
         return scores
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood of each whole text, in windows of the context that do not overlap."""
+        """Return the log-likelihood of each whole text, in windows of the context; each token counts once."""
         prefix = prefix_ids(self.llm.tokenizer)[0]
         texts = [request.args[0] for request in requests]
         pairs: list[Pair] = []
