@@ -224,18 +224,25 @@ static void feed_forward(worker *w, int layer, const phi_activations *normed) {
     project_back(w, &l->ffn->down, &f->inner);
 }
 
-static void write_logits(worker *w) {
+/* logits [n_rows, n_vocab] = normed @ output.T */
+static void project_head(worker *w, const phi_activations *normed, int n_rows, float *logits) {
     const forward *f = w->f;
     const phi_model *model = f->model;
-    const phi_batch *batch = f->batch;
-    if (batch->n_logit_rows == 0) return;
-    const phi_activations *normed = norm(w, &model->output_norm, batch->n_logit_rows, batch->logit_rows);
     const int chunk = chunk_rows(f, model->n_vocab);
     FOR_EACH_TASK(w, task, n_chunks(model->n_vocab, chunk)) {
-        const int first = task * chunk, n_rows = min_int(chunk, model->n_vocab - first);
-        multiply(f, &model->output, first, n_rows, normed, batch->n_logit_rows, batch->logits + first,
-                 (size_t)model->n_vocab);
+        const int first = task * chunk, n = min_int(chunk, model->n_vocab - first);
+        multiply(f, &model->output, first, n, normed, n_rows, logits + first, (size_t)model->n_vocab);
     }
+}
+
+static void write_rows(worker *w) {
+    const phi_batch *batch = w->f->batch;
+    const phi_model *model = w->f->model;
+    if (batch->n_logit_rows == 0) return;
+    const phi_activations *normed = norm(w, &model->output_norm, batch->n_logit_rows, batch->logit_rows);
+    if (w->thread == 0 && batch->embeddings)
+        memcpy(batch->embeddings, normed->f32, (size_t)batch->n_logit_rows * (size_t)model->n_embd * sizeof(float));
+    if (batch->logits) project_head(w, normed, batch->n_logit_rows, batch->logits);
 }
 
 static void run_layer(worker *w, int layer) {
@@ -268,7 +275,7 @@ static void run(void *context, int thread) {
     }
     const phi_observer *seen = batch->observer;
     if (seen && seen->output) observe(&w, norm(&w, &model->output_norm, batch->n_tokens, NULL), seen->output);
-    write_logits(&w);
+    write_rows(&w);
 }
 
 /* ---- scratch memory ---- */
@@ -380,4 +387,39 @@ phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batc
     const phi_status status = phi_pool_run(model->pool, run, &f);
     if (status != PHI_OK) return status;
     return atomic_load(&f.stop) ? PHI_CANCELLED : PHI_OK;
+}
+
+/* ---- the head alone ---- */
+
+typedef struct {
+    forward f; /* model and activations only */
+    int n_rows;
+    const float *rows;
+    float *logits;
+} head;
+
+static void run_head(void *context, int thread) {
+    head *h = context;
+    const size_t n_embd = (size_t)h->f.model->n_embd;
+    worker w = {.f = &h->f, .thread = thread};
+    const phi_activations *x = h->f.normed;
+    FOR_EACH_TASK(&w, i, h->n_rows) {
+        memcpy(x->f32 + (size_t)i * n_embd, h->rows + (size_t)i * n_embd, n_embd * sizeof(float));
+        quantize(h->f.model->kernels, x, i, 0, n_embd);
+        quantize_wide(h->f.model->kernels, x, i);
+    }
+    end_phase(&w);
+    project_head(&w, x, h->n_rows, h->logits);
+}
+
+phi_status phi_head(const phi_model *model, phi_kv *kv, int n_rows, const float *rows, float *logits) {
+    head h = {.f = {.model = model}, .n_rows = n_rows, .rows = rows, .logits = logits};
+    arena a = {NULL, 0};
+    allot_activations(&a, model->kernels, (size_t)n_rows, model->n_embd);
+    a.memory = phi_kv_scratch(kv, a.used);
+    if (!a.memory) return PHI_OUT_OF_MEMORY;
+    a.used = 0;
+    phi_activations x = allot_activations(&a, model->kernels, (size_t)n_rows, model->n_embd);
+    h.f.normed = &x;
+    return phi_pool_run(model->pool, run_head, &h);
 }

@@ -201,7 +201,8 @@ typedef struct {
     const phi_sequence *seqs;
     int n_logit_rows;
     const int32_t *logit_rows; /* [n_logit_rows] tokens of the batch whose logits are wanted */
-    float *logits;             /* out [n_logit_rows, n_vocab] */
+    float *logits;             /* out [n_logit_rows, n_vocab], or NULL */
+    float *embeddings;         /* out [n_logit_rows, n_embd], what the head takes: after the final norm; or NULL */
     bool (*poll)(void *);      /* asked between layers; true: stop. NULL: never */
     void *poll_context;
     const phi_observer *observer; /* NULL: nobody looks, at no cost. What a cancelled batch has added stays added */
@@ -212,5 +213,9 @@ typedef struct {
  * is in the batch: the bits are the same alone, in a chunk, or among other sequences. (On the tiers amx and amxbf16 in
  * batches of at most 16 tokens; larger ones take products that round otherwise.) */
 phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batch);
+
+/* The head alone: logits [n_rows, n_vocab] of embeddings [n_rows, n_embd] that phi_forward gave, the same bits that it
+ * would have given. So logits of many positions are had a few rows at a time. kv lends its working memory. */
+phi_status phi_head(const phi_model *model, phi_kv *kv, int n_rows, const float *rows, float *logits);
 
 #endif

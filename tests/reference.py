@@ -15,7 +15,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class Reference:
-    """A model in float32; `logits` gives float32 [n_tokens, n_vocab]."""
+    """A model in float32; `logits` gives float32 [n_tokens, n_vocab], `embeddings` [n_tokens, n_embd]."""
 
     def __init__(self, path: Path) -> None:
         reader = gguf.GGUFReader(path)
@@ -152,6 +152,11 @@ class Reference:
 
     def logits(self, tokens: list[int], *, long_rope: bool | None = None) -> Floats:
         """Return the logits after each token; long_rope None: as transformers decides for the whole text."""
+        output = "output.weight" if "output.weight" in self.tensors else "token_embd.weight"
+        return self.product(self.embeddings(tokens, long_rope=long_rope), output)
+
+    def embeddings(self, tokens: list[int], *, long_rope: bool | None = None) -> Floats:
+        """Return each token's state after the final norm."""
         if long_rope is None:
             long_rope = len(tokens) > self.n_ctx_orig
         x = self.tensors["token_embd.weight"][tokens]
@@ -165,5 +170,4 @@ class Reference:
             x = x + self.product(attended, block + "attn_output.weight")
             parallel = self.architecture == "phi2"
             x = x + self.feed_forward(layer, normed if parallel else self.norm(x, block + "ffn_norm"))
-        output = "output.weight" if "output.weight" in self.tensors else "token_embd.weight"
-        return self.product(self.norm(x, "output_norm"), output)
+        return self.norm(x, "output_norm")

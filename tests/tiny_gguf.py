@@ -53,6 +53,7 @@ class Shape:
     vocabulary: str = "spm"
     n_experts: int = 8  # of phimoe
     fused_qkv: bool = True  # of phi2
+    n_extra_words: int = 0  # in an spm vocabulary
 
 
 def write_tiny(
@@ -176,6 +177,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, s: Shape) -> list[str]:
 def _add_spm(writer: gguf.GGUFWriter, s: Shape) -> list[str]:
     """SentencePiece with byte fallback, and Phi-3's special tokens."""
     words = [w for word in _WORDS for w in (word, "\u2581" + word)]
+    words += [f"xq{i}" for i in range(s.n_extra_words)]
     letters = ["\u2581", *(chr(c) for c in range(0x21, 0x7F))]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *words, *letters, *_PHI3_SPECIAL]
     n_plain = len(words) + len(letters)

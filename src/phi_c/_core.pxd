@@ -152,10 +152,12 @@ cdef extern from "phi.h":
         int n_logit_rows
         const int32_t *logit_rows
         float *logits
+        float *embeddings
         c_bool (*poll)(void *) noexcept nogil
         void *poll_context
         const phi_observer *observer
     phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batch) nogil
+    phi_status phi_head(const phi_model *model, phi_kv *kv, int n_rows, const float *rows, float *logits) nogil
 
 cdef extern from "kernels.h":
     ctypedef struct phi_activations:

@@ -168,4 +168,6 @@ def forward(
     logit_rows: npt.NDArray[np.int32],
     cancel: CancelFlag | None = None,
     observer: Observer | None = None,
+    embeddings: bool = False,
 ) -> npt.NDArray[np.float32]: ...
+def head(model: Model, kv: KvCache, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]: ...

@@ -146,8 +146,11 @@ cdef int _check(const int32_t[::1] values, int low, int high, what) except -1:
 def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens not None,
             const int32_t[::1] positions not None, const int32_t[::1] sequences not None,
             list page_tables not None, list long_rope not None, const int32_t[::1] logit_rows not None,
-            CancelFlag cancel=None, Observer observer=None):
+            CancelFlag cancel=None, Observer observer=None, bint embeddings=False):
     """Run a batch of tokens and return the logits asked for: float32 [n_logit_rows, n_vocab].
+
+    With embeddings=True: what the head takes instead, float32 [n_logit_rows, n_embd]: the rows after the final norm,
+    of which `head` makes the same logits.
 
     tokens, positions, sequences: int32 [n_tokens]; token i is at a position of sequence sequences[i], whose position
     p lies in KV page page_tables[s][p // PAGE_TOKENS] (int32) and which rotates by the long factors if long_rope[s].
@@ -189,7 +192,7 @@ def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens
         for i in range(n_tokens):
             if not 0 <= positions[i] < len(tables[sequences[i]]) * PHI_PAGE_TOKENS:
                 raise ValueError(f"position {positions[i]} is outside the pages of its sequence")
-        logits = np.empty((n_logit_rows, model.model.n_vocab), np.float32)
+        out = np.empty((n_logit_rows, model.model.n_embd if embeddings else model.model.n_vocab), np.float32)
         batch.n_tokens = n_tokens
         batch.tokens = &tokens[0]
         batch.positions = &positions[0]
@@ -197,9 +200,11 @@ def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens
         batch.seqs = seqs
         batch.n_logit_rows = n_logit_rows
         batch.logit_rows = &logit_rows[0] if n_logit_rows else NULL
-        batch.logits = NULL
-        if n_logit_rows:
-            batch.logits = _data(logits)
+        batch.logits = batch.embeddings = NULL
+        if n_logit_rows and embeddings:
+            batch.embeddings = _data(out)
+        elif n_logit_rows:
+            batch.logits = _data(out)
         batch.poll = _poll
         batch.poll_context = &watch
         batch.observer = &observer.sums if observer is not None else NULL
@@ -218,6 +223,32 @@ def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens
         raise MemoryError("the working memory of a forward pass could not be had")
     if observer is not None:
         observer.n_tokens += n_tokens
+    return out
+
+
+def head(Model model not None, KvCache kv not None, const float[:, ::1] rows not None):
+    """Return the logits of rows that `forward` gave with embeddings=True: float32 [n_rows, n_vocab].
+
+    Raises ValueError for rows of another width, ModelClosedError.
+    """
+    cdef int n_rows = <int>rows.shape[0]
+    cdef phi_status status
+    cdef float *out
+    if kv.model is not model:
+        raise ValueError("the KV cache belongs to another model")
+    if rows.shape[1] != model.model.n_embd:
+        raise ValueError(f"rows of {rows.shape[1]} values, expected {model.model.n_embd}")
+    logits = np.empty((n_rows, model.model.n_vocab), np.float32)
+    if n_rows == 0:
+        return logits
+    out = _data(logits)
+    with model.lock:
+        if model.model.pool == NULL:
+            raise ModelClosedError("the model was closed")
+        with nogil:
+            status = phi_head(&model.model, kv.kv, n_rows, &rows[0, 0], out)
+    if status != PHI_OK:
+        raise MemoryError("the working memory of the head could not be had")
     return logits
 
 

@@ -17,6 +17,8 @@ VERBS = {
     "inspect": "Show what is in a model file, and the memory it takes.",
     "doctor": "Show what phi-c finds on this machine.",
     "bench": "Measure how fast a model runs.",
+    "perplexity": "Measure how likely a model finds a text.",
+    "compare": "Measure how far two models are from each other.",
     "imatrix": "Find out which weights of a model matter, for a quantiser.",
     "quantize": "Store a model in fewer bits a weight.",
     "convert": "Make a GGUF file of a Hugging Face folder.",

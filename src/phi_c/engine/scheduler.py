@@ -10,15 +10,20 @@ from phi_c.engine.sequence import Sequence, Status
 
 @dataclass(frozen=True)
 class Work:
-    """Tokens n_computed .. n_computed + n_tokens - 1 of a sequence; the last one's logits are wanted if complete."""
+    """Tokens n_computed .. n_computed + n_tokens - 1 of a sequence."""
 
     sequence: Sequence
     n_tokens: int
 
     @property
+    def n_rows(self) -> int:
+        """How many of these tokens, the last ones, give rows that are wanted."""
+        return max(self.sequence.n_computed + self.n_tokens - max(self.sequence.first_row, self.sequence.n_computed), 0)
+
+    @property
     def wants_logits(self) -> bool:
         """Whether these tokens end what is known of the sequence, so that the next one can be sampled."""
-        return self.sequence.n_computed + self.n_tokens == len(self.sequence.tokens)
+        return self.sequence.rows_from is None and self.n_rows > 0
 
 
 def pages_for(n_tokens: int) -> int:
@@ -85,8 +90,8 @@ class Scheduler:
         while self.waiting:
             sequence = self.waiting[0]
             sequence.long_rope = self._needs_long(len(sequence.tokens))
-            # One token at least is computed: its logits are wanted.
-            found = self.pool.find(sequence.tokens[:-1], sequence.long_rope)
+            # One token at least is computed: its row is wanted.
+            found = self.pool.find(sequence.tokens[: sequence.first_row], sequence.long_rope)
             for page in found:
                 self.pool.share(page)
             needed = pages_for(sequence.n_longest) - len(found)
