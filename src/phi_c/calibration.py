@@ -122,8 +122,8 @@ def _run(llm: LLM, kv: KvCache, tokens: npt.NDArray[np.int32], observer: Observe
     long_rope = llm.config.long_rope and len(tokens) > llm.config.n_ctx_orig
     table = np.arange(kv.n_pages, dtype=np.int32)
     none = np.empty(0, np.int32)  # no logits are wanted
-    for start in range(0, len(tokens), llm.n_batch):
-        part = tokens[start : start + llm.n_batch]
+    for start in range(0, len(tokens), llm.engine.scheduler.n_batch):
+        part = tokens[start : start + llm.engine.scheduler.n_batch]
         positions = np.arange(start, start + len(part), dtype=np.int32)
         sequences = np.zeros(len(part), np.int32)
         forward(llm.engine.model, kv, part, positions, sequences, [table], [long_rope], none, None, observer)
