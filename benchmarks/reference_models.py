@@ -51,14 +51,45 @@ def save_model(
 
 def reference_logits(folder: Path, tokens: Sequence[int]) -> Floats:
     """Return transformers' logits after each token: float32 [n_tokens, n_vocab], eager attention, no cache."""
+    return reference_run(folder, tokens)[0]
+
+
+def reference_run(folder: Path, tokens: Sequence[int]) -> tuple[Floats, Floats]:
+    """Return the same, and how far each token's routing was from another one, float32 [n_tokens].
+
+    As a share of the router's scores, over all layers; infinite in models without experts.
+    """
+    margins = np.full(len(tokens), np.inf, np.float32)
+
+    def look(module: Any, inputs: Any, output: Any) -> None:
+        for i, scores in enumerate(output[0].float().numpy()):
+            margins[i] = min(margins[i], _margin(scores, 2 * module.router_jitter_noise))
+
     with _quiet():
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
         ).eval()
         _use_long_factors(model)
+        for module in model.modules():
+            if hasattr(module, "router_jitter_noise") and hasattr(module, "top_k"):
+                module.register_forward_hook(look)
         with torch.no_grad():
             logits = model(torch.tensor([list(tokens)]), use_cache=False).logits[0]
-    return np.asarray(logits.float().numpy())
+    return np.asarray(logits.float().numpy()), margins
+
+
+def _margin(scores: Floats, threshold: float) -> float:
+    """Return how little would change what SparseMixer chooses, or whose scores are near enough to count."""
+    chosen: list[int] = []
+    least = np.inf
+    for _ in range(2):
+        left = np.delete(np.arange(len(scores)), chosen)
+        best = int(left[scores[left].argmax()])
+        others = np.delete(np.arange(len(scores)), [*chosen, best])
+        apart = (scores[best] - scores[others]) / np.maximum(np.abs(scores[others]), scores[best])
+        least = min([least, *apart, *np.abs(apart - threshold)])
+        chosen.append(best)
+    return float(least)
 
 
 def _use_long_factors(model: Any) -> None:

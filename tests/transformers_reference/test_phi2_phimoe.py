@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from converted_model import Convert
-from test_logits import N_CTX_ORIG, check
+from test_against_transformers import N_CTX_ORIG, check
 
 from phi_c import _core
 from reference_models import growing_factors
