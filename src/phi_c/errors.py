@@ -25,6 +25,10 @@ class CacheError(PhiError):
     """The cache folder cannot be read or written."""
 
 
+class OutputError(PhiError):
+    """A file that was asked for cannot be written."""
+
+
 class OptionError(PhiError, ValueError):
     """An option has a value outside its range; a usage error on the command line."""
 
@@ -39,6 +43,10 @@ class MemoryLimitError(PhiError):
 
 class ChatTemplateError(PhiError):
     """The messages cannot be rendered with the model's chat template."""
+
+
+class StateError(PhiError):
+    """A saved state is damaged, truncated, or belongs to another model or to other options."""
 
 
 class ModelClosedError(PhiError):

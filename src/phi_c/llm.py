@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,8 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from phi_c import hub, machine
-from phi_c._core import CancelFlag, Model, touch
+from phi_c._core import KV_PAGE_VERSION, PAGE_TOKENS, CancelFlag, Model, touch
+from phi_c.engine.disk_cache import open_disk_cache
 from phi_c.engine.engine import Engine
+from phi_c.engine.page_file import Origin
+from phi_c.engine.saved_state import StateSummary, load_state, save_state
 from phi_c.engine.sequence import Finish
 from phi_c.engine.sequence import Sequence as EngineSequence
 from phi_c.errors import ChatTemplateError, ContextLengthError, OptionError
@@ -55,6 +59,7 @@ def load(
     layout: str = "packed",
     kv: str = "f16",
     rope: str = "auto",
+    prefix_cache: bool | str | os.PathLike[str] = False,
     tokenizer: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> "LLM":
@@ -69,10 +74,12 @@ def load(
     which the next start maps; "file" runs the weights from the model's file: a fast start, less speed. kv: "f16" keeps
     keys and values in half precision, "q8" in int8: half the memory. rope: the factors of a model with LongRoPE: "auto"
     takes the short ones up to the original context and the long ones beyond, as transformers does, "long" and "short"
-    always the same. tokenizer: a tokenizer.json. progress: bars on stderr.
+    always the same. prefix_cache: keep the keys and values of finished prompts on disk, in phi-c's cache folder or the
+    one named, where later processes find them; PHI_C_PREFIX_CACHE_GIB bounds their size (8). tokenizer: a
+    tokenizer.json. progress: bars on stderr.
 
     Raises PhiError of the kind that fits: ModelNotFoundError, DownloadError, ModelFileError, UnsupportedModelError,
-    MemoryLimitError, OptionError, CacheError when packed weights cannot be kept.
+    MemoryLimitError, OptionError, CacheError when packed weights or the prefix cache cannot be kept.
     """
     return LLM(
         hub.resolve(source, progress=progress),
@@ -84,6 +91,7 @@ def load(
         layout=layout,
         kv=kv,
         rope=rope,
+        prefix_cache=prefix_cache,
         tokenizer_json=Path(tokenizer) if tokenizer is not None else hub.resolve_tokenizer(source),
     )
 
@@ -104,6 +112,7 @@ class LLM:
         layout: str = "packed",
         kv: str = "f16",
         rope: str = "auto",
+        prefix_cache: bool | str | os.PathLike[str] = False,
         tokenizer_json: Path | None = None,
     ) -> None:
         check_count("n_threads", n_threads, 1, 1024)
@@ -142,6 +151,9 @@ class LLM:
             self.n_batch = n_batch
             # Public for tools that serve or measure: it takes sequences of their own.
             self.engine = Engine(model, n_cache, n_batch, n_ctx_orig, kv, self.config.window)
+            self.kv = kv
+            self._layout = "file" if layout == "file" else "packed"
+            self._disk = open_disk_cache(prefix_cache, self._origin(), self.engine) if prefix_cache else None
         except BaseException:
             self._file.close()
             raise
@@ -232,6 +244,36 @@ class LLM:
         self._check_fits(len(ids))
         return self.engine.logits(ids, self.engine.scheduler.needs_long(len(ids)), self.n_batch)
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes that the KV cache takes at most; memory is taken as positions are first used."""
+        return self.engine.kv.n_pages * self.engine.kv.page_bytes
+
+    def save_state(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        messages: Sequence[Message] | None = None,
+        tokens: Sequence[int] | None = None,
+    ) -> StateSummary:
+        """Write what the prefix cache holds to a file, so that the same texts go on without being computed again.
+
+        messages, or tokens: only what is held of this conversation or this prefix. Whole pages of 32 positions are
+        kept. The file appears whole or not at all; other calls go on meanwhile. Raises OutputError.
+        """
+        if messages is not None and tokens is not None:
+            raise OptionError("save_state takes messages or tokens, not both")
+        ids = self._encode_chat(messages, False) if messages is not None else tokens
+        return save_state(self.engine, self._origin(), Path(path), None if ids is None else self._checked_ids(ids))
+
+    def load_state(self, path: str | os.PathLike[str]) -> StateSummary:
+        """Take in what `save_state` wrote, from this model file with the same kv, tier, layout and release of phi-c.
+
+        What follows has the same bits as without. A cache smaller than the file takes what was used last; the summary
+        says how much. Raises StateError for another model or options, or a damaged file.
+        """
+        return load_state(self.engine, self._origin(), Path(path))
+
     def close(self) -> None:
         """Free the model; calls that run, and later ones, raise ModelClosedError."""
         self.engine.close()
@@ -244,6 +286,10 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _origin(self) -> Origin:
+        identity, tier = self._file.identity().hex(), self.engine.model.tier
+        return Origin(identity, self.kv, tier, self._layout, KV_PAGE_VERSION, version("phi-c"))
 
     def _encode(self, prompt: str | Sequence[int], raw: bool, system: str | None, parse_special: bool) -> list[int]:
         if not isinstance(prompt, str):
@@ -335,6 +381,8 @@ class LLM:
         )
         finish = sequence.finish or Finish.CANCELLED
         yield piece_of(sequence, n_given, n_all, _taken(ready) + text.finish(), finish, usage)
+        if self._disk is not None:
+            self._disk.keep(self.engine, sequence.keys[: sequence.n_prompt // PAGE_TOKENS])
 
 
 def _taken(ready: list[str]) -> str:

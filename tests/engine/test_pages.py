@@ -118,7 +118,9 @@ def test_usable_is_the_longest_part_whose_needed_pages_are_there(known: list[boo
     lengths = [
         n
         for n in range(len(known) + 1)
-        if all(known[p // PAGE_TOKENS] for p in range(n * PAGE_TOKENS) if window is None or n * PAGE_TOKENS - p < window)
+        if all(
+            known[p // PAGE_TOKENS] for p in range(n * PAGE_TOKENS) if window is None or n * PAGE_TOKENS - p < window
+        )
     ]
     assert span.stop == max(lengths)
     if len(span):

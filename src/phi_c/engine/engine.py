@@ -97,6 +97,13 @@ class Engine:
             self._check_open()
             return self.scheduler.pool.known()
 
+    @property
+    def n_pages_free(self) -> int:
+        """Pages that no running sequence may come to need; raises ModelClosedError."""
+        with self._lock:
+            self._check_open()
+            return self.scheduler.n_unpromised
+
     def read_page(self, key: bytes) -> Bytes | None:
         """Return a copy of the page that a key stands for, uint8 [page_bytes], or None where it is not known."""
         with self._lock:

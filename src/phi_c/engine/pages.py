@@ -13,8 +13,8 @@ GONE = -1  # in a sequence's table of pages: nothing is there that a later token
 def extend_keys(keys: list[bytes], tokens: Sequence[int], long_rope: bool) -> None:
     """Append the keys of the pages that tokens fill, after those that are there already.
 
-    A page's key is a SHA-256 of the key before it, of its own tokens, and of the rotation: of the whole prefix, on which
-    what a page holds depends even where the page before it is no longer there.
+    A page's key is a SHA-256 of the key before it, of its own tokens, and of the rotation: of the whole prefix, which
+    decides what a page holds even where the page before it is no longer there.
     """
     for start in range(len(keys) * PAGE_TOKENS, len(tokens) - PAGE_TOKENS + 1, PAGE_TOKENS):
         before = keys[-1] if keys else bytes([long_rope])

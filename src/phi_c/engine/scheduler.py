@@ -1,7 +1,7 @@
 """Decides which tokens of which sequences run next, and on which pages."""
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,7 +29,7 @@ def pages_for(n_tokens: int) -> int:
 
 
 def pages_at_once(n_tokens: int, n_batch: int, window: int | None) -> int:
-    """Return how many pages a text of so many tokens holds at most: wherever they begin, those of a window and a step."""
+    """Return how many pages a text of so many tokens holds at most: those of a window and a step, wherever they lie."""
     whole = pages_for(n_tokens)
     return whole if window is None else min(whole, pages_for(window - 1 + min(n_batch, n_tokens) - 1) + 1)
 
@@ -37,11 +37,13 @@ def pages_at_once(n_tokens: int, n_batch: int, window: int | None) -> int:
 class Shelf(Protocol):
     """Pages kept elsewhere, by key."""
 
-    def __contains__(self, key: bytes) -> bool:
-        """Whether `fetch` is likely to succeed."""
+    def refresh(self) -> None:
+        """Notice what has changed since."""
 
-    def fetch(self, key: bytes, page: int) -> bool:
-        """Copy what is kept into a page of the cache; False, and not contained any longer, where it is damaged."""
+    def __contains__(self, key: bytes) -> bool: ...
+
+    def fetch(self, pages: Mapping[bytes, int]) -> bool:
+        """Copy the pages of keys into pages of the cache; False where one, no longer contained then, is damaged."""
 
 
 class Scheduler:
@@ -137,6 +139,8 @@ class Scheduler:
             sequence.long_rope = self.needs_long(len(sequence.tokens))
             extend_keys(sequence.keys, sequence.tokens, sequence.long_rope)
             # One token at least is computed: its logits are wanted.
+            if self.shelf is not None:
+                self.shelf.refresh()
             keys = sequence.keys[: (len(sequence.tokens) - 1) // PAGE_TOKENS]
             if not self._take_known(sequence, keys):
                 return
@@ -158,25 +162,19 @@ class Scheduler:
             if self._promised(sequence, span.stop - len(missing), list(pages.values())) > self.n_unpromised:
                 self._release(pages.values())
                 return False
-            if all(self._fetch(keys[i], i, pages) for i in missing):
-                sequence.pages = [GONE] * span.start + [pages[i] for i in span]
-                sequence.n_gone = span.start
-                return True
-            self._release(pages.values())
+            taken = {i: self.pool.take() for i in missing}
+            if not taken or (self.shelf and self.shelf.fetch({keys[i]: page for i, page in taken.items()})):
+                break
+            self._release([*pages.values(), *taken.values()])
+        for i, page in taken.items():
+            self.pool.remember(page, keys[i])
+        pages |= taken
+        sequence.pages = [GONE] * span.start + [pages[i] for i in span]
+        sequence.n_gone = span.start
+        return True
 
     def _is_known(self, key: bytes) -> bool:
         return self.pool.find(key) is not None or (self.shelf is not None and key in self.shelf)
-
-    def _fetch(self, key: bytes, index: int, pages: dict[int, int]) -> bool:
-        if self.shelf is None:
-            raise AssertionError("what is known is in the pool or on the shelf")
-        page = self.pool.take()
-        if not self.shelf.fetch(key, page):
-            self.pool.release(page)
-            return False
-        self.pool.remember(page, key)
-        pages[index] = page
-        return True
 
     def _switch_rope(self, sequence: Sequence) -> None:
         if sequence.long_rope or not self.needs_long(len(sequence.tokens)):
