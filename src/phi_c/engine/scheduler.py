@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from phi_c._core import PAGE_TOKENS
 from phi_c.engine.pages import GONE, PagePool, extend_keys, first_needed, usable
@@ -32,6 +32,14 @@ def pages_at_once(n_tokens: int, n_batch: int, window: int | None) -> int:
     """Return how many pages a text of so many tokens holds at most: those of a window and a step, wherever they lie."""
     whole = pages_for(n_tokens)
     return whole if window is None else min(whole, pages_for(window - 1 + min(n_batch, n_tokens) - 1) + 1)
+
+
+class _Claim(NamedTuple):
+    """What a sequence has of the pages that it needs."""
+
+    sequence: Sequence
+    n_past: int  # pages of its table that it need not take any more
+    held: Collection[int]
 
 
 class Shelf(Protocol):
@@ -120,18 +128,25 @@ class Scheduler:
     @property
     def n_unpromised(self) -> int:
         """Free pages that no running sequence may still take."""
-        return self.pool.n_free - sum(self._promised(s, len(s.pages), s.pages[s.n_gone :]) for s in self.running)
+        return self._n_unpromised()
 
-    def _promised(self, sequence: Sequence, n_past: int, held: list[int]) -> int:
-        """Return how many pages a sequence may still take, net of those that it gives back before.
-
-        n_past: pages of its table that it need not take any more; held: those of them that it holds.
-        """
-        whole, at_once = pages_for(sequence.n_longest), pages_at_once(sequence.n_longest, self.n_batch, self.window)
-        if at_once >= whole:
-            return whole - n_past
-        # What others hold as well is not free when this one gives it back.
-        return at_once - sum(self.pool.n_users(page) == 1 for page in held)
+    def _n_unpromised(self, *more: _Claim) -> int:
+        """The same with further sequences: negative where there is no room for all."""
+        n_needed = 0
+        lasting: set[int] = set()
+        sliding: set[int] = set()
+        for claim in (*(_Claim(s, len(s.pages), s.pages[s.n_gone :]) for s in self.running), *more):
+            n_longest = claim.sequence.n_longest
+            whole, at_once = pages_for(n_longest), pages_at_once(n_longest, self.n_batch, self.window)
+            if at_once < whole:
+                n_needed += at_once
+                sliding.update(claim.held)
+            else:
+                n_needed += whole - claim.n_past
+                lasting.update(claim.held)
+        # What a sliding sequence holds it takes the next pages for, and where several share a page the last one does;
+        # it may not count on a page that another one keeps.
+        return self.pool.n_free - (n_needed - len(sliding - lasting))
 
     def _admit(self) -> None:
         while self.waiting:
@@ -159,7 +174,7 @@ class Scheduler:
             for page in pages.values():
                 self.pool.share(page)
             missing = [i for i in span if i not in pages]
-            if self._promised(sequence, span.stop - len(missing), list(pages.values())) > self.n_unpromised:
+            if self._n_unpromised(_Claim(sequence, span.stop - len(missing), pages.values())) < 0:
                 self._release(pages.values())
                 return False
             taken = {i: self.pool.take() for i in missing}
