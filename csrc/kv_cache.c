@@ -39,6 +39,10 @@ void phi_kv_free(phi_kv *kv) {
     free(kv);
 }
 
+uint8_t *phi_kv_page(const phi_model *model, const phi_kv *kv, int page) {
+    return kv->pages + (size_t)page * phi_kv_page_bytes(model, kv->type);
+}
+
 uint8_t *phi_kv_head(const phi_model *model, const phi_kv *kv, int layer, int kv_head) {
     const size_t head = (size_t)layer * (size_t)model->n_kv_heads + (size_t)kv_head;
     return kv->pages + head * phi_page_head_bytes(kv->type, model->head_dim);

@@ -158,7 +158,8 @@ phi_status phi_quantize_rows(phi_pool *pool, phi_type type, const float *x, size
 
 /* ---- KV cache ---- */
 
-enum { PHI_PAGE_TOKENS = 32 }; /* positions a page */
+enum { PHI_PAGE_TOKENS = 32 };    /* positions a page */
+enum { PHI_KV_PAGE_VERSION = 1 }; /* of what lies where in a page; pages are kept in files */
 
 typedef enum {
     PHI_KV_F16, /* half precision */
@@ -171,6 +172,8 @@ typedef struct phi_kv phi_kv;
 size_t phi_kv_page_bytes(const phi_model *model, phi_kv_type type);
 phi_status phi_kv_create(const phi_model *model, phi_kv_type type, int n_pages, phi_kv **kv);
 void phi_kv_free(phi_kv *kv);
+/* All that a page holds: [phi_kv_page_bytes], whatever the positions in it. */
+uint8_t *phi_kv_page(const phi_model *model, const phi_kv *kv, int page);
 
 /* ---- forward ---- */
 

@@ -24,6 +24,7 @@ cdef extern from "phi.h":
         phi_activation activation
     const int PHI_N_TYPES
     const int PHI_PAGE_TOKENS
+    const int PHI_KV_PAGE_VERSION
     const phi_type_traits phi_types[]
     size_t phi_row_bytes(phi_type type, size_t n_cols) nogil
 
@@ -130,6 +131,7 @@ cdef extern from "phi.h":
     size_t phi_kv_page_bytes(const phi_model *model, phi_kv_type type) nogil
     phi_status phi_kv_create(const phi_model *model, phi_kv_type type, int n_pages, phi_kv **kv) nogil
     void phi_kv_free(phi_kv *kv) nogil
+    uint8_t *phi_kv_page(const phi_model *model, const phi_kv *kv, int page) nogil
 
     ctypedef struct phi_sequence:
         const int32_t *pages

@@ -14,6 +14,7 @@ class TensorType(NamedTuple):
 
 TENSOR_TYPES: Final[dict[int, TensorType]]
 PAGE_TOKENS: Final[int]
+KV_PAGE_VERSION: Final[int]
 PANEL_VERSION: Final[int]
 KV_TYPES: Final[tuple[str, ...]]
 
@@ -127,6 +128,8 @@ class KvCache:
     def n_pages(self) -> int: ...
     @property
     def page_bytes(self) -> int: ...
+    def read_page(self, page: int) -> npt.NDArray[np.uint8]: ...
+    def write_page(self, page: int, data: npt.NDArray[np.uint8]) -> None: ...
 
 @disjoint_base
 class CancelFlag:

@@ -40,6 +40,30 @@ cdef class KvCache:
     def __dealloc__(self):
         phi_kv_free(self.kv)
 
+    def read_page(self, int page):
+        """Return a copy of all that a page holds: uint8 [page_bytes]. Raises IndexError for one that is not there."""
+        cdef const uint8_t *source = self._page(page)
+        cdef uint8_t[::1] data = np.empty(self.page_bytes, np.uint8)
+        with nogil:
+            memcpy(&data[0], source, self.page_bytes)
+        return np.asarray(data)
+
+    def write_page(self, int page, const uint8_t[::1] data not None):
+        """Fill a page with what `read_page` gave, of this model, type and KV_PAGE_VERSION.
+
+        Raises IndexError, ValueError for data of another size. No `forward` may run meanwhile.
+        """
+        cdef uint8_t *target = self._page(page)
+        if <size_t>data.shape[0] != self.page_bytes:
+            raise ValueError(f"{data.shape[0]} bytes, expected {self.page_bytes} of a page")
+        with nogil:
+            memcpy(target, &data[0], self.page_bytes)
+
+    cdef uint8_t *_page(self, int page) except NULL:
+        if not 0 <= page < self.n_pages:
+            raise IndexError(f"page {page}, expected 0 to {self.n_pages - 1}")
+        return phi_kv_page(&self.model.model, self.kv, page)
+
 
 cdef class CancelFlag:
     """Stops a running `forward` from another thread."""

@@ -119,7 +119,7 @@ def _check_same_model(llm: LLM, imatrix: Imatrix) -> None:
 
 
 def _run(llm: LLM, kv: KvCache, tokens: npt.NDArray[np.int32], observer: Observer) -> None:
-    long_rope = llm.config.long_rope and len(tokens) > llm.config.n_ctx_orig
+    long_rope = llm.engine.scheduler.needs_long(len(tokens))
     table = np.arange(kv.n_pages, dtype=np.int32)
     none = np.empty(0, np.int32)  # no logits are wanted
     for start in range(0, len(tokens), llm.engine.scheduler.n_batch):

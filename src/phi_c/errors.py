@@ -45,6 +45,10 @@ class ChatTemplateError(PhiError):
     """The messages cannot be rendered with the model's chat template."""
 
 
+class StateError(PhiError):
+    """A saved state is damaged, truncated, or belongs to another model or to other options."""
+
+
 class ModelClosedError(PhiError):
     """The model was closed before the call."""
 

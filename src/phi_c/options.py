@@ -4,11 +4,13 @@ import os
 
 from phi_c import machine
 from phi_c._core import PAGE_TOKENS, kv_page_bytes, tiers
-from phi_c.engine.scheduler import pages_for
+from phi_c.engine.scheduler import pages_at_once, pages_for
 from phi_c.errors import MemoryLimitError, OptionError
 from phi_c.model.config import ModelConfig
 
 DEFAULT_N_CTX = 4096
+ROPES = ("auto", "long", "short")
+_MOST_CACHE = 1 << 26
 
 
 def check_count(name: str, value: int | None, least: int, most: int | None) -> None:
@@ -38,15 +40,35 @@ def choose_n_ctx(n_ctx: int | None, config: ModelConfig) -> int:
     return n_ctx or config.n_ctx_train
 
 
-def check_memory(config: ModelConfig, n_ctx: int, kv: str, weight_bytes: int) -> None:
+def choose_n_cache(n_cache: int | None, n_ctx: int, n_batch: int, config: ModelConfig) -> int:
+    """Return the positions that the cache holds; raises OptionError for fewer than one text of n_ctx needs at once."""
+    least = pages_at_once(n_ctx, n_batch, config.window) * PAGE_TOKENS
+    check_count("n_cache", n_cache, 1, _MOST_CACHE)
+    if n_cache is not None and pages_for(n_cache) * PAGE_TOKENS < least:
+        raise OptionError(f"n_cache is {n_cache}, expected at least {least}: what one text of n_ctx {n_ctx} needs")
+    return n_ctx if n_cache is None else n_cache
+
+
+def choose_n_ctx_orig(rope: str, config: ModelConfig) -> int | None:
+    """Return the positions up to which LongRoPE's short factors hold, None: always. Raises OptionError."""
+    if rope not in ROPES:
+        raise OptionError(f"rope is {rope!r}, expected one of {', '.join(ROPES)}")
+    if not config.long_rope:
+        if rope != "auto":
+            raise OptionError(f"rope is {rope!r}, expected auto: {config.name} has no LongRoPE factors to choose from")
+        return None
+    return {"auto": config.n_ctx_orig, "long": 0, "short": None}[rope]
+
+
+def check_memory(config: ModelConfig, n_cache: int, kv: str, weight_bytes: int) -> None:
     """Raise MemoryLimitError when weights and KV cache do not fit the memory that is free."""
     page_bytes = kv_page_bytes(config, kv)
-    kv_bytes = pages_for(n_ctx) * page_bytes
+    kv_bytes = pages_for(n_cache) * page_bytes
     available = machine.memory_available()
     if kv_bytes + weight_bytes > available:
         fits = max(available - weight_bytes, 0) // page_bytes * PAGE_TOKENS
         raise MemoryLimitError(
-            f"the weights take {weight_bytes / 2**30:.1f} GiB and a context of {n_ctx} {kv_bytes / 2**30:.1f} GiB, "
+            f"the weights take {weight_bytes / 2**30:.1f} GiB and a context of {n_cache} {kv_bytes / 2**30:.1f} GiB, "
             f"{available / 2**30:.1f} GiB are free: "
             + (f"n_ctx of at most {fits} fits" if fits else "this model does not fit")
         )

@@ -1,7 +1,9 @@
 """Who runs when: first come first served, within the pages and the batch."""
 
+from collections.abc import Mapping
+
 from phi_c._core import PAGE_TOKENS
-from phi_c.engine.pages import PagePool
+from phi_c.engine.pages import GONE, PagePool, extend_keys
 from phi_c.engine.scheduler import Scheduler, pages_for
 from phi_c.engine.sequence import Sequence, Status
 from phi_c.sampling.params import SamplingParams
@@ -136,6 +138,125 @@ def test_generation_asks_for_one_row() -> None:
         found.append((w.n_tokens, w.n_rows, w.wants_logits))
         scheduler.computed(w)
     assert found == [(20, 0, False), (5, 1, True)]
+
+
+def test_a_text_longer_than_the_pool_slides_through() -> None:
+    pool = PagePool(4)  # a window of 2 pages anywhere, and a step
+    scheduler = Scheduler(pool, n_batch=20, window=64)
+    s = sequence(1000, 100)
+    scheduler.add(s)
+    while len(s.tokens) - s.n_prompt < 100:
+        run(scheduler)
+        assert pool.n_free == 4 - len(s.pages) + s.n_gone
+    assert s.n_gone == (1099 + 1 - 64) // PAGE_TOKENS
+    assert set(s.pages[: s.n_gone]) == {GONE}
+    scheduler.remove(s)
+    assert scheduler.n_unpromised == 4
+
+
+def test_several_long_texts_share_a_cache() -> None:
+    """Each needs what its window does, not what its length does."""
+    scheduler = Scheduler(PagePool(8), n_batch=20, window=64)
+    texts = [sequence(1000, first=first) for first in (0, 2000, 4000)]
+    for s in texts:
+        scheduler.add(s)
+    scheduler.schedule()
+    assert scheduler.running == texts[:2]
+    assert scheduler.n_unpromised == 0
+
+
+def test_a_shared_page_is_no_promise_to_have_it_back() -> None:
+    """Two texts slide away from a prefix that they share: each may need all its pages for itself."""
+    window = 2 * PAGE_TOKENS + 1  # at most three pages with steps of a token
+    for n_pages, together in ((5, False), (6, True)):
+        scheduler = Scheduler(PagePool(n_pages), n_batch=1, window=window)
+        a, b = sequence(2 * PAGE_TOKENS + 1, 200), sequence(2 * PAGE_TOKENS + 1, 150)
+        scheduler.add(a)
+        while len(a.tokens) == a.n_prompt:
+            run(scheduler)
+        scheduler.add(b)
+        run(scheduler)
+        assert (b in scheduler.running) is together
+        for s in (a, b):
+            while len(s.tokens) - s.n_prompt < s.max_tokens:
+                run(scheduler)
+                assert scheduler.n_unpromised >= 0
+            scheduler.remove(s)
+        assert b.n_cached == 2 * PAGE_TOKENS
+        assert scheduler.n_unpromised == n_pages
+
+
+def test_a_page_that_a_short_text_keeps_is_not_had_back() -> None:
+    """A text slides away from a prefix that another, which never slides, goes on holding."""
+    for n_pages, together in ((5, False), (6, True)):
+        scheduler = Scheduler(PagePool(n_pages), n_batch=1, window=2 * PAGE_TOKENS + 1)
+        long, short = sequence(2 * PAGE_TOKENS + 1, 200), sequence(2 * PAGE_TOKENS + 1, 3)
+        scheduler.add(long)
+        while len(long.tokens) == long.n_prompt:
+            run(scheduler)
+        scheduler.add(short)
+        run(scheduler)
+        assert (short in scheduler.running) is together
+        while len(long.tokens) - long.n_prompt < 200:  # the batch has room for one: the other stands still
+            run(scheduler)
+            assert scheduler.n_unpromised >= 0
+        scheduler.remove(long)
+        run(scheduler)
+        assert short.n_cached == 2 * PAGE_TOKENS
+        scheduler.remove(short)
+        assert scheduler.n_unpromised == n_pages
+
+
+def test_a_next_turn_finds_its_window_where_the_beginning_is_gone() -> None:
+    pool = PagePool(5)
+    scheduler = Scheduler(pool, n_batch=32, window=64)
+    first = sequence(20 * PAGE_TOKENS + 5, 1)
+    scheduler.add(first)
+    while len(first.tokens) == first.n_prompt:
+        run(scheduler)
+    scheduler.remove(first)
+    again = sequence(20 * PAGE_TOKENS + 40, 1)
+    scheduler.add(again)
+    assert run(scheduler) == [(again, 32)]
+    assert again.n_cached == 20 * PAGE_TOKENS
+    assert again.pages[:18] == [GONE] * 18
+    scheduler.remove(again)
+    # An earlier turn was edited: its window has left, all is computed anew.
+    edited = sequence(10 * PAGE_TOKENS + 3, 1)
+    scheduler.add(edited)
+    run(scheduler)
+    assert edited.n_cached == 0
+    scheduler.remove(edited)
+    assert scheduler.n_unpromised == 5
+
+
+class DamagedShelf:
+    """Says that it has a page, and has not."""
+
+    def __init__(self, keys: list[bytes]) -> None:
+        self.keys = set(keys)
+
+    def refresh(self) -> None:
+        pass
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self.keys
+
+    def fetch(self, pages: Mapping[bytes, int]) -> bool:
+        self.keys -= set(pages)
+        return False
+
+
+def test_a_page_that_cannot_be_fetched_is_computed() -> None:
+    s = sequence(3 * PAGE_TOKENS + 2)
+    keys: list[bytes] = []
+    extend_keys(keys, s.tokens, long_rope=False)
+    scheduler = Scheduler(PagePool(6), n_batch=512, shelf=DamagedShelf(keys[:2]))
+    scheduler.add(s)
+    assert run(scheduler) == [(s, 3 * PAGE_TOKENS + 2)]
+    assert s.n_cached == 0
+    scheduler.remove(s)
+    assert scheduler.n_unpromised == 6
 
 
 def test_pages_for() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from phi_c.cli.loading import load
-from phi_c.cli.options import LOADING, SAMPLING, given
+from phi_c.cli.options import LOADING, SAMPLING, given, taken_for_loading
 from phi_c.errors import PhiError
 
 if TYPE_CHECKING:
@@ -49,15 +49,10 @@ class Conversation:
 def command(
     system: str | None,
     model: str,
-    tokenizer: str | None,
-    n_ctx: int | None,
-    n_threads: int | None,
-    n_batch: int,
-    layout: str | None,
     **options: Any,
 ) -> None:
     """Hold a conversation; /help lists what else can be typed."""
-    with load(model, tokenizer=tokenizer, n_ctx=n_ctx, n_threads=n_threads, n_batch=n_batch, layout=layout) as llm:
+    with load(model, **taken_for_loading(options)) as llm:
         conversation = Conversation(system)
         read = _reader()
         if sys.stdin.isatty():

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from phi_c import _core, hub, machine
 from phi_c.bench.memory import read_rate
+from phi_c.engine import disk_cache
 from phi_c.errors import OptionError, PhiError
 
 TIER_VARIABLE = "PHI_C_ISA"
@@ -47,7 +48,7 @@ def examine() -> tuple[dict[str, Any], list[PhiError]]:
     """Return what the command prints, ready for JSON, and the faults found; None: not to be had."""
     faults: list[PhiError] = []
     tier: str | None = None
-    cache: dict[str, Any] = {"folder": None, "models": []}
+    cache: dict[str, Any] = {"folder": None, "models": [], "prefix_bytes": None}
     try:
         tier = chosen_tier(os.environ)
     except PhiError as error:
@@ -57,6 +58,7 @@ def examine() -> tuple[dict[str, Any], list[PhiError]]:
         cache["models"] = [
             {"name": m.name, "source": m.source, "path": str(m.path), "n_bytes": m.n_bytes} for m in hub.cached()
         ]
+        cache["prefix_bytes"] = disk_cache.n_bytes_kept()
     except PhiError as error:
         faults.append(error)
     n_threads = machine.default_threads()
@@ -136,6 +138,7 @@ def _table(report: Mapping[str, Any]) -> Table:
         ("read rate", "; ".join(rates)),
         ("cache", cache["folder"] or "unknown"),
         ("models", "\n".join(models) or "none"),
+        ("prefix cache", f"{_size(cache['prefix_bytes'])} in {disk_cache.default_folder()}"),
     ]
     table = Table(box=None, show_header=False)
     table.add_column(style="bold", no_wrap=True)

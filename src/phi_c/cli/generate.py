@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from phi_c.cli.loading import load
-from phi_c.cli.options import LOADING, SAMPLING, given
+from phi_c.cli.options import LOADING, SAMPLING, given, taken_for_loading
 from phi_c.errors import OptionError
 
 if TYPE_CHECKING:
@@ -40,11 +40,6 @@ def command(
     as_json: bool,
     stats: bool,
     model: str,
-    tokenizer: str | None,
-    n_ctx: int | None,
-    n_threads: int | None,
-    n_batch: int,
-    layout: str | None,
     **options: Any,
 ) -> int:
     """Write the answer to PROMPT as it comes; PROMPT - reads it from stdin.
@@ -54,7 +49,7 @@ def command(
     text = _prompt(prompt, prompt_option)
     if options["logprobs"] is not None and not as_json:
         raise OptionError("--logprobs needs --json")
-    with load(model, tokenizer=tokenizer, n_ctx=n_ctx, n_threads=n_threads, n_batch=n_batch, layout=layout) as llm:
+    with load(model, **taken_for_loading(options)) as llm:
         pieces: list[Piece] = []
         interrupted = False
         stream = llm.stream(text, **given(options))

@@ -57,6 +57,14 @@ RUNNING = _all(
     click.option("--threads", "-t", "n_threads", type=int, metavar="N", help="Threads.  [default: physical cores]"),
     LAYOUT,
     KV,
+    click.option(
+        "--rope",
+        type=click.Choice(["auto", "long", "short"]),
+        help="LongRoPE's factors; auto: by length.  [default: auto]",
+    ),
+    click.option(
+        "--prefix-cache", is_flag=True, default=None, help="Keep prompts' keys and values on disk, see doctor."
+    ),
     click.option("--n-batch", type=int, default=512, show_default=True, metavar="N", help="Prompt tokens at a time."),
 )
 
@@ -66,6 +74,9 @@ LOADING = _all(
     click.option(
         "--n-ctx", type=int, metavar="N", help="Context in tokens; 0: the model's own.  [default: at most 4096]"
     ),
+    click.option(
+        "--n-cache", type=int, metavar="N", help="Positions kept in memory.  [default: as many as the context]"
+    ),
     RUNNING,
 )
 
@@ -73,6 +84,16 @@ WINDOWS = _all(
     click.option("--n-ctx", "--ctx", type=int, default=512, show_default=True, metavar="N", help="Tokens of a window."),
     click.option("--windows", "--chunks", "n_windows", type=int, metavar="N", help="Windows at most.  [default: all]"),
 )
+
+_LOADING_NAMES = (
+    "tokenizer", "n_ctx", "n_cache", "n_threads", "layout", "kv", "rope", "prefix_cache", "n_batch"
+)  # fmt: skip
+
+
+def taken_for_loading(options: dict[str, Any]) -> dict[str, Any]:
+    """Take those of LOADING but the model out of a verb's options, and return them."""
+    return {name: options.pop(name) for name in _LOADING_NAMES}
+
 
 SAMPLING = _all(
     click.option("--temperature", type=float, metavar="T", help="0: always the likeliest token.  [default: 0.7]"),

@@ -13,18 +13,27 @@ from phi_c.errors import Cancelled, ModelClosedError
 from phi_c.sampling.sampler import logprob
 
 Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
 
 
 class Engine:
     """Runs sequences on one model and one KV cache; safe to call from several threads.
 
-    n_ctx: positions that all running sequences share; n_ctx_orig: see Scheduler; kv: see KvCache.
+    n_cache: positions that all running sequences share; n_ctx_orig, window: see Scheduler; kv: see KvCache.
     """
 
-    def __init__(self, model: Model, n_ctx: int, n_batch: int, n_ctx_orig: int | None = None, kv: str = "f16") -> None:
+    def __init__(
+        self,
+        model: Model,
+        n_cache: int,
+        n_batch: int,
+        n_ctx_orig: int | None = None,
+        kv: str = "f16",
+        window: int | None = None,
+    ) -> None:
         self.model = model
-        self.kv = KvCache(model, pages_for(n_ctx), kv)
-        self.scheduler = Scheduler(PagePool(self.kv.n_pages), n_batch, n_ctx_orig)
+        self.kv = KvCache(model, pages_for(n_cache), kv)
+        self.scheduler = Scheduler(PagePool(self.kv.n_pages), n_batch, n_ctx_orig, window)
         self._lock = threading.Lock()
         self._closed = False
 
@@ -59,6 +68,43 @@ class Engine:
         with self._lock:
             self._check_open()
             return head(self.model, self.kv, rows)
+
+    def known_keys(self) -> list[bytes]:
+        """Return the keys of the pages that can be found, the longest unused first; raises ModelClosedError."""
+        with self._lock:
+            self._check_open()
+            return self.scheduler.pool.known()
+
+    @property
+    def n_pages_free(self) -> int:
+        """Pages that no running sequence may come to need; raises ModelClosedError."""
+        with self._lock:
+            self._check_open()
+            return self.scheduler.n_unpromised
+
+    def read_page(self, key: bytes) -> Bytes | None:
+        """Return a copy of the page that a key stands for, uint8 [page_bytes], or None where it is not known."""
+        with self._lock:
+            self._check_open()
+            page = self.scheduler.pool.find(key)
+            return None if page is None else self.kv.read_page(page)
+
+    def insert_page(self, key: bytes, data: Bytes) -> bool:
+        """Make what `read_page` gave findable, as the one used last; False where running sequences need the room."""
+        with self._lock:
+            self._check_open()
+            pool = self.scheduler.pool
+            page = pool.find(key)
+            if page is not None:
+                pool.share(page)
+            elif self.scheduler.n_unpromised > 0:
+                page = pool.take()
+                self.kv.write_page(page, data)
+                pool.remember(page, key)
+            else:
+                return False
+            pool.release(page)
+            return True
 
     def close(self) -> None:
         """Stop; sequences that still run get ModelClosedError."""
@@ -127,7 +173,7 @@ class Engine:
             np.concatenate([np.asarray(t, np.int32) for t in tokens]),
             np.concatenate([np.arange(s, s + n, dtype=np.int32) for s, n in zip(starts, counts, strict=True)]),
             np.repeat(np.arange(len(work), dtype=np.int32), counts),
-            [np.asarray(w.sequence.pages, np.int32) for w in work],
+            [_table(w.sequence.pages) for w in work],
             [w.sequence.long_rope for w in work],
             np.concatenate([np.arange(end - w.n_rows, end, dtype=np.int32) for w, end in zip(work, ends, strict=True)]),
             watched.cancel,
@@ -154,3 +200,8 @@ class Engine:
     def _fail(self, sequence: Sequence, error: BaseException) -> None:
         sequence.error = error
         self.scheduler.remove(sequence)
+
+
+def _table(pages: list[int]) -> npt.NDArray[np.int32]:
+    # C reads no entry before the window; page 0 is one that exists.
+    return np.maximum(np.asarray(pages, np.int32), 0)

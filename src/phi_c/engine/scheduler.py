@@ -1,10 +1,12 @@
 """Decides which tokens of which sequences run next, and on which pages."""
 
 from collections import deque
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 from phi_c._core import PAGE_TOKENS
-from phi_c.engine.pages import PagePool
+from phi_c.engine.pages import GONE, PagePool, extend_keys, first_needed, usable
 from phi_c.engine.sequence import Sequence, Status
 
 
@@ -31,23 +33,59 @@ def pages_for(n_tokens: int) -> int:
     return -(-n_tokens // PAGE_TOKENS)
 
 
+def pages_at_once(n_tokens: int, n_batch: int, window: int | None) -> int:
+    """Return how many pages a text of so many tokens holds at most: those of a window and a step, wherever they lie."""
+    whole = pages_for(n_tokens)
+    return whole if window is None else min(whole, pages_for(window - 1 + min(n_batch, n_tokens) - 1) + 1)
+
+
+class _Claim(NamedTuple):
+    """What a sequence has of the pages that it needs."""
+
+    sequence: Sequence
+    n_past: int  # pages of its table that it need not take any more
+    held: Collection[int]
+
+
+class Shelf(Protocol):
+    """Pages kept elsewhere, by key."""
+
+    def refresh(self) -> None:
+        """Notice what has changed since."""
+
+    def __contains__(self, key: bytes) -> bool: ...
+
+    def fetch(self, pages: Mapping[bytes, int]) -> bool:
+        """Copy the pages of keys into pages of the cache; False where one, no longer contained then, is damaged."""
+
+
 class Scheduler:
     """First come, first served: a sequence starts when the pages that it may come to need are there.
 
     n_ctx_orig: positions up to which LongRoPE's short factors hold, None without LongRoPE. A sequence that grows
-    beyond is computed anew with the long factors, as transformers does.
+    beyond is computed anew with the long factors, as transformers does. window: positions that a token sees, itself
+    included, None: all. Pages that no later token sees are given back, so a text needs room for the window and a step.
+    shelf: where pages are looked for that the pool does not hold.
     """
 
-    def __init__(self, pool: PagePool, n_batch: int, n_ctx_orig: int | None = None) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        n_batch: int,
+        n_ctx_orig: int | None = None,
+        window: int | None = None,
+        shelf: Shelf | None = None,
+    ) -> None:
         self.pool = pool
         self.n_batch = n_batch
         self.n_ctx_orig = n_ctx_orig
+        self.window = window
+        self.shelf = shelf
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self._reserved: dict[Sequence, int] = {}  # pages that running sequences may still take
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; its n_longest must fit the whole pool."""
+        """Queue a sequence; the pages that its n_longest needs at once must fit the whole pool."""
         self.waiting.append(sequence)
 
     def schedule(self) -> list[Work]:
@@ -60,18 +98,25 @@ class Scheduler:
         for sequence in sorted(self.running, key=lambda s: len(s.tokens) - s.n_computed > 1):
             n = min(budget, len(sequence.tokens) - sequence.n_computed)
             if n > 0:
-                self._grow(sequence, sequence.n_computed + n)
+                while len(sequence.pages) < pages_for(sequence.n_computed + n):
+                    sequence.pages.append(self.pool.take())
                 work.append(Work(sequence, n))
                 budget -= n
         return work
 
     def computed(self, work: Work) -> None:
-        """Record that a step ran: its full pages can be shared from now on."""
+        """Record that a step ran: its full pages can be shared from now on, and the window moves."""
         sequence = work.sequence
         before, after = sequence.n_computed, sequence.n_computed + work.n_tokens
+        extend_keys(sequence.keys, sequence.tokens, sequence.long_rope)
         for index in range(before // PAGE_TOKENS, after // PAGE_TOKENS):
-            self.pool.remember(sequence.pages, index, sequence.tokens, sequence.long_rope)
+            self.pool.remember(sequence.pages[index], sequence.keys[index])
         sequence.n_computed = after
+        first = first_needed(after, self.window)
+        for index in range(sequence.n_gone, first):
+            self.pool.release(sequence.pages[index])
+            sequence.pages[index] = GONE
+        sequence.n_gone = max(sequence.n_gone, first)
 
     def remove(self, sequence: Sequence) -> None:
         """Let a sequence go, wherever it is; its pages are free, its prefix stays findable."""
@@ -81,53 +126,93 @@ class Scheduler:
         if sequence in self.running:
             self._stop(sequence)
 
+    def needs_long(self, n_tokens: int) -> bool:
+        """Whether a text of so many tokens is rotated by LongRoPE's long factors."""
+        return self.n_ctx_orig is not None and n_tokens > self.n_ctx_orig
+
     @property
     def n_unpromised(self) -> int:
         """Free pages that no running sequence may still take."""
-        return self.pool.n_free - sum(self._reserved.values())
+        return self._n_unpromised()
+
+    def _n_unpromised(self, *more: _Claim) -> int:
+        """The same with further sequences: negative where there is no room for all."""
+        n_needed = 0
+        lasting: set[int] = set()
+        sliding: set[int] = set()
+        for claim in (*(_Claim(s, len(s.pages), s.pages[s.n_gone :]) for s in self.running), *more):
+            n_longest = claim.sequence.n_longest
+            whole, at_once = pages_for(n_longest), pages_at_once(n_longest, self.n_batch, self.window)
+            if at_once < whole:
+                n_needed += at_once
+                sliding.update(claim.held)
+            else:
+                n_needed += whole - claim.n_past
+                lasting.update(claim.held)
+        # What a sliding sequence holds it takes the next pages for, and where several share a page the last one does;
+        # it may not count on a page that another one keeps.
+        return self.pool.n_free - (n_needed - len(sliding - lasting))
 
     def _admit(self) -> None:
         while self.waiting:
             sequence = self.waiting[0]
-            sequence.long_rope = self._needs_long(len(sequence.tokens))
+            sequence.long_rope = self.needs_long(len(sequence.tokens))
+            extend_keys(sequence.keys, sequence.tokens, sequence.long_rope)
             # One token at least is computed: its row is wanted.
-            found = self.pool.find(sequence.tokens[: sequence.first_row], sequence.long_rope)
-            for page in found:
-                self.pool.share(page)
-            needed = pages_for(sequence.n_longest) - len(found)
-            if needed > self.n_unpromised:
-                for page in found:
-                    self.pool.release(page)
+            if self.shelf is not None:
+                self.shelf.refresh()
+            keys = sequence.keys[: sequence.first_row // PAGE_TOKENS]
+            if not self._take_known(sequence, keys):
                 return
             self.waiting.popleft()
-            sequence.pages = found
-            sequence.n_computed = len(found) * PAGE_TOKENS
-            sequence.n_cached = min(sequence.n_computed, sequence.n_prompt)
+            sequence.n_computed = len(sequence.pages) * PAGE_TOKENS
+            if len(sequence.tokens) == sequence.n_prompt:  # else LongRoPE has switched
+                sequence.n_cached = sequence.n_computed
             sequence.status = Status.RUNNING
             self.running.append(sequence)
-            self._reserved[sequence] = needed
 
-    def _grow(self, sequence: Sequence, n_tokens: int) -> None:
-        while len(sequence.pages) < pages_for(n_tokens):
-            sequence.pages.append(self.pool.take())
-            self._reserved[sequence] -= 1
+    def _take_known(self, sequence: Sequence, keys: list[bytes]) -> bool:
+        """Give a sequence the pages that are known of its prefix; False where there is no room for the rest."""
+        while True:
+            span = usable(keys, self.window, self._is_known)
+            pages = {i: page for i in span if (page := self.pool.find(keys[i])) is not None}
+            for page in pages.values():
+                self.pool.share(page)
+            missing = [i for i in span if i not in pages]
+            if self._n_unpromised(_Claim(sequence, span.stop - len(missing), pages.values())) < 0:
+                self._release(pages.values())
+                return False
+            taken = {i: self.pool.take() for i in missing}
+            if not taken or (self.shelf and self.shelf.fetch({keys[i]: page for i, page in taken.items()})):
+                break
+            self._release([*pages.values(), *taken.values()])
+        for i, page in taken.items():
+            self.pool.remember(page, keys[i])
+        pages |= taken
+        sequence.pages = [GONE] * span.start + [pages[i] for i in span]
+        sequence.n_gone = span.start
+        return True
 
-    def _needs_long(self, n_tokens: int) -> bool:
-        return self.n_ctx_orig is not None and n_tokens > self.n_ctx_orig
+    def _is_known(self, key: bytes) -> bool:
+        return self.pool.find(key) is not None or (self.shelf is not None and key in self.shelf)
 
     def _switch_rope(self, sequence: Sequence) -> None:
-        if sequence.long_rope or not self._needs_long(len(sequence.tokens)):
+        if sequence.long_rope or not self.needs_long(len(sequence.tokens)):
             return
         # Its pages may be shared, so that new ones must be found: it is admitted again, before all others.
         self._stop(sequence)
+        sequence.keys = []
         sequence.status = Status.WAITING
         self.waiting.appendleft(sequence)
 
     def _stop(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        del self._reserved[sequence]
-        # The last first: the beginning of a prefix is worth more than its end when room is needed.
-        for page in reversed(sequence.pages):
-            self.pool.release(page)
+        self._release(sequence.pages[sequence.n_gone :])
         sequence.pages = []
+        sequence.n_gone = 0
         sequence.n_computed = 0
+
+    def _release(self, pages: Collection[int]) -> None:
+        # The last first: the beginning of a prefix is worth more than its end when room is needed.
+        for page in reversed(list(pages)):
+            self.pool.release(page)

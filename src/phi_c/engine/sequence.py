@@ -46,7 +46,9 @@ class Sequence:
     rows_from: int | None = None
 
     n_prompt: int = field(init=False)
-    pages: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)  # GONE where the window has passed
+    n_gone: int = 0  # pages, the first ones, that the window has passed
+    keys: list[bytes] = field(default_factory=list)  # of the pages that tokens fill, see extend_keys
     n_computed: int = 0  # tokens whose keys and values are in the cache
     n_cached: int = 0  # of the prompt, found in the prefix cache
     long_rope: bool = False

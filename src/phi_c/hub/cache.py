@@ -3,11 +3,14 @@
 import contextlib
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from phi_c.errors import CacheError
+
+_ABANDONED_SECONDS = 3600.0
 
 
 def cache_dir() -> Path:
@@ -43,3 +46,11 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
         raise CacheError(
             f"{path} cannot be written: {error.strerror or error}; PHI_C_CACHE names another folder"
         ) from None
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Delete what processes that were killed while they wrote a file in a folder have left there."""
+    for path in folder.glob("*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                path.unlink()

@@ -4,12 +4,10 @@ magic [8], key [32], zeros up to 4096; panels, as a model holds them; magic, key
 the version of the packed layout and what is packed. A file may be deleted at any time; it is written again.
 """
 
-import contextlib
 import hashlib
 import mmap
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -19,12 +17,11 @@ import numpy.typing as npt
 
 from phi_c._core import PANEL_VERSION
 from phi_c.errors import CacheError
-from phi_c.hub.cache import cache_dir, written_whole
+from phi_c.hub.cache import cache_dir, remove_abandoned, written_whole
 from phi_c.model.gguf_file import GGUFFile
 
 _MAGIC = b"PHIPANEL"
 _HEADER_BYTES = 4096  # a page: panels begin aligned
-_ABANDONED_SECONDS = 3600.0
 
 
 class SideFile:
@@ -65,20 +62,13 @@ class SideFile:
         """
         if self.open() is not None:
             return self.path
-        self._remove_abandoned()
+        remove_abandoned(self.path.parent)
         with written_whole(self.path) as file:
             self._check_room()
             file.write(self._mark.ljust(_HEADER_BYTES, b"\0"))
             write_panels(file)
             file.write(self._mark)
         return self.path
-
-    def _remove_abandoned(self) -> None:
-        """Delete what processes that were killed have left."""
-        for path in self.path.parent.glob("*.part"):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-                    path.unlink()
 
     def _check_room(self) -> None:
         folder = self.path.parent

@@ -1,0 +1,194 @@
+"""A prefix cache on disk: the pages of finished prompts in files, which later processes find again.
+
+Each prompt adds one file (see page_file) of those of its pages that no file has yet, so files are few and a long prefix
+is read from as many files as there were turns. They lie in a folder for each origin; which keys they hold is read from
+their headers once, and again of new ones when the folder changes. Files appear whole and are never changed, so several
+processes can share them; those used longest ago go when there is no room. A damaged file is deleted and counts as never
+written.
+"""
+
+import contextlib
+import hashlib
+import os
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from phi_c._core import KvCache
+from phi_c.engine.engine import Engine
+from phi_c.engine.page_file import Origin, PageFile, file_bytes, write_pages
+from phi_c.errors import CacheError, ModelClosedError, OptionError, StateError
+from phi_c.hub.cache import cache_dir, remove_abandoned, written_whole
+
+LIMIT_VARIABLE = "PHI_C_PREFIX_CACHE_GIB"
+_DEFAULT_LIMIT_GIB = 8.0
+_SUFFIX = ".pages"
+
+
+class DiskCache:
+    """The files of one origin below a folder, as the scheduler's shelf; safe to use from several threads.
+
+    limit_bytes bounds the files of all origins together. Raises CacheError when the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path, origin: Origin, kv: KvCache, limit_bytes: int) -> None:
+        self._root = folder
+        self.folder = folder / origin.digest().hex()[:32]
+        self._origin = origin
+        self._kv = kv
+        self._limit_bytes = limit_bytes
+        self._lock = threading.Lock()
+        self._place: dict[bytes, tuple[str, int]] = {}  # key -> file name, number of the page in it
+        self._keys: dict[str, list[bytes]] = {}  # of each file
+        self._changed_ns = -1  # of the folder, when it was read
+        self._has_failed = False
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CacheError(f"{self.folder} cannot be made: {error.strerror or error}") from None
+
+    def refresh(self) -> None:
+        """Look for what other processes have added or removed."""
+        with self._lock, contextlib.suppress(OSError):
+            changed_ns = self.folder.stat().st_mtime_ns
+            if changed_ns == self._changed_ns:
+                return
+            names = {entry.name for entry in os.scandir(self.folder) if entry.name.endswith(_SUFFIX)}
+            for name in self._keys.keys() - names:
+                self._drop(name)
+            for name in names - self._keys.keys():
+                self._add(name)
+            self._changed_ns = changed_ns
+
+    def __contains__(self, key: bytes) -> bool:
+        with self._lock:
+            return key in self._place
+
+    def fetch(self, pages: Mapping[bytes, int]) -> bool:
+        """Copy the pages of keys, all contained, into pages of the cache; False where that cannot be done.
+
+        Files that are gone or damaged are not asked again, so a caller may look once more for what is contained.
+        """
+        with self._lock:
+            wanted: dict[str, list[tuple[int, int]]] = {}
+            for key, page in pages.items():
+                if key not in self._place:  # another process has deleted its file just now
+                    return False
+                name, index = self._place[key]
+                wanted.setdefault(name, []).append((index, page))
+            return all(self._copy(name, copies) for name, copies in wanted.items())
+
+    def keep(self, engine: Engine, keys: Sequence[bytes]) -> None:
+        """Write a file of those pages that no file has yet. Where that fails, warn once and keep nothing more."""
+        if self._has_failed:
+            return
+        with contextlib.suppress(ModelClosedError):  # another thread has no more use for it
+            self._keep(engine, keys)
+
+    def _keep(self, engine: Engine, keys: Sequence[bytes]) -> None:
+        self.refresh()
+        known = set(engine.known_keys())
+        # The beginning of a prompt is worth more than its end, should it be larger than the limit.
+        new = [key for key in keys if key in known and key not in self][: self._limit_bytes // self._kv.page_bytes]
+        if not new or file_bytes(self._origin, len(new), self._kv.page_bytes) > self._limit_bytes:
+            return
+        path = self.folder / (hashlib.sha256(b"".join(new)).hexdigest()[:32] + _SUFFIX)
+        try:
+            self._make_room(file_bytes(self._origin, len(new), self._kv.page_bytes))
+            with written_whole(path) as file:
+                write_pages(file, self._origin, new, self._kv.page_bytes, engine.read_page)
+        except CacheError as error:
+            self._has_failed = True
+            warnings.warn(f"the prefix cache keeps nothing more: {error}", RuntimeWarning, stacklevel=3)
+
+    def _copy(self, name: str, copies: list[tuple[int, int]]) -> bool:
+        path = self.folder / name
+        try:
+            with PageFile(path, self._origin, self._kv.page_bytes) as file:
+                for index, page in copies:
+                    self._kv.write_page(page, file.page(index))
+        except StateError:
+            self._drop(name)
+            with contextlib.suppress(OSError):
+                path.unlink()
+            return False
+        with contextlib.suppress(OSError):
+            os.utime(path)  # used last
+        return True
+
+    def _add(self, name: str) -> None:
+        path = self.folder / name
+        try:
+            with PageFile(path, self._origin, self._kv.page_bytes) as file:
+                keys = file.keys
+        except StateError:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            return
+        self._keys[name] = keys
+        for index, key in enumerate(keys):
+            self._place.setdefault(key, (name, index))
+
+    def _drop(self, name: str) -> None:
+        for key in self._keys.pop(name, ()):
+            if self._place[key][0] == name:
+                del self._place[key]
+
+    def _make_room(self, n_bytes: int) -> None:
+        """Delete the files used longest ago, of any origin, until so many bytes fit the limit."""
+        files = _files(self._root)
+        total = sum(size for _, size, _ in files) + n_bytes
+        for _, size, path in sorted(files):
+            if total <= self._limit_bytes:
+                break
+            with contextlib.suppress(OSError):  # another process was faster, or Windows has it mapped
+                path.unlink()
+                total -= size
+                path.parent.rmdir()  # when it was the last one
+        for folder in self._root.glob("*/"):
+            remove_abandoned(folder)
+
+
+def _files(root: Path) -> list[tuple[int, int, Path]]:
+    """Return (time of last use, bytes, path) of each file, of any origin."""
+    files = []
+    for path in root.glob(f"*/*{_SUFFIX}"):
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            files.append((status.st_mtime_ns, status.st_size, path))
+    return files
+
+
+def open_disk_cache(where: Literal[True] | str | os.PathLike[str], origin: Origin, engine: Engine) -> DiskCache:
+    """Return a cache that an engine looks into: in a folder, or for True in phi-c's own.
+
+    Raises CacheError, OptionError.
+    """
+    folder = default_folder() if where is True else Path(os.fspath(where)).expanduser()
+    cache = DiskCache(folder, origin, engine.kv, limit_bytes())
+    engine.scheduler.shelf = cache
+    return cache
+
+
+def default_folder() -> Path:
+    """Return where files lie when nobody says."""
+    return cache_dir() / "prefix"
+
+
+def n_bytes_kept() -> int:
+    """Return what the files below `default_folder` take."""
+    return sum(size for _, size, _ in _files(default_folder()))
+
+
+def limit_bytes() -> int:
+    """Return what files may take: PHI_C_PREFIX_CACHE_GIB, else 8 GiB. Raises OptionError."""
+    text = os.environ.get(LIMIT_VARIABLE) or str(_DEFAULT_LIMIT_GIB)
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = -1.0
+    if not 0 <= limit < 1 << 20:
+        raise OptionError(f"{LIMIT_VARIABLE} is {text!r:.60}, expected a number of GiB")
+    return int(limit * 2**30)

@@ -1,0 +1,189 @@
+"""The scheduler against an oracle: texts come, go and slide, and every page tells what was written into it."""
+
+from collections.abc import Mapping
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from phi_c._core import PAGE_TOKENS
+from phi_c.engine.pages import GONE, PagePool
+from phi_c.engine.scheduler import Scheduler, Work, pages_at_once, pages_for
+from phi_c.engine.sequence import Sequence, Status
+from phi_c.sampling.params import SamplingParams
+from phi_c.sampling.sampler import Sampler
+
+SAMPLER = Sampler(SamplingParams(), 10)
+Slots = dict[int, tuple[object, ...]]  # slot of a page -> the whole prefix that its content depends on
+
+
+class ShelfOfDicts:
+    """A shelf that holds what it was given, and loses some of it."""
+
+    def __init__(self, content: list[Slots]) -> None:
+        self.content = content
+        self.kept: dict[bytes, Slots] = {}
+        self.damaged: set[bytes] = set()
+
+    def refresh(self) -> None:
+        pass
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self.kept
+
+    def fetch(self, pages: Mapping[bytes, int]) -> bool:
+        for key in pages:
+            if key in self.damaged:
+                del self.kept[key]
+                self.damaged.remove(key)
+                return False
+        for key, page in pages.items():
+            self.content[page] = dict(self.kept[key])
+        return True
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Runs steps as the engine does, with a dictionary for each page in place of keys and values."""
+
+    @initialize(
+        window=st.none() | st.integers(1, 150) | st.integers(33, 70),
+        n_batch=st.integers(1, 12) | st.integers(1, 100),
+        n_pages=st.integers(4, 14),
+        n_ctx_orig=st.none() | st.integers(0, 200),
+    )
+    def start(self, window: int | None, n_batch: int, n_pages: int, n_ctx_orig: int | None) -> None:
+        self.window, self.n_batch, self.n_ctx_orig = window, n_batch, n_ctx_orig
+        self.pool = PagePool(n_pages)
+        self.content: list[Slots] = [{} for _ in range(n_pages)]
+        self.shelf = ShelfOfDicts(self.content)
+        self.scheduler = Scheduler(self.pool, n_batch, n_ctx_orig, window, self.shelf)
+        self.all: list[Sequence] = []
+        self.texts: list[list[int]] = []
+
+    @rule(data=st.data(), n_new=st.integers(1, 300), max_tokens=st.integers(1, 120), letter=st.integers(0, 1))
+    def add(self, data: st.DataObject, n_new: int, max_tokens: int, letter: int) -> None:
+        """Add a text, often one that continues, or begins as, an earlier one."""
+        tokens: list[int] = []
+        if self.texts and data.draw(st.booleans()):
+            earlier = data.draw(st.sampled_from(self.texts))
+            tokens = earlier[: data.draw(st.integers(0, len(earlier)))]
+        sequence = Sequence([*tokens, *[letter] * n_new], max_tokens, SAMPLER, frozenset())
+        if pages_at_once(sequence.n_longest, self.n_batch, self.window) <= self.pool.n_pages:
+            self.scheduler.add(sequence)
+            self.all.append(sequence)
+
+    @rule(n=st.integers(1, 60))
+    def steps(self, n: int) -> None:
+        for _ in range(n):
+            self.step()
+            self.counts_are_exact()
+
+    def step(self) -> None:
+        work = self.scheduler.schedule()
+        assert sum(w.n_tokens for w in work) <= self.n_batch
+        if not work:
+            assert not self.scheduler.running
+            assert not self.scheduler.waiting  # whoever waits alone has room
+        for w in work:
+            self.compute(w)
+        for w in work:
+            wants = w.wants_logits
+            self.scheduler.computed(w)
+            if wants:
+                self.emit(w.sequence)
+
+    @rule()
+    def step_that_is_interrupted(self) -> None:
+        """As when a call is cancelled: nothing of it counts, whatever it has written."""
+        for w in self.scheduler.schedule():
+            self.compute(w)
+
+    def compute(self, work: Work) -> None:
+        s = work.sequence
+        assert s.long_rope is (self.n_ctx_orig is not None and len(s.tokens) > self.n_ctx_orig)
+        for p in range(s.n_computed, s.n_computed + work.n_tokens):
+            first = 0 if self.window is None else max(p + 1 - self.window, 0)
+            for seen in range(first, p):
+                slots = self.content[s.pages[seen // PAGE_TOKENS]]
+                assert s.pages[seen // PAGE_TOKENS] != GONE
+                assert slots[seen % PAGE_TOKENS] == (s.long_rope, *s.tokens[: seen + 1])
+            self.content[s.pages[p // PAGE_TOKENS]][p % PAGE_TOKENS] = (s.long_rope, *s.tokens[: p + 1])
+
+    def emit(self, s: Sequence) -> None:
+        s.tokens.append(len(s.tokens) % 3)
+        if len(s.tokens) - s.n_prompt >= s.max_tokens:
+            self.texts.append(s.tokens)
+            self.scheduler.remove(s)
+
+    @precondition(lambda self: self.scheduler.running or self.scheduler.waiting)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        s = data.draw(st.sampled_from([*self.scheduler.running, *self.scheduler.waiting]))
+        self.texts.append(s.tokens)
+        self.scheduler.remove(s)
+
+    @rule()
+    def put_on_shelf(self) -> None:
+        for key in self.pool.known():
+            page = self.pool.find(key)
+            assert page is not None
+            self.shelf.kept[key] = dict(self.content[page])
+
+    @precondition(lambda self: self.shelf.kept)
+    @rule(data=st.data())
+    def damage(self, data: st.DataObject) -> None:
+        self.shelf.damaged.add(data.draw(st.sampled_from(sorted(self.shelf.kept))))
+
+    @invariant()
+    def counts_are_exact(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        held = [page for s in self.scheduler.running for page in s.pages[s.n_gone :]]
+        assert GONE not in held
+        assert all(page == GONE for s in self.scheduler.running for page in s.pages[: s.n_gone])
+        for page in range(self.pool.n_pages):
+            assert self.pool.n_users(page) == held.count(page)
+        assert self.pool.n_free == self.pool.n_pages - len(set(held))
+        assert self.scheduler.n_unpromised >= 0
+        for s in self.scheduler.running:
+            assert len(s.pages) - s.n_gone <= pages_at_once(s.n_longest, self.n_batch, self.window)
+        for s in self.all:
+            assert s.status is not Status.DONE or not s.pages
+
+    @invariant()
+    def what_is_known_is_whole(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        for key in self.pool.known():
+            page = self.pool.find(key)
+            assert page is not None
+            longest = max(self.content[page].values(), key=len)
+            assert len(longest) % PAGE_TOKENS == 1  # the rotation, and whole pages
+            assert set(self.content[page]) == set(range(PAGE_TOKENS))
+
+    def teardown(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        for _ in range(10_000):
+            if not (self.scheduler.running or self.scheduler.waiting):
+                break
+            self.step()
+        assert not self.scheduler.waiting, "somebody waits for ever"
+        assert self.pool.n_free == self.scheduler.n_unpromised == self.pool.n_pages
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(
+    max_examples=80, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def test_pages_at_once_is_the_most_that_any_step_needs() -> None:
+    for window in (1, 2, 31, 32, 33, 64, 65, 100):
+        for n_batch in (1, 2, 31, 32, 33, 64):
+            most = 0
+            for start in range(400):  # n_batch tokens at start .. see from start + 1 - window
+                end = start + n_batch
+                first = max(start + 1 - window, 0) // PAGE_TOKENS
+                most = max(most, pages_for(end) - first)
+            assert pages_at_once(10**6, n_batch, window) == most
