@@ -9,6 +9,15 @@ import nox
 nox.options.sessions = ["lint", "types", "tests", "sanitize", "emulate_amx", "reference"]
 nox.options.default_venv_backend = "venv"
 C_SOURCES = sorted(str(p) for p in Path("csrc").rglob("*.[ch]"))
+# Those that hold our numbers against other libraries, as far as these are installed.
+REFERENCE_TESTS = [
+    "tests/transformers_reference",
+    "tests/convert/test_safetensors_file.py",
+    "tests/convert/test_vocabulary.py",
+    "tests/evaluate/test_harness.py",
+    "tests/quantize",
+    "tests/text",
+]
 PYTHON = ["src", "tests", "benchmarks", "noxfile.py"]
 
 
@@ -80,7 +89,6 @@ def reference(session: nox.Session) -> None:
     """Converted models against transformers and llama.cpp, and docs/models.md against what the code gives."""
     session.install("-C", "cmake.define.PHI_WARNINGS_AS_ERRORS=ON", ".[reference]")
     # Without these the tests would be left out, and nobody would see it.
-    session.run("python", "-c", "import safetensors, sentencepiece, torch, transformers, xllamacpp")
-    others = [f"tests/convert/test_{name}.py" for name in ("safetensors_file", "vocabulary")]  # with those libraries
-    session.run("pytest", *(session.posargs or ["tests/transformers_reference", *others]))
+    session.run("python", "-c", "import libgguf, lm_eval, safetensors, sentencepiece, tiktoken, torch, transformers, xllamacpp")
+    session.run("pytest", *(session.posargs or REFERENCE_TESTS))
     session.run("python", "benchmarks/models.py", "--check")
