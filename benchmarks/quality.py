@@ -26,6 +26,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,7 @@ import numpy.typing as npt
 import quality_files
 from phi_c import hub
 from phi_c.errors import PhiError
+from phi_c.evaluate import distances
 from phi_c.model.gguf_file import GGUFFile
 from phi_c.text.tokenizer import load_tokenizer
 from quality_workers import Task
@@ -97,7 +99,7 @@ def _measure_all(options: argparse.Namespace) -> int:
         expansion = quality_files.expand(path, folder / "float32.gguf")
         text = options.text.read_text(encoding="utf-8") if options.text else english()
         windows = cut(path, text, options.windows, options.tokens)
-        task = Task(str(path), windows, options.threads, str(folder / "reference.npy"))
+        task = Task(str(path), windows, options.threads, distances.__file__, str(folder / "reference.npy"))
         _run("reference", sys.executable, replace(task, model=str(expansion)))
         found = []
         for tier in options.tier or [None]:
@@ -198,11 +200,9 @@ def _row(label: str, found: dict[str, list[list[float]]]) -> Found:
     return Found(label, **{name: np.asarray(values) for name, values in found.items()})
 
 
-def standard_error(values: npt.NDArray[np.generic]) -> float:
-    """Return that of the mean of [n_windows, n_tokens]; tokens of a window are not independent, windows are."""
-    if len(values) < 2:
-        return math.nan
-    return float(values.mean(1, dtype=np.float64).std(ddof=1) / len(values) ** 0.5)
+def standard_error(values: npt.NDArray[Any]) -> float:
+    """Return that of the mean of [n_windows, n_tokens]."""
+    return distances.standard_error(values.sum(1, dtype=np.float64), [values.shape[1]] * len(values))
 
 
 def _print_table(title: str, found: list[Found]) -> None:

@@ -6,6 +6,7 @@ Imports of engines are inside the functions; besides them a worker's interpreter
 """
 
 import ctypes
+import importlib.util
 import json
 import os
 import sys
@@ -17,9 +18,6 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
-
-_ROWS_AT_ONCE = 64  # of a vocabulary's width in float64
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,7 @@ class Task:
     model: str  # path of a GGUF file
     windows: list[list[int]]  # token ids, each window a text of its own
     n_threads: int
+    distances: str  # path of phi_c.evaluate.distances
     reference: str  # .npy, float32 [n_windows, n_tokens, n_vocab]: read, or written by the worker "reference"
 
 
@@ -83,39 +82,25 @@ def keep(task: Task) -> dict[str, Any]:
 
 
 def compare(engine: Callable[[Task], Iterator[Floats]], task: Task) -> dict[str, Any]:
-    """Return lists [n_windows][n_tokens] of an engine's distances from the reference; see `distances`."""
+    """Return lists [n_windows][n_tokens] of an engine's distances from the reference, as phi_c.evaluate has them."""
+    distances = _distances(task.distances)
     reference = np.load(task.reference, mmap_mode="r")
     found: dict[str, Any] = {"kl": [], "same_top": [], "nll": [], "reference_nll": []}
     for window, expected, logits in zip(task.windows, reference, engine(task), strict=True):
-        for name, values in distances(expected, logits, window).items():
+        for name, values in distances(expected, logits, np.asarray(window[1:])).items():
             found[name].append(values.tolist())
     return found
 
 
-def distances(expected: Floats, logits: Floats, tokens: list[int]) -> dict[str, npt.NDArray[Any]]:
-    """Compare logits, float32 [n_tokens, n_vocab], with those of float32.
-
-    kl: KL(expected || logits) in nats, [n_tokens]; same_top: whether the likeliest token is the same, [n_tokens];
-    nll, reference_nll: minus the log-probability of the token that follows, [n_tokens - 1].
-    """
-    parts: dict[str, list[npt.NDArray[Any]]] = {"kl": [], "same_top": [], "nll": [], "reference_nll": []}
-    following = np.asarray(tokens[1:])
-    for start in range(0, len(tokens), _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
-        p, q = log_softmax(expected[rows]), log_softmax(logits[rows])
-        parts["kl"].append((np.exp(p) * (p - q)).sum(1))
-        parts["same_top"].append(p.argmax(1) == q.argmax(1))
-        next_ids = following[rows]
-        known = np.arange(len(next_ids))
-        parts["nll"].append(-q[known, next_ids])
-        parts["reference_nll"].append(-p[known, next_ids])
-    return {name: np.concatenate(values) for name, values in parts.items()}
-
-
-def log_softmax(logits: Floats) -> Doubles:
-    """Return natural logarithms of probabilities, float64 [n_tokens, n_vocab]."""
-    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+def _distances(path: str) -> Callable[..., dict[str, npt.NDArray[Any]]]:
+    """Return phi_c.evaluate.distances.distances from its file: an interpreter without phi_c runs it too."""
+    spec = importlib.util.spec_from_file_location("distances", path)
+    if spec is None or spec.loader is None:
+        raise RuntimeError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: Callable[..., dict[str, npt.NDArray[Any]]] = module.distances
+    return found
 
 
 ENGINES: dict[str, Callable[[Task], Iterator[Floats]]] = {

@@ -120,9 +120,11 @@ static void resolve(int last, phi_kernels *table) {
         INHERIT(quantize_q8);
         INHERIT(quantize_wide);
         INHERIT(rms_norm);
+        INHERIT(layer_norm);
         INHERIT(rope[PHI_ROPE_NEOX]);
         INHERIT(rope[PHI_ROPE_NORM]);
         INHERIT(silu_mul);
+        INHERIT(gelu);
         INHERIT(add);
         for (int t = 0; t < PHI_N_KV_TYPES; t++) {
             INHERIT(store_kv[t]);

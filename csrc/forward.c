@@ -10,113 +10,19 @@
 #include <math.h>
 #include <string.h>
 
-#include "kernels.h"
-#include "kv_cache.h"
-#include "threads.h"
+#include "pass.h"
 
 enum {
-    CHUNK_ROWS = 64, /* rows of a weight matrix a task, at most; a multiple of PHI_Q8_BLOCK */
-    FEW_TOKENS = 4,  /* normed by every thread for itself */
-    SHORT_RUN = 8,   /* tokens of a run where longer ones would be too few for all threads */
+    FEW_TOKENS = 4, /* normed by every thread for itself */
+    SHORT_RUN = 8,  /* tokens of a run where longer ones would be too few for all threads */
 };
-
-/* Tokens at consecutive positions of one sequence, at most PHI_ATTENTION_ROWS of them. */
-typedef struct {
-    int first, n_tokens; /* in the batch */
-} token_run;
-
-typedef struct {
-    const phi_model *model;
-    const phi_kv *kv;
-    const phi_batch *batch;
-    float *residual;         /* [n_tokens, n_embd] */
-    float *q;                /* [n_tokens, n_heads * head_dim] */
-    float *cos, *sin;        /* [n_tokens, rope_dims / 2] */
-    phi_activations *normed; /* [n_norms] of [n_tokens, n_embd]: one for all threads, or one each */
-    int n_norms;
-    phi_activations attended; /* [n_tokens, n_heads * head_dim] */
-    phi_activations inner;    /* [n_tokens, n_ffn] */
-    token_run *runs;          /* [n_runs] */
-    int n_runs;
-    float *scratch; /* [n_threads, scratch_floats] */
-    size_t scratch_floats;
-    atomic_int next_task[3]; /* by phase modulo 3 */
-    atomic_bool stop;
-} forward;
-
-typedef struct {
-    forward *f;
-    int thread;
-    int phase;
-} worker;
-
-static int max_int(int a, int b) { return a > b ? a : b; }
-static int min_int(int a, int b) { return a < b ? a : b; }
-static int n_chunks(int n_rows, int chunk) { return (n_rows + chunk - 1) / chunk; }
-static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
-
-static int take_task(const worker *w) { return atomic_fetch_add(&w->f->next_task[w->phase % 3], 1); }
-
-#define FOR_EACH_TASK(w, task, n_tasks) for (int task; (task = take_task(w)) < (n_tasks);)
-
-static void end_phase(worker *w) {
-    /* The counter of the phase after the next: its last users passed the barrier before this one. */
-    if (w->thread == 0) atomic_store(&w->f->next_task[(w->phase + 2) % 3], 0);
-    phi_pool_barrier(w->f->model->pool);
-    w->phase++;
-}
-
-/* Rows of n_cols as products take them: floats, and int8 where blocks fit (no quantised matrix exists where not). */
-static void quantize(const phi_kernels *k, const phi_activations *x, int token, size_t first_col, size_t n) {
-    const size_t n_cols = (size_t)x->n_cols, at = (size_t)token * n_cols + first_col;
-    if (n_cols % PHI_Q8_BLOCK != 0) return;
-    k->quantize_q8(x->f32 + at, n, phi_q8_from(x->q8, at));
-}
-
-/* A whole row as products of many tokens take it, where they do. */
-static void quantize_wide(const phi_kernels *k, const phi_activations *x, int token) {
-    const size_t n_cols = (size_t)x->n_cols;
-    if (!x->wide) return;
-    k->quantize_wide(x->f32 + (size_t)token * n_cols, n_cols, phi_wide_of(x, token),
-                     x->wide_scales + (size_t)token * n_cols / PHI_WIDE_BLOCK);
-}
-
-/* The same for all rows, as a phase: for activations whose tasks have too few columns for a wide block. */
-static void quantize_all_wide(worker *w, const phi_activations *x) {
-    if (!x->wide) return;
-    FOR_EACH_TASK(w, t, w->f->batch->n_tokens) quantize_wide(w->f->model->kernels, x, t);
-    end_phase(w);
-}
-
-static void multiply(const forward *f, const phi_matrix *w, int first_row, int n_rows, const phi_activations *x,
-                     int n_tokens, float *out, size_t out_stride) {
-    const size_t row_bytes = phi_row_bytes(w->type, (size_t)w->n_cols);
-    const phi_matmul m = {
-        .rows = (const uint8_t *)w->data + (size_t)first_row * row_bytes,
-        .row_bytes = row_bytes,
-        .n_rows = n_rows,
-        .n_cols = w->n_cols,
-        .x = x,
-        .n_tokens = n_tokens,
-        .out = out,
-        .out_stride = out_stride,
-        .prefetch = f->model->kernels->prefetch,
-    };
-    const phi_kernels *k = f->model->kernels;
-    (w->layout == PHI_LAYOUT_PANELS ? k->matmul_packed : k->matmul)[w->type](&m);
-}
 
 /* ---- phases ---- */
 
-/* sums[column] += x[row, column]^2 for all rows of the batch, as a phase; for every thread once x is whole. */
+/* What a product is fed, summed as a phase; for every thread once x is whole. */
 static void observe(worker *w, const phi_activations *x, double *sums) {
-    const int n_cols = x->n_cols, n_tokens = w->f->batch->n_tokens;
-    FOR_EACH_TASK(w, task, n_chunks(n_cols, CHUNK_ROWS)) {
-        const int first = task * CHUNK_ROWS, end = min_int(first + CHUNK_ROWS, n_cols);
-        for (int t = 0; t < n_tokens; t++) {
-            const float *row = x->f32 + (size_t)t * (size_t)n_cols;
-            for (int i = first; i < end; i++) sums[i] += (double)row[i] * (double)row[i];
-        }
+    FOR_EACH_TASK(w, task, n_chunks(x->n_cols, CHUNK_ROWS)) {
+        observe_columns(x, 0, w->f->batch->n_tokens, task, sums);
     }
     end_phase(w);
 }
@@ -143,23 +49,28 @@ static void embed(worker *w) {
     end_phase(w);
 }
 
-static void norm_row(const forward *f, int residual_row, const float *weight, const phi_activations *normed, int row) {
+static void norm_row(const forward *f, int residual_row, const phi_norm *norm, const phi_activations *normed, int row) {
     const phi_model *model = f->model;
     const size_t n_embd = (size_t)model->n_embd;
-    model->kernels->rms_norm(f->residual + (size_t)residual_row * n_embd, weight, n_embd, model->rms_eps,
-                             normed->f32 + (size_t)row * n_embd);
+    const float *x = f->residual + (size_t)residual_row * n_embd;
+    float *y = normed->f32 + (size_t)row * n_embd;
+    if (model->norm_kind == PHI_LAYER_NORM) {
+        model->kernels->layer_norm(x, norm->weight, norm->bias, n_embd, model->norm_eps, y);
+    } else {
+        model->kernels->rms_norm(x, norm->weight, n_embd, model->norm_eps, y);
+    }
     quantize(model->kernels, normed, row, 0, n_embd);
     quantize_wide(model->kernels, normed, row);
 }
 
 /* Norms n_rows rows of the residual: row i is rows[i], or i where rows is NULL. Returns where the thread finds them. */
-static const phi_activations *norm(worker *w, const float *weight, int n_rows, const int32_t *rows) {
+static const phi_activations *norm(worker *w, const phi_norm *by, int n_rows, const int32_t *rows) {
     const forward *f = w->f;
     const phi_activations *normed = &f->normed[f->n_norms == 1 ? 0 : w->thread];
     if (f->n_norms > 1) {
-        for (int i = 0; i < n_rows; i++) norm_row(f, rows ? rows[i] : i, weight, normed, i);
+        for (int i = 0; i < n_rows; i++) norm_row(f, rows ? rows[i] : i, by, normed, i);
     } else {
-        FOR_EACH_TASK(w, i, n_rows) norm_row(f, rows ? rows[i] : i, weight, normed, i);
+        FOR_EACH_TASK(w, i, n_rows) norm_row(f, rows ? rows[i] : i, by, normed, i);
         end_phase(w);
     }
     return normed;
@@ -188,15 +99,12 @@ static void store(const forward *f, int layer, int kv_head, const float *k, cons
     }
 }
 
-static void project_heads(worker *w, int layer) {
+static void project_heads(worker *w, int layer, const phi_activations *normed) {
     const forward *f = w->f;
     const phi_model *model = f->model;
     const phi_layer *l = &model->layers[layer];
     const int head_dim = model->head_dim, n_tokens = f->batch->n_tokens;
     const size_t q_dim = (size_t)model->n_heads * (size_t)head_dim;
-    const phi_activations *normed = norm(w, l->attn_norm, n_tokens, NULL);
-    const phi_observer *seen = f->batch->observer;
-    if (seen) observe(w, normed, seen->attn_in + (size_t)layer * (size_t)model->n_embd);
     float *k = f->scratch + (size_t)w->thread * f->scratch_floats;
     float *v = k + (size_t)n_tokens * (size_t)head_dim;
     FOR_EACH_TASK(w, task, model->n_kv_heads + model->n_heads) {
@@ -248,16 +156,10 @@ static void attend(worker *w, int layer) {
             quantize(model->kernels, &f->attended, t, first_col, group_dim);
     }
     end_phase(w);
-    quantize_all_wide(w, &f->attended);
+    quantize_all_wide(w, &f->attended, f->batch->n_tokens);
     if (whole_blocks) return;
     FOR_EACH_TASK(w, t, f->batch->n_tokens) quantize(model->kernels, &f->attended, t, 0, q_dim);
     end_phase(w);
-}
-
-/* Cuts n_rows into tasks: at least eight for each thread where that leaves whole blocks, so that none waits for long.
- */
-static int chunk_rows(const forward *f, int n_rows) {
-    return n_rows / CHUNK_ROWS >= 8 * phi_pool_size(f->model->pool) ? CHUNK_ROWS : PHI_Q8_BLOCK;
 }
 
 /* residual += x @ matrix.T */
@@ -277,69 +179,103 @@ static void project_back(worker *w, const phi_matrix *matrix, const phi_activati
     end_phase(w);
 }
 
-/* inner = silu(gate) * up */
-static void gate(worker *w, int layer) {
+/* inner = silu(gate) * up, or gelu(up) */
+static void project_inner(worker *w, const phi_feed_forward *ffn, const phi_activations *normed) {
     const forward *f = w->f;
-    const phi_layer *l = &f->model->layers[layer];
     const phi_kernels *kernels = f->model->kernels;
     const int n_tokens = f->batch->n_tokens, n_ffn = f->model->n_ffn;
     float *gates = f->scratch + (size_t)w->thread * f->scratch_floats;
     float *ups = gates + (size_t)n_tokens * CHUNK_ROWS;
-    const phi_activations *normed = norm(w, l->ffn_norm, n_tokens, NULL);
-    const phi_observer *seen = f->batch->observer;
-    if (seen) observe(w, normed, seen->ffn_in + (size_t)layer * (size_t)f->model->n_embd);
     const int chunk = chunk_rows(f, n_ffn);
     FOR_EACH_TASK(w, task, n_chunks(n_ffn, chunk)) {
         const int first = task * chunk, n_rows = min_int(chunk, n_ffn - first);
-        multiply(f, &l->gate, first, n_rows, normed, n_tokens, gates, CHUNK_ROWS);
-        multiply(f, &l->up, first, n_rows, normed, n_tokens, ups, CHUNK_ROWS);
+        const bool gated = f->model->activation == PHI_SWIGLU;
+        if (gated) multiply(f, &ffn->gate, first, n_rows, normed, n_tokens, gates, CHUNK_ROWS);
+        multiply(f, &ffn->up, first, n_rows, normed, n_tokens, ups, CHUNK_ROWS);
         for (int t = 0; t < n_tokens; t++) {
             const size_t at = (size_t)t * CHUNK_ROWS;
             float *y = f->inner.f32 + (size_t)t * (size_t)n_ffn + (size_t)first;
-            kernels->silu_mul(gates + at, ups + at, (size_t)n_rows, y);
+            if (gated) {
+                kernels->silu_mul(gates + at, ups + at, (size_t)n_rows, y);
+            } else {
+                kernels->gelu(ups + at, (size_t)n_rows, y);
+            }
             quantize(kernels, &f->inner, t, (size_t)first, (size_t)n_rows);
         }
     }
     end_phase(w);
-    quantize_all_wide(w, &f->inner);
+    quantize_all_wide(w, &f->inner, n_tokens);
 }
 
-static void write_logits(worker *w) {
+static void feed_forward(worker *w, int layer, const phi_activations *normed) {
     const forward *f = w->f;
     const phi_model *model = f->model;
-    const phi_batch *batch = f->batch;
-    if (batch->n_logit_rows == 0) return;
-    const phi_activations *normed = norm(w, model->output_norm, batch->n_logit_rows, batch->logit_rows);
+    const phi_layer *l = &model->layers[layer];
+    const phi_observer *seen = f->batch->observer;
+    if (seen) observe(w, normed, seen->ffn_in + (size_t)layer * (size_t)model->n_embd);
+    if (model->n_experts) {
+        phi_route(w, layer, normed);
+        phi_run_experts(w, layer, normed);
+        if (seen) phi_observe_experts(w, layer);
+        return;
+    }
+    project_inner(w, l->ffn, normed);
+    if (seen) observe(w, &f->inner, seen->ffn_inner + (size_t)layer * (size_t)model->n_ffn);
+    project_back(w, &l->ffn->down, &f->inner);
+}
+
+/* logits [n_rows, n_vocab] = normed @ output.T */
+static void project_head(worker *w, const phi_activations *normed, int n_rows, float *logits) {
+    const forward *f = w->f;
+    const phi_model *model = f->model;
     const int chunk = chunk_rows(f, model->n_vocab);
     FOR_EACH_TASK(w, task, n_chunks(model->n_vocab, chunk)) {
-        const int first = task * chunk, n_rows = min_int(chunk, model->n_vocab - first);
-        multiply(f, &model->output, first, n_rows, normed, batch->n_logit_rows, batch->logits + first,
-                 (size_t)model->n_vocab);
+        const int first = task * chunk, n = min_int(chunk, model->n_vocab - first);
+        multiply(f, &model->output, first, n, normed, n_rows, logits + first, (size_t)model->n_vocab);
     }
+}
+
+static void write_rows(worker *w) {
+    const phi_batch *batch = w->f->batch;
+    const phi_model *model = w->f->model;
+    if (batch->n_logit_rows == 0) return;
+    const phi_activations *normed = norm(w, &model->output_norm, batch->n_logit_rows, batch->logit_rows);
+    if (w->thread == 0 && batch->embeddings)
+        memcpy(batch->embeddings, normed->f32, (size_t)batch->n_logit_rows * (size_t)model->n_embd * sizeof(float));
+    if (batch->logits) project_head(w, normed, batch->n_logit_rows, batch->logits);
+}
+
+static void run_layer(worker *w, int layer) {
+    forward *f = w->f;
+    const phi_batch *batch = f->batch;
+    const phi_model *model = f->model;
+    const phi_layer *l = &model->layers[layer];
+    const phi_observer *seen = batch->observer;
+    const phi_activations *normed = norm(w, &l->attn_norm, batch->n_tokens, NULL);
+    if (seen) observe(w, normed, seen->attn_in + (size_t)layer * (size_t)model->n_embd);
+    project_heads(w, layer, normed);
+    attend(w, layer);
+    if (seen) observe(w, &f->attended, seen->attn_out + (size_t)layer * (size_t)f->attended.n_cols);
+    project_back(w, &l->wo, &f->attended);
+    if (!model->parallel) normed = norm(w, &l->ffn_norm, batch->n_tokens, NULL);
+    if (w->thread == 0 && batch->poll && batch->poll(batch->poll_context)) atomic_store(&f->stop, true);
+    feed_forward(w, layer, normed);
 }
 
 static void run(void *context, int thread) {
     forward *f = context;
     const phi_model *model = f->model;
-    const phi_observer *seen = f->batch->observer;
+    const phi_batch *batch = f->batch;
     worker w = {.f = f, .thread = thread};
     embed(&w);
     for (int layer = 0; layer < model->n_layers; layer++) {
-        const phi_layer *l = &model->layers[layer];
-        /* Read after a barrier that follows the write, so that all threads leave at the same place. */
+        run_layer(&w, layer);
+        /* Barriers lie between the write and this, and between this and the next write: all threads leave together. */
         if (atomic_load(&f->stop)) return;
-        project_heads(&w, layer);
-        attend(&w, layer);
-        if (seen) observe(&w, &f->attended, seen->attn_out + (size_t)layer * (size_t)f->attended.n_cols);
-        project_back(&w, &l->wo, &f->attended);
-        gate(&w, layer);
-        if (seen) observe(&w, &f->inner, seen->ffn_inner + (size_t)layer * (size_t)model->n_ffn);
-        if (thread == 0 && f->batch->poll && f->batch->poll(f->batch->poll_context)) atomic_store(&f->stop, true);
-        project_back(&w, &l->down, &f->inner);
     }
-    if (atomic_load(&f->stop)) return;
-    if (seen && seen->output) observe(&w, norm(&w, model->output_norm, f->batch->n_tokens, NULL), seen->output);
-    write_logits(&w);
+    const phi_observer *seen = batch->observer;
+    if (seen && seen->output) observe(&w, norm(&w, &model->output_norm, batch->n_tokens, NULL), seen->output);
+    write_rows(&w);
 }
 
 /* ---- scratch memory ---- */
@@ -372,6 +308,25 @@ static phi_activations allot_activations(arena *a, const phi_kernels *k, size_t 
     };
 }
 
+static void lay_out_experts(forward *f, arena *a, size_t n_tokens) {
+    const phi_model *model = f->model;
+    const size_t n_experts = (size_t)model->n_experts, n_chosen = n_tokens * PHI_EXPERTS_USED;
+    /* Each expert's rows are filled up to whole tiles. */
+    const size_t n_rows = round_up(n_chosen + n_experts * (PHI_TILE_TOKENS - 1), PHI_TILE_TOKENS);
+    f->experts = (expert_rows){
+        .scores = allot(a, n_tokens * n_experts * sizeof(float)),
+        .chosen = allot(a, n_chosen * sizeof(int)),
+        .weights = allot(a, n_chosen * sizeof(float)),
+        .first_row = allot(a, n_experts * sizeof(int)),
+        .n_rows = allot(a, n_experts * sizeof(int)),
+        .active = allot(a, n_experts * sizeof(int)),
+        .token = allot(a, n_rows * sizeof(int)),
+        .slot = allot(a, n_rows * sizeof(int)),
+        .in = allot_activations(a, model->kernels, n_rows, model->n_embd),
+        .inner = allot_activations(a, model->kernels, n_rows, model->n_ffn),
+    };
+}
+
 /* Lays the buffers of a pass into an arena; called once to count and once to place. */
 static void lay_out(forward *f, arena *a) {
     const phi_model *model = f->model;
@@ -396,7 +351,11 @@ static void lay_out(forward *f, arena *a) {
         if (a->memory) f->normed[i] = normed;
     }
     f->attended = allot_activations(a, model->kernels, n_tokens, q_dim);
-    f->inner = allot_activations(a, model->kernels, n_tokens, model->n_ffn);
+    if (model->n_experts) {
+        lay_out_experts(f, a, n_tokens);
+    } else {
+        f->inner = allot_activations(a, model->kernels, n_tokens, model->n_ffn);
+    }
     f->runs = allot(a, n_tokens * sizeof *f->runs);
     f->scratch = allot(a, (size_t)n_threads * f->scratch_floats * sizeof(float));
 }
@@ -428,4 +387,39 @@ phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batc
     const phi_status status = phi_pool_run(model->pool, run, &f);
     if (status != PHI_OK) return status;
     return atomic_load(&f.stop) ? PHI_CANCELLED : PHI_OK;
+}
+
+/* ---- the head alone ---- */
+
+typedef struct {
+    forward f; /* model and activations only */
+    int n_rows;
+    const float *rows;
+    float *logits;
+} head;
+
+static void run_head(void *context, int thread) {
+    head *h = context;
+    const size_t n_embd = (size_t)h->f.model->n_embd;
+    worker w = {.f = &h->f, .thread = thread};
+    const phi_activations *x = h->f.normed;
+    FOR_EACH_TASK(&w, i, h->n_rows) {
+        memcpy(x->f32 + (size_t)i * n_embd, h->rows + (size_t)i * n_embd, n_embd * sizeof(float));
+        quantize(h->f.model->kernels, x, i, 0, n_embd);
+        quantize_wide(h->f.model->kernels, x, i);
+    }
+    end_phase(&w);
+    project_head(&w, x, h->n_rows, h->logits);
+}
+
+phi_status phi_head(const phi_model *model, phi_kv *kv, int n_rows, const float *rows, float *logits) {
+    head h = {.f = {.model = model}, .n_rows = n_rows, .rows = rows, .logits = logits};
+    arena a = {NULL, 0};
+    allot_activations(&a, model->kernels, (size_t)n_rows, model->n_embd);
+    a.memory = phi_kv_scratch(kv, a.used);
+    if (!a.memory) return PHI_OUT_OF_MEMORY;
+    a.used = 0;
+    phi_activations x = allot_activations(&a, model->kernels, (size_t)n_rows, model->n_embd);
+    h.f.normed = &x;
+    return phi_pool_run(model->pool, run_head, &h);
 }

@@ -138,10 +138,14 @@ struct phi_kernels {
     void (*quantize_wide)(const float *x, size_t n_cols, int8_t *wide, float *scales);
     /* y = x / rms(x) * weight */
     void (*rms_norm)(const float *x, const float *weight, size_t n, float eps, float *y);
+    /* y = (x - mean(x)) / deviation(x) * weight + bias */
+    void (*layer_norm)(const float *x, const float *weight, const float *bias, size_t n, float eps, float *y);
     /* x [head_dim] in place; cos, sin [rope_dims / 2] */
     void (*rope[2])(float *x, int rope_dims, const float *cos, const float *sin); /* by phi_rope_style */
     /* y = silu(gate) * up; y may be gate */
     void (*silu_mul)(const float *gate, const float *up, size_t n, float *y);
+    /* y = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))); y may be x */
+    void (*gelu)(const float *x, size_t n, float *y);
     void (*add)(const float *x, size_t n, float *y); /* y += x */
     /* one position's key and value into a page's head */
     void (*store_kv[PHI_N_KV_TYPES])(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head);

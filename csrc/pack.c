@@ -21,7 +21,8 @@ static void run(void *context, int thread) {
 }
 
 size_t phi_packed_bytes(const phi_kernels *kernels, const phi_matrix *matrix) {
-    if (!kernels->pack[matrix->type] || matrix->n_rows % PHI_PANEL_ROWS != 0) return 0;
+    if (!kernels->pack[matrix->type]) return 0;
+    if (matrix->n_rows % PHI_PANEL_ROWS != 0 || matrix->row_unit % PHI_PANEL_ROWS != 0) return 0;
     return (size_t)matrix->n_rows * phi_row_bytes(matrix->type, (size_t)matrix->n_cols);
 }
 

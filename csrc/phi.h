@@ -78,22 +78,45 @@ typedef enum {
 } phi_layout;
 
 enum { PHI_PANEL_ROWS = 16 };
+enum { PHI_EXPERTS_USED = 2 }; /* experts that run for a token: what SparseMixer is made for */
 
 typedef struct {
     phi_type type;
     phi_layout layout;
     int n_rows, n_cols;
-    const void *data; /* n_rows * phi_row_bytes(type, n_cols) bytes, borrowed; may be unaligned in the file layout */
+    int row_unit;      /* products take multiples of so many rows, those of a head; 0: of as many as they like */
+    const void *data;  /* n_rows * phi_row_bytes(type, n_cols) bytes, borrowed; may be unaligned in the file layout */
+    const float *bias; /* [n_rows], added to what the product gives; NULL: none */
 } phi_matrix;
 
+typedef enum {
+    PHI_RMS_NORM,
+    PHI_LAYER_NORM, /* takes the mean away, and adds a bias */
+} phi_norm_kind;
+
 typedef struct {
-    const float *attn_norm; /* [n_embd] */
-    phi_matrix wq;          /* [n_heads * head_dim, n_embd] */
-    phi_matrix wk, wv;      /* [n_kv_heads * head_dim, n_embd] */
-    phi_matrix wo;          /* [n_embd, n_heads * head_dim] */
-    const float *ffn_norm;  /* [n_embd] */
-    phi_matrix gate, up;    /* [n_ffn, n_embd] */
-    phi_matrix down;        /* [n_embd, n_ffn] */
+    const float *weight; /* [n_embd] */
+    const float *bias;   /* [n_embd] of PHI_LAYER_NORM, else NULL */
+} phi_norm;
+
+typedef enum {
+    PHI_SWIGLU, /* silu(gate) * up */
+    PHI_GELU,   /* gelu(up), in the form with tanh: there is no gate */
+} phi_activation_kind;
+
+typedef struct {
+    phi_matrix gate, up; /* [n_ffn, n_embd] */
+    phi_matrix down;     /* [n_embd, n_ffn] */
+} phi_feed_forward;
+
+typedef struct {
+    phi_norm attn_norm;
+    phi_matrix wq;               /* [n_heads * head_dim, n_embd] */
+    phi_matrix wk, wv;           /* [n_kv_heads * head_dim, n_embd] */
+    phi_matrix wo;               /* [n_embd, n_heads * head_dim] */
+    phi_norm ffn_norm;           /* unused where attention and feed-forward are parallel */
+    phi_matrix router;           /* [n_experts, n_embd], of models with experts */
+    const phi_feed_forward *ffn; /* [n_experts], or the one there is */
 } phi_layer;
 
 typedef enum {
@@ -108,12 +131,16 @@ typedef struct {
     const float *rope_inv_freq;      /* [rope_dims / 2] radians per position */
     const float *rope_inv_freq_long; /* the same beyond the original context (LongRoPE) */
     float rope_attn_factor;          /* multiplies cos and sin (LongRoPE) */
-    float rms_eps;
-    int window;               /* positions that a token sees, itself included; 0: all */
-    phi_matrix token_embd;    /* [n_vocab, n_embd] */
-    const float *output_norm; /* [n_embd] */
-    phi_matrix output;        /* [n_vocab, n_embd] */
-    const phi_layer *layers;  /* [n_layers] */
+    phi_norm_kind norm_kind;
+    float norm_eps;
+    phi_activation_kind activation;
+    bool parallel;         /* attention and feed-forward read the same normed input (GPT-J) */
+    int n_experts;         /* of which PHI_EXPERTS_USED run for a token; 0: none, one feed-forward for all */
+    int window;            /* positions that a token sees, itself included; 0: all */
+    phi_matrix token_embd; /* [n_vocab, n_embd] */
+    phi_norm output_norm;
+    phi_matrix output;       /* [n_vocab, n_embd] */
+    const phi_layer *layers; /* [n_layers] */
     const phi_kernels *kernels;
     phi_pool *pool;
 } phi_model;
@@ -122,6 +149,12 @@ typedef struct {
  * phi_packed_bytes is what a matrix takes: 0 where it stays as it is. memory [that many bytes], aligned to 64. */
 size_t phi_packed_bytes(const phi_kernels *kernels, const phi_matrix *matrix);
 phi_status phi_pack(const phi_kernels *kernels, phi_pool *pool, phi_matrix *matrix, uint8_t *memory);
+
+/* Writes rows of a type, out [n_rows * phi_row_bytes(type, n_cols)] bytes, that are near to finite x [n_rows, n_cols]:
+ * the squares of their errors, weighted by importance [n_cols] (not negative; NULL: all alike), are small. The bytes
+ * do not depend on the number of threads. */
+phi_status phi_quantize_rows(phi_pool *pool, phi_type type, const float *x, size_t n_rows, size_t n_cols,
+                             const float *importance, void *out);
 
 /* ---- KV cache ---- */
 
@@ -153,11 +186,14 @@ typedef struct {
  * Matrices that share an input share its sums. A batch adds its tokens in their order, in double, so the bits depend
  * neither on the number of threads nor, where products do not, on how a text is cut into batches. */
 typedef struct {
-    double *attn_in;   /* [n_layers, n_embd]: of wq, wk, wv */
-    double *attn_out;  /* [n_layers, n_heads * head_dim]: of wo */
-    double *ffn_in;    /* [n_layers, n_embd]: of gate, up */
-    double *ffn_inner; /* [n_layers, n_ffn]: of down */
-    double *output;    /* [n_embd]: of output, of all tokens whether or not their logits are wanted; NULL: not summed */
+    double *attn_in;        /* [n_layers, n_embd]: of wq, wk, wv */
+    double *attn_out;       /* [n_layers, n_heads * head_dim]: of wo */
+    double *ffn_in;         /* [n_layers, n_embd]: of gate, up, or the router */
+    double *ffn_inner;      /* [n_layers, n_ffn]: of down; unused with experts */
+    double *expert_in;      /* [n_layers, n_experts, n_embd]: of the experts' gate, up */
+    double *expert_inner;   /* [n_layers, n_experts, n_ffn]: of the experts' down */
+    int64_t *expert_tokens; /* [n_layers, n_experts]: tokens that they ran for */
+    double *output; /* [n_embd]: of output, of all tokens whether or not their logits are wanted; NULL: not summed */
 } phi_observer;
 
 typedef struct {
@@ -168,7 +204,8 @@ typedef struct {
     const phi_sequence *seqs;
     int n_logit_rows;
     const int32_t *logit_rows; /* [n_logit_rows] tokens of the batch whose logits are wanted */
-    float *logits;             /* out [n_logit_rows, n_vocab] */
+    float *logits;             /* out [n_logit_rows, n_vocab], or NULL */
+    float *embeddings;         /* out [n_logit_rows, n_embd], what the head takes: after the final norm; or NULL */
     bool (*poll)(void *);      /* asked between layers; true: stop. NULL: never */
     void *poll_context;
     const phi_observer *observer; /* NULL: nobody looks, at no cost. What a cancelled batch has added stays added */
@@ -179,5 +216,9 @@ typedef struct {
  * is in the batch: the bits are the same alone, in a chunk, or among other sequences. (On the tiers amx and amxbf16 in
  * batches of at most 16 tokens; larger ones take products that round otherwise.) */
 phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batch);
+
+/* The head alone: logits [n_rows, n_vocab] of embeddings [n_rows, n_embd] that phi_forward gave, the same bits that it
+ * would have given. So logits of many positions are had a few rows at a time. kv lends its working memory. */
+phi_status phi_head(const phi_model *model, phi_kv *kv, int n_rows, const float *rows, float *logits);
 
 #endif

@@ -10,7 +10,6 @@ import pytest
 
 import quality_files
 from phi_c import _core
-from quality_workers import distances
 from reference import Reference
 from tiny_gguf import write_tiny
 
@@ -24,15 +23,6 @@ def quality(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def nmse(got: np.ndarray, expected: np.ndarray) -> float:
     return float(((got - expected) ** 2).sum() / (expected**2).sum())
-
-
-def test_distances() -> None:
-    p, q = np.asarray([[0.5, 0.25, 0.25], [0.2, 0.4, 0.4]]), np.asarray([[0.25, 0.5, 0.25], [0.2, 0.5, 0.3]])
-    found = distances(np.log(p).astype(np.float32) + 3, np.log(q).astype(np.float32), [0, 2])
-    np.testing.assert_allclose(found["kl"], (p * np.log(p / q)).sum(1), atol=1e-6)
-    assert found["same_top"].tolist() == [False, True]
-    np.testing.assert_allclose(found["nll"], [-np.log(0.25)], atol=1e-6)
-    np.testing.assert_allclose(found["reference_nll"], [-np.log(0.25)], atol=1e-6)
 
 
 @pytest.mark.parametrize("architecture", ["phi3", "llama"])

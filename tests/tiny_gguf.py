@@ -1,4 +1,4 @@
-"""Tiny seeded GGUF files of exact Phi-3 and Llama structure, with a vocabulary that works."""
+"""Tiny seeded GGUF files of exact Phi and Llama structure, with a vocabulary that works."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -51,6 +51,9 @@ class Shape:
     tied: bool = False
     chat_template: bool = True
     vocabulary: str = "spm"
+    n_experts: int = 8  # of phimoe
+    fused_qkv: bool = True  # of phi2
+    n_extra_words: int = 0  # in an spm vocabulary
 
 
 def write_tiny(
@@ -64,10 +67,14 @@ def write_tiny(
     _add_sizes(writer, architecture, shape)
     for name, rows, cols in _matrices(architecture, shape, len(tokens)):
         scale = 1.0 if name == "token_embd.weight" else cols**-0.5
-        data = _matrix(rng, weight_type, rows, cols, scale)
-        writer.add_tensor(name, data, raw_dtype=GGMLQuantizationType[weight_type])
-    for name in _norms(shape):
-        writer.add_tensor(name, rng.normal(1, 0.1, shape.n_embd).astype(np.float32))
+        kind = "F32" if "ffn_gate_inp" in name else weight_type
+        data = _matrix(rng, kind, rows, cols, scale)
+        if "_exps" in name:
+            data = data.reshape(shape.n_experts, rows // shape.n_experts, -1)
+        writer.add_tensor(name, data, raw_dtype=GGMLQuantizationType[kind])
+    for name, n in _vectors(architecture, shape, len(tokens)):
+        mean = 0.0 if name.endswith(".bias") else 1.0
+        writer.add_tensor(name, rng.normal(mean, 0.1, n).astype(np.float32))
     if shape.n_ctx_orig is not None:
         half = shape.rope_dims // 2
         writer.add_tensor("rope_factors_short.weight", np.linspace(1, 1.5, half, dtype=np.float32))
@@ -85,19 +92,42 @@ def _matrices(architecture: str, s: Shape, n_vocab: int) -> list[tuple[str, int,
     if not s.tied:
         matrices.append(("output.weight", n_vocab, s.n_embd))
     for i in range(s.n_layers):
-        if architecture == "phi3":
-            layer = [("attn_qkv", q_rows + 2 * kv_rows, s.n_embd), ("ffn_up", 2 * s.n_ffn, s.n_embd)]
+        if architecture == "phi3" or (architecture == "phi2" and s.fused_qkv):
+            layer = [("attn_qkv", q_rows + 2 * kv_rows, s.n_embd)]
         else:
             layer = [("attn_q", q_rows, s.n_embd), ("attn_k", kv_rows, s.n_embd), ("attn_v", kv_rows, s.n_embd)]
-            layer += [("ffn_gate", s.n_ffn, s.n_embd), ("ffn_up", s.n_ffn, s.n_embd)]
-        layer += [("attn_output", s.n_embd, q_rows), ("ffn_down", s.n_embd, s.n_ffn)]
+        layer += [("attn_output", s.n_embd, q_rows), *_feed_forward(architecture, s)]
         matrices += [(f"blk.{i}.{name}.weight", rows, cols) for name, rows, cols in layer]
     return matrices
 
 
-def _norms(s: Shape) -> list[str]:
-    layers = [f"blk.{i}.{name}.weight" for i in range(s.n_layers) for name in ("attn_norm", "ffn_norm")]
-    return [*layers, "output_norm.weight"]
+def _feed_forward(architecture: str, s: Shape) -> list[tuple[str, int, int]]:
+    down = ("ffn_down", s.n_embd, s.n_ffn)
+    if architecture == "phi3":
+        return [("ffn_up", 2 * s.n_ffn, s.n_embd), down]
+    if architecture == "phi2":
+        return [("ffn_up", s.n_ffn, s.n_embd), down]
+    if architecture == "llama":
+        return [("ffn_gate", s.n_ffn, s.n_embd), ("ffn_up", s.n_ffn, s.n_embd), down]
+    n = s.n_experts
+    experts = [("ffn_gate_exps", n * s.n_ffn, s.n_embd), ("ffn_up_exps", n * s.n_ffn, s.n_embd)]
+    return [("ffn_gate_inp", n, s.n_embd), *experts, ("ffn_down_exps", n * s.n_embd, s.n_ffn)]
+
+
+def _vectors(architecture: str, s: Shape, n_vocab: int) -> list[tuple[str, int]]:
+    """Return norms and, of the architectures that have them, biases."""
+    norms = ["attn_norm"] if architecture == "phi2" else ["attn_norm", "ffn_norm"]
+    vectors = [(f"blk.{i}.{name}.weight", s.n_embd) for i in range(s.n_layers) for name in norms]
+    vectors.append(("output_norm.weight", s.n_embd))
+    if architecture in ("phi3", "llama"):
+        return vectors
+    biases = [(name.replace(".weight", ".bias"), n) for name, n in vectors]
+    biases += [
+        (name.replace(".weight", ".bias"), rows)
+        for name, rows, _ in _matrices(architecture, s, n_vocab)
+        if name not in ("token_embd.weight", "output.weight") and "_exps" not in name and "_inp" not in name
+    ]
+    return [*vectors, *biases, ("output.bias", n_vocab)]
 
 
 def _matrix(rng: np.random.Generator, weight_type: str, rows: int, cols: int, scale: float) -> Array:
@@ -127,7 +157,13 @@ def _add_sizes(writer: gguf.GGUFWriter, architecture: str, s: Shape) -> None:
     writer.add_value_length(s.head_dim)
     writer.add_rope_dimension_count(s.rope_dims)
     writer.add_context_length(s.n_ctx)
-    writer.add_layer_norm_rms_eps(1e-5)
+    if architecture == "phi2":
+        writer.add_layer_norm_eps(1e-5)
+    else:
+        writer.add_layer_norm_rms_eps(1e-5)
+    if architecture == "phimoe":
+        writer.add_expert_count(s.n_experts)
+        writer.add_expert_used_count(2)
     if s.window is not None:
         writer.add_sliding_window(s.window)
     if s.n_ctx_orig is not None:
@@ -141,6 +177,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, s: Shape) -> list[str]:
 def _add_spm(writer: gguf.GGUFWriter, s: Shape) -> list[str]:
     """SentencePiece with byte fallback, and Phi-3's special tokens."""
     words = [w for word in _WORDS for w in (word, "\u2581" + word)]
+    words += [f"xq{i}" for i in range(s.n_extra_words)]
     letters = ["\u2581", *(chr(c) for c in range(0x21, 0x7F))]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *words, *letters, *_PHI3_SPECIAL]
     n_plain = len(words) + len(letters)

@@ -13,9 +13,21 @@ if TYPE_CHECKING:
     from phi_c.calibration import collect_imatrix
     from phi_c.errors import PhiError
     from phi_c.llm import LLM, load
-    from phi_c.results import Completion, Piece, Usage
+    from phi_c.model.quantize import quantize
+    from phi_c.results import Completion, Piece, Score, Usage
 
-__all__ = ["LLM", "CancelFlag", "Completion", "PhiError", "Piece", "Usage", "collect_imatrix", "load"]
+__all__ = [
+    "LLM",
+    "CancelFlag",
+    "Completion",
+    "PhiError",
+    "Piece",
+    "Score",
+    "Usage",
+    "collect_imatrix",
+    "load",
+    "quantize",
+]
 
 _HOMES = {
     "CancelFlag": "phi_c._core",
@@ -23,7 +35,9 @@ _HOMES = {
     "PhiError": "phi_c.errors",
     "Completion": "phi_c.results",
     "Piece": "phi_c.results",
+    "Score": "phi_c.results",
     "Usage": "phi_c.results",
+    "quantize": "phi_c.model.quantize",
 }
 
 

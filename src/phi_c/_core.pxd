@@ -1,7 +1,7 @@
 # What _core.pyx uses of csrc/; the headers say what each part means.
 
 from libc.stddef cimport size_t
-from libc.stdint cimport int8_t, int32_t, uint8_t, uint16_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t
 
 cdef extern from "<stdbool.h>":
     ctypedef bint c_bool "bool"
@@ -48,6 +48,9 @@ cdef extern from "phi.h":
         void (*quantize_wide)(const float *x, size_t n_cols, int8_t *wide, float *scales) noexcept nogil
         void (*rms_norm)(const float *x, const float *weight, size_t n, float eps, float *y) noexcept nogil
         void (*rope[2])(float *x, int rope_dims, const float *cos, const float *sin) noexcept nogil
+        void (*layer_norm)(const float *x, const float *weight, const float *bias, size_t n, float eps,
+                           float *y) noexcept nogil
+        void (*gelu)(const float *x, size_t n, float *y) noexcept nogil
         void (*silu_mul)(const float *gate, const float *up, size_t n, float *y) noexcept nogil
         void (*add)(const float *x, size_t n, float *y) noexcept nogil
         void (*store_kv[2])(const float *k, const float *v, int head_dim, int slot, uint8_t *page) noexcept nogil
@@ -71,12 +74,26 @@ cdef extern from "phi.h":
         phi_type type
         phi_layout layout
         int n_rows, n_cols
+        int row_unit
         const void *data
-    ctypedef struct phi_layer:
-        const float *attn_norm
-        phi_matrix wq, wk, wv, wo
-        const float *ffn_norm
+        const float *bias
+    ctypedef enum phi_norm_kind:
+        PHI_RMS_NORM
+        PHI_LAYER_NORM
+    ctypedef struct phi_norm:
+        const float *weight
+        const float *bias
+    ctypedef enum phi_activation_kind:
+        PHI_SWIGLU
+        PHI_GELU
+    ctypedef struct phi_feed_forward:
         phi_matrix gate, up, down
+    ctypedef struct phi_layer:
+        phi_norm attn_norm
+        phi_matrix wq, wk, wv, wo
+        phi_norm ffn_norm
+        phi_matrix router
+        phi_feed_forward *ffn
     ctypedef enum phi_rope_style:
         PHI_ROPE_NEOX
         PHI_ROPE_NORM
@@ -87,10 +104,14 @@ cdef extern from "phi.h":
         const float *rope_inv_freq
         const float *rope_inv_freq_long
         float rope_attn_factor
-        float rms_eps
+        phi_norm_kind norm_kind
+        float norm_eps
+        phi_activation_kind activation
+        c_bool parallel
+        int n_experts
         int window
         phi_matrix token_embd
-        const float *output_norm
+        phi_norm output_norm
         phi_matrix output
         const phi_layer *layers
         const phi_kernels *kernels
@@ -98,6 +119,9 @@ cdef extern from "phi.h":
 
     size_t phi_packed_bytes(const phi_kernels *kernels, const phi_matrix *matrix) nogil
     phi_status phi_pack(const phi_kernels *kernels, phi_pool *pool, phi_matrix *matrix, uint8_t *memory) nogil
+
+    phi_status phi_quantize_rows(phi_pool *pool, phi_type type, const float *x, size_t n_rows, size_t n_cols,
+                                 const float *importance, void *out) nogil
 
     ctypedef enum phi_kv_type:
         PHI_KV_F16
@@ -117,6 +141,9 @@ cdef extern from "phi.h":
         double *attn_out
         double *ffn_in
         double *ffn_inner
+        double *expert_in
+        double *expert_inner
+        int64_t *expert_tokens
         double *output
     ctypedef struct phi_batch:
         int n_tokens
@@ -127,10 +154,12 @@ cdef extern from "phi.h":
         int n_logit_rows
         const int32_t *logit_rows
         float *logits
+        float *embeddings
         c_bool (*poll)(void *) noexcept nogil
         void *poll_context
         const phi_observer *observer
     phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batch) nogil
+    phi_status phi_head(const phi_model *model, phi_kv *kv, int n_rows, const float *rows, float *logits) nogil
 
 cdef extern from "kernels.h":
     ctypedef struct phi_activations:

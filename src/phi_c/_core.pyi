@@ -30,6 +30,9 @@ def read_strings(buffer: bytes | mmap, offset: int, count: int) -> tuple[list[st
 def dequantize(
     type_id: int, data: npt.NDArray[np.uint8], n_elements: int, tier: str | None = None
 ) -> npt.NDArray[np.float32]: ...
+def quantize_rows(
+    type_id: int, x: npt.NDArray[np.float32], importance: npt.NDArray[np.float32] | None = None, n_threads: int = 1
+) -> npt.NDArray[np.uint8]: ...
 
 class Q8(NamedTuple):
     quants: npt.NDArray[np.int8]
@@ -44,6 +47,14 @@ def matmul(weights: Matrix, x: npt.NDArray[np.float32], tier: str | None = None)
 def rms_norm(
     x: npt.NDArray[np.float32], weight: npt.NDArray[np.float32], eps: float, tier: str | None = None
 ) -> npt.NDArray[np.float32]: ...
+def layer_norm(
+    x: npt.NDArray[np.float32],
+    weight: npt.NDArray[np.float32],
+    bias: npt.NDArray[np.float32],
+    eps: float,
+    tier: str | None = None,
+) -> npt.NDArray[np.float32]: ...
+def gelu(x: npt.NDArray[np.float32], tier: str | None = None) -> npt.NDArray[np.float32]: ...
 def silu_mul(
     gate: npt.NDArray[np.float32], up: npt.NDArray[np.float32], tier: str | None = None
 ) -> npt.NDArray[np.float32]: ...
@@ -71,7 +82,16 @@ def attention(
 
 @disjoint_base
 class Matrix:
-    def __init__(self, type_id: int, n_rows: int, n_cols: int, data: npt.NDArray[np.uint8]) -> None: ...
+    def __init__(
+        self,
+        type_id: int,
+        n_rows: int,
+        n_cols: int,
+        data: npt.NDArray[np.uint8],
+        *,
+        bias: npt.NDArray[np.float32] | None = None,
+        row_unit: int = 0,
+    ) -> None: ...
     def packed(self, tier: str | None = None) -> Matrix: ...
     def packed_bytes(self, tier: str | None = None) -> int: ...
     @property
@@ -129,6 +149,12 @@ class Observer:
     @property
     def ffn_inner(self) -> npt.NDArray[np.float64]: ...
     @property
+    def expert_in(self) -> npt.NDArray[np.float64]: ...
+    @property
+    def expert_inner(self) -> npt.NDArray[np.float64]: ...
+    @property
+    def expert_tokens(self) -> npt.NDArray[np.int64]: ...
+    @property
     def output(self) -> npt.NDArray[np.float64] | None: ...
     @property
     def n_tokens(self) -> int: ...
@@ -145,4 +171,6 @@ def forward(
     logit_rows: npt.NDArray[np.int32],
     cancel: CancelFlag | None = None,
     observer: Observer | None = None,
+    embeddings: bool = False,
 ) -> npt.NDArray[np.float32]: ...
+def head(model: Model, kv: KvCache, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]: ...

@@ -168,12 +168,18 @@ include "_kernels.pxi"
 
 
 cdef class Matrix:
-    """A weight matrix [n_rows, n_cols] in a GGUF type: a view of its bytes, which it keeps alive."""
+    """A weight matrix [n_rows, n_cols] in a GGUF type: a view of its bytes, which it keeps alive.
+
+    bias: float32 [n_rows], which a forward pass adds to products. row_unit: a forward pass takes multiples of so many
+    rows, those of a head; 0: of as many as it likes.
+    """
 
     cdef phi_matrix matrix
     cdef const uint8_t[::1] data
+    cdef const float[::1] bias
 
-    def __init__(self, int type_id, int n_rows, int n_cols, const uint8_t[::1] data not None):
+    def __init__(self, int type_id, int n_rows, int n_cols, const uint8_t[::1] data not None, *,
+                 const float[::1] bias=None, int row_unit=0):
         cdef int index = _type_index(type_id)
         if n_rows < 1 or n_cols < 1 or n_cols % phi_types[index].block_elements:
             raise ValueError(f"{n_rows} x {n_cols} is no shape for type {phi_types[index].name.decode()}")
@@ -185,6 +191,12 @@ cdef class Matrix:
         self.matrix.n_rows = n_rows
         self.matrix.n_cols = n_cols
         self.matrix.data = &data[0]
+        self.matrix.row_unit = row_unit
+        if bias is not None:
+            if bias.shape[0] != n_rows:
+                raise ValueError(f"a bias of {bias.shape[0]} elements for {n_rows} rows")
+            self.bias = bias
+            self.matrix.bias = &bias[0]
 
     def packed(self, tier=None):
         """Return the matrix in the layout that a tier likes best: packed, or itself where it stays as it is."""
@@ -217,15 +229,7 @@ cdef class Matrix:
 
 
 cdef enum:
-    N_LAYER_MATRICES = 7
     WRITE_BYTES = 1 << 26
-
-
-cdef phi_matrix *_layer_matrix(phi_layer *layer, int i) noexcept:
-    cdef phi_matrix *matrices[N_LAYER_MATRICES]
-    matrices[0], matrices[1], matrices[2], matrices[3] = &layer.wq, &layer.wk, &layer.wv, &layer.wo
-    matrices[4], matrices[5], matrices[6] = &layer.gate, &layer.up, &layer.down
-    return matrices[i]
 
 
 cdef class Model:
@@ -239,6 +243,8 @@ cdef class Model:
 
     cdef phi_model model
     cdef phi_layer *layers
+    cdef phi_feed_forward *ffns  # [n_layers, n_ffns]
+    cdef int n_ffns  # feed-forwards of a layer
     cdef uint8_t *panels  # our own; NULL where they are borrowed
     cdef readonly size_t packed_bytes
     cdef list keep  # what the C structs point into
@@ -261,32 +267,47 @@ cdef class Model:
         m.n_heads, m.n_kv_heads, m.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
         m.n_vocab, m.rope_dims = config.n_vocab, config.rope_dims
         m.rope_style = PHI_ROPE_NEOX if config.rope_style == "neox" else PHI_ROPE_NORM
-        m.rope_attn_factor, m.rms_eps = config.rope_attn_factor, config.rms_eps
+        m.rope_attn_factor, m.norm_eps = config.rope_attn_factor, config.norm_eps
+        m.norm_kind = PHI_LAYER_NORM if config.norm == "layer" else PHI_RMS_NORM
+        m.activation = PHI_GELU if config.activation == "gelu" else PHI_SWIGLU
+        m.parallel, m.n_experts = config.parallel, config.n_experts
+        self.n_ffns = max(1, m.n_experts)
         m.window = config.window or 0
         m.rope_inv_freq = self._floats(weights.rope_inv_freq, m.rope_dims // 2)
         m.rope_inv_freq_long = self._floats(weights.rope_inv_freq_long, m.rope_dims // 2)
-        m.output_norm = self._floats(weights.output_norm, m.n_embd)
+        m.output_norm = self._norm(weights.output_norm)
         m.token_embd = self._matrix(weights.token_embd, m.n_vocab, m.n_embd)
         m.output = self._matrix(weights.output, m.n_vocab, m.n_embd)
         if len(weights.layers) != m.n_layers or m.n_layers < 1:
             raise ValueError(f"{len(weights.layers)} layers, expected {m.n_layers}")
         self.layers = <phi_layer *>calloc(m.n_layers, sizeof(phi_layer))
-        if self.layers == NULL:
+        self.ffns = <phi_feed_forward *>calloc(m.n_layers * self.n_ffns, sizeof(phi_feed_forward))
+        if self.layers == NULL or self.ffns == NULL:
             raise MemoryError
         m.layers = self.layers
         cdef int q_dim = m.n_heads * m.head_dim, kv_dim = m.n_kv_heads * m.head_dim
         cdef phi_layer *layer
+        cdef phi_feed_forward *ffn
         for i, w in enumerate(weights.layers):
             layer = self.layers + <int>i
-            layer.attn_norm = self._floats(w.attn_norm, m.n_embd)
-            layer.ffn_norm = self._floats(w.ffn_norm, m.n_embd)
+            layer.ffn = self.ffns + <int>i * self.n_ffns
+            layer.attn_norm = self._norm(w.attn_norm)
+            if not m.parallel:
+                layer.ffn_norm = self._norm(w.ffn_norm)
             layer.wq = self._matrix(w.wq, q_dim, m.n_embd)
             layer.wk = self._matrix(w.wk, kv_dim, m.n_embd)
             layer.wv = self._matrix(w.wv, kv_dim, m.n_embd)
             layer.wo = self._matrix(w.wo, m.n_embd, q_dim)
-            layer.gate = self._matrix(w.gate, m.n_ffn, m.n_embd)
-            layer.up = self._matrix(w.up, m.n_ffn, m.n_embd)
-            layer.down = self._matrix(w.down, m.n_embd, m.n_ffn)
+            if m.n_experts:
+                layer.router = self._matrix(w.router, m.n_experts, m.n_embd)
+            if len(w.ffn) != self.n_ffns:
+                raise ValueError(f"{len(w.ffn)} feed-forwards in a layer, expected {self.n_ffns}")
+            for k, f in enumerate(w.ffn):
+                ffn = layer.ffn + <int>k
+                if m.activation == PHI_SWIGLU:
+                    ffn.gate = self._matrix(f.gate, m.n_ffn, m.n_embd)
+                ffn.up = self._matrix(f.up, m.n_ffn, m.n_embd)
+                ffn.down = self._matrix(f.down, m.n_embd, m.n_ffn)
         if phi_pool_create(n_threads, &m.pool) != PHI_OK:
             raise MemoryError(f"{n_threads} threads could not be started")
         if layout == "packed":
@@ -301,8 +322,21 @@ cdef class Model:
         cdef int i, k
         self.packed_bytes = phi_packed_bytes(m.kernels, &m.output)
         for i in range(m.n_layers):
-            for k in range(N_LAYER_MATRICES):
-                self.packed_bytes += phi_packed_bytes(m.kernels, _layer_matrix(&self.layers[i], k))
+            for k in range(self._n_matrices()):
+                self.packed_bytes += phi_packed_bytes(m.kernels, self._layer_matrix(i, k))
+
+    cdef int _n_matrices(self) noexcept:
+        return 4 + 3 * self.n_ffns
+
+    cdef phi_matrix *_layer_matrix(self, int layer, int i) noexcept:
+        """The i-th matrix of a layer that may be packed, in the order of Weights.packed_sizes."""
+        cdef phi_layer *l = &self.layers[layer]
+        cdef phi_matrix *attention[4]
+        attention[0], attention[1], attention[2], attention[3] = &l.wq, &l.wk, &l.wv, &l.wo
+        if i < 4:
+            return attention[i]
+        cdef phi_feed_forward *ffn = &l.ffn[(i - 4) // 3]
+        return &ffn.gate if i % 3 == 1 else &ffn.up if i % 3 == 2 else &ffn.down
 
     cdef int _borrow(self, const uint8_t[::1] panels) except -1:
         cdef size_t used = 0
@@ -313,8 +347,8 @@ cdef class Model:
             return 0
         self.keep.append(panels)
         for i in range(self.model.n_layers):
-            for k in range(N_LAYER_MATRICES):
-                self._borrow_matrix(_layer_matrix(&self.layers[i], k), &panels[0], &used)
+            for k in range(self._n_matrices()):
+                self._borrow_matrix(self._layer_matrix(i, k), &panels[0], &used)
         self._borrow_matrix(&self.model.output, &panels[0], &used)
         return 0
 
@@ -336,8 +370,8 @@ cdef class Model:
         if self.panels == NULL:
             raise MemoryError(f"{self.packed_bytes} bytes for packed weights could not be had")
         for i in range(m.n_layers):
-            for k in range(N_LAYER_MATRICES):
-                self._pack_matrix(_layer_matrix(&self.layers[i], k), &used)
+            for k in range(self._n_matrices()):
+                self._pack_matrix(self._layer_matrix(i, k), &used)
             release()
             PyErr_CheckSignals()
         self._pack_matrix(&m.output, &used)
@@ -363,6 +397,13 @@ cdef class Model:
         self.keep.append(array)
         cdef float[::1] view = array
         return &view[0]
+
+    cdef phi_norm _norm(self, norm) except *:
+        cdef phi_norm n
+        n.weight, n.bias = self._floats(norm.weight, self.model.n_embd), NULL
+        if self.model.norm_kind == PHI_LAYER_NORM:
+            n.bias = self._floats(norm.bias, self.model.n_embd)
+        return n
 
     cdef phi_matrix _matrix(self, Matrix matrix, int n_rows, int n_cols) except *:
         if matrix.matrix.n_rows != n_rows or matrix.matrix.n_cols != n_cols:
@@ -396,6 +437,7 @@ cdef class Model:
     def __dealloc__(self):
         phi_pool_free(self.model.pool)
         free(self.layers)
+        free(self.ffns)
         self._unmap()
 
 

@@ -113,13 +113,16 @@ cdef class Observer:
     """Adds up, while `forward` runs, the squares of what each matrix of a model is multiplied with.
 
     attn_in [n_layers, n_embd] is fed to wq, wk and wv, attn_out [n_layers, n_heads * head_dim] to wo, ffn_in
-    [n_layers, n_embd] to gate and up, ffn_inner [n_layers, n_ffn] to down, and output [n_embd], None unless it is asked
-    for, to the output matrix: float64, sums over n_tokens. Inputs count as they are before they are rounded to int8.
+    [n_layers, n_embd] to gate and up, or to a router of experts, ffn_inner [n_layers, n_ffn] to down, and output
+    [n_embd], None unless it is asked for, to the output matrix: float64, sums over n_tokens. expert_in [n_layers,
+    n_experts, n_embd] and expert_inner [n_layers, n_experts, n_ffn] are what experts are fed, summed over the
+    expert_tokens [n_layers, n_experts] that they ran for; without experts they are empty, with them ffn_inner is 0.
+    Inputs count as they are before they are rounded to int8.
     """
 
     cdef phi_observer sums
     cdef Model model
-    cdef readonly object attn_in, attn_out, ffn_in, ffn_inner, output
+    cdef readonly object attn_in, attn_out, ffn_in, ffn_inner, output, expert_in, expert_inner, expert_tokens
     cdef readonly long long n_tokens
 
     def __init__(self, Model model not None, *, output=False):
@@ -133,10 +136,20 @@ cdef class Observer:
         self.sums.attn_in, self.sums.attn_out = _doubles(self.attn_in), _doubles(self.attn_out)
         self.sums.ffn_in, self.sums.ffn_inner = _doubles(self.ffn_in), _doubles(self.ffn_inner)
         self.sums.output = _doubles(self.output[None]) if output else NULL
+        cdef int n_experts = m.n_experts
+        self.expert_in = np.zeros((m.n_layers, n_experts, m.n_embd))
+        self.expert_inner = np.zeros((m.n_layers, n_experts, m.n_ffn))
+        self.expert_tokens = np.zeros((m.n_layers, n_experts), np.int64)
+        cdef int64_t[:, ::1] tokens = self.expert_tokens
+        if n_experts:
+            self.sums.expert_in = _doubles(self.expert_in.reshape(-1, m.n_embd))
+            self.sums.expert_inner = _doubles(self.expert_inner.reshape(-1, m.n_ffn))
+            self.sums.expert_tokens = &tokens[0, 0]
 
     def clear(self):
         """Begin anew: also after a pass that was interrupted, which has added a part of its tokens."""
-        for sums in (self.attn_in, self.attn_out, self.ffn_in, self.ffn_inner, self.output):
+        for sums in (self.attn_in, self.attn_out, self.ffn_in, self.ffn_inner, self.output,
+                     self.expert_in, self.expert_inner, self.expert_tokens):
             if sums is not None:
                 sums.fill(0)
         self.n_tokens = 0
@@ -157,8 +170,11 @@ cdef int _check(const int32_t[::1] values, int low, int high, what) except -1:
 def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens not None,
             const int32_t[::1] positions not None, const int32_t[::1] sequences not None,
             list page_tables not None, list long_rope not None, const int32_t[::1] logit_rows not None,
-            CancelFlag cancel=None, Observer observer=None):
+            CancelFlag cancel=None, Observer observer=None, bint embeddings=False):
     """Run a batch of tokens and return the logits asked for: float32 [n_logit_rows, n_vocab].
+
+    With embeddings=True: what the head takes instead, float32 [n_logit_rows, n_embd]: the rows after the final norm,
+    of which `head` makes the same logits.
 
     tokens, positions, sequences: int32 [n_tokens]; token i is at a position of sequence sequences[i], whose position
     p lies in KV page page_tables[s][p // PAGE_TOKENS] (int32) and which rotates by the long factors if long_rope[s].
@@ -200,7 +216,7 @@ def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens
         for i in range(n_tokens):
             if not 0 <= positions[i] < len(tables[sequences[i]]) * PHI_PAGE_TOKENS:
                 raise ValueError(f"position {positions[i]} is outside the pages of its sequence")
-        logits = np.empty((n_logit_rows, model.model.n_vocab), np.float32)
+        out = np.empty((n_logit_rows, model.model.n_embd if embeddings else model.model.n_vocab), np.float32)
         batch.n_tokens = n_tokens
         batch.tokens = &tokens[0]
         batch.positions = &positions[0]
@@ -208,9 +224,11 @@ def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens
         batch.seqs = seqs
         batch.n_logit_rows = n_logit_rows
         batch.logit_rows = &logit_rows[0] if n_logit_rows else NULL
-        batch.logits = NULL
-        if n_logit_rows:
-            batch.logits = _data(logits)
+        batch.logits = batch.embeddings = NULL
+        if n_logit_rows and embeddings:
+            batch.embeddings = _data(out)
+        elif n_logit_rows:
+            batch.logits = _data(out)
         batch.poll = _poll
         batch.poll_context = &watch
         batch.observer = &observer.sums if observer is not None else NULL
@@ -229,6 +247,32 @@ def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens
         raise MemoryError("the working memory of a forward pass could not be had")
     if observer is not None:
         observer.n_tokens += n_tokens
+    return out
+
+
+def head(Model model not None, KvCache kv not None, const float[:, ::1] rows not None):
+    """Return the logits of rows that `forward` gave with embeddings=True: float32 [n_rows, n_vocab].
+
+    Raises ValueError for rows of another width, ModelClosedError.
+    """
+    cdef int n_rows = <int>rows.shape[0]
+    cdef phi_status status
+    cdef float *out
+    if kv.model is not model:
+        raise ValueError("the KV cache belongs to another model")
+    if rows.shape[1] != model.model.n_embd:
+        raise ValueError(f"rows of {rows.shape[1]} values, expected {model.model.n_embd}")
+    logits = np.empty((n_rows, model.model.n_vocab), np.float32)
+    if n_rows == 0:
+        return logits
+    out = _data(logits)
+    with model.lock:
+        if model.model.pool == NULL:
+            raise ModelClosedError("the model was closed")
+        with nogil:
+            status = phi_head(&model.model, kv.kv, n_rows, &rows[0, 0], out)
+    if status != PHI_OK:
+        raise MemoryError("the working memory of the head could not be had")
     return logits
 
 

@@ -15,6 +15,36 @@ def dequantize(int type_id, const uint8_t[::1] data not None, size_t n_elements,
     return y
 
 
+def quantize_rows(int type_id, const float[:, ::1] x not None, const float[::1] importance=None, int n_threads=1):
+    """Return uint8 [n_rows, row_bytes]: x, float32 [n_rows, n_cols] and finite, in a type.
+
+    importance [n_cols]: how much the square of an error in each column matters. Raises ValueError for sizes that do not
+    fit, MemoryError.
+    """
+    cdef int index = _type_index(type_id)
+    cdef size_t n_rows = x.shape[0], n_cols = x.shape[1]
+    cdef phi_pool *pool = NULL
+    cdef phi_status status
+    if n_rows == 0 or n_cols == 0 or n_cols % phi_types[index].block_elements:
+        raise ValueError(f"{n_rows} x {n_cols} is no shape for type {phi_types[index].name.decode()}")
+    if importance is not None and <size_t>importance.shape[0] != n_cols:
+        raise ValueError(f"importance of {importance.shape[0]} columns, expected {n_cols}")
+    if n_threads < 1:
+        raise ValueError(f"n_threads is {n_threads}, expected at least 1")
+    out = np.empty((n_rows, phi_row_bytes(index, n_cols)), np.uint8)
+    cdef uint8_t[:, ::1] view = out
+    if phi_pool_create(n_threads, &pool) != PHI_OK:
+        raise MemoryError("the threads could not be started")
+    with nogil:
+        status = phi_quantize_rows(
+            pool, index, &x[0, 0], n_rows, n_cols, &importance[0] if importance is not None else NULL, &view[0, 0]
+        )
+        phi_pool_free(pool)
+    if status != PHI_OK:
+        raise MemoryError("the threads could not be started")
+    return out
+
+
 class Q8(NamedTuple):
     """Activations as products take them, phi_q8 in csrc/kernels.h."""
 
@@ -103,6 +133,29 @@ def rms_norm(const float[::1] x not None, const float[::1] weight not None, floa
     y = np.empty(x.shape[0], np.float32)
     cdef float[::1] view = y
     kernels.rms_norm(&x[0], &weight[0], x.shape[0], eps, &view[0])
+    return y
+
+
+def layer_norm(const float[::1] x not None, const float[::1] weight not None, const float[::1] bias not None, float eps,
+               tier=None):
+    """Return (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias, float32 [n]."""
+    cdef const phi_kernels *kernels = _kernels(tier)
+    if not 0 < x.shape[0] == weight.shape[0] == bias.shape[0]:
+        raise ValueError("x, weight and bias differ in length, or are empty")
+    y = np.empty(x.shape[0], np.float32)
+    cdef float[::1] view = y
+    kernels.layer_norm(&x[0], &weight[0], &bias[0], x.shape[0], eps, &view[0])
+    return y
+
+
+def gelu(const float[::1] x not None, tier=None):
+    """Return gelu(x) in the form with tanh, float32 [n]."""
+    cdef const phi_kernels *kernels = _kernels(tier)
+    if x.shape[0] == 0:
+        raise ValueError("x is empty")
+    y = np.empty(x.shape[0], np.float32)
+    cdef float[::1] view = y
+    kernels.gelu(&x[0], x.shape[0], &view[0])
     return y
 
 

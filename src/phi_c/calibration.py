@@ -30,6 +30,10 @@ _INPUTS = {
     "ffn_gate": "ffn_in",
     "ffn_up": "ffn_in",
     "ffn_down": "ffn_inner",
+    "ffn_gate_inp": "ffn_in",
+    "ffn_gate_exps": "expert_in",
+    "ffn_up_exps": "expert_in",
+    "ffn_down_exps": "expert_inner",
 }
 
 
@@ -105,7 +109,8 @@ def _check_same_model(llm: LLM, imatrix: Imatrix) -> None:
     required, optional = expected_tensors(llm.config)
     shapes = required | optional
     for name, entry in imatrix.entries.items():
-        n_cols, expected = entry.sums.size, shapes[name][-1] if name in shapes else 0
+        shape = shapes.get(name, (0, 0))
+        n_cols, expected = entry.sums.size, shape[-1] * (shape[0] if len(shape) == 3 else 1)  # of all experts
         if n_cols != expected:
             raise ModelFileError(
                 f"the importance matrix is another model's: {name} has {n_cols} columns in it, "
@@ -114,21 +119,24 @@ def _check_same_model(llm: LLM, imatrix: Imatrix) -> None:
 
 
 def _run(llm: LLM, kv: KvCache, tokens: npt.NDArray[np.int32], observer: Observer) -> None:
-    long_rope = llm.config.long_rope and len(tokens) > llm.config.n_ctx_orig
+    long_rope = llm.engine.scheduler.needs_long(len(tokens))
     table = np.arange(kv.n_pages, dtype=np.int32)
     none = np.empty(0, np.int32)  # no logits are wanted
-    for start in range(0, len(tokens), llm.n_batch):
-        part = tokens[start : start + llm.n_batch]
+    for start in range(0, len(tokens), llm.engine.scheduler.n_batch):
+        part = tokens[start : start + llm.engine.scheduler.n_batch]
         positions = np.arange(start, start + len(part), dtype=np.int32)
         sequences = np.zeros(len(part), np.int32)
         forward(llm.engine.model, kv, part, positions, sequences, [table], [long_rope], none, None, observer)
 
 
 def _chunk(inputs: dict[str, tuple[str, int]], observer: Observer, llm: LLM) -> Imatrix:
-    counts = np.array([observer.n_tokens], np.int64)
+    all_tokens = np.array([observer.n_tokens], np.int64)
     chunk = Imatrix()
     for name, (array, layer) in inputs.items():
-        sums = np.atleast_2d(getattr(observer, array))[layer : layer + 1].copy()
+        if array.startswith("expert_"):
+            sums, counts = getattr(observer, array)[layer].copy(), observer.expert_tokens[layer].copy()
+        else:
+            sums, counts = np.atleast_2d(getattr(observer, array))[layer : layer + 1].copy(), all_tokens
         if not (sums <= _MAX_SUM).all():  # nor NaN
             raise ModelFileError(f"{llm.path}: what {name!r} is fed is not finite: the weights are damaged")
         chunk.entries[name] = Entry(sums, counts)

@@ -1,4 +1,4 @@
-"""What users call: load a model, generate, stream, chat, logits."""
+"""What users call: load a model, generate, stream, chat, score, embed, logits."""
 
 import os
 import threading
@@ -27,9 +27,10 @@ from phi_c.model.gguf_file import GGUFFile
 from phi_c.model.side_file import SideFile
 from phi_c.model.weights import load_weights
 from phi_c.options import check_count, check_memory, choose_n_cache, choose_n_ctx, choose_n_ctx_orig, choose_tier
-from phi_c.results import Completion, Piece, Usage, collect, piece_of
+from phi_c.results import Completion, Piece, Score, Usage, collect, piece_of
 from phi_c.sampling.params import SamplingParams
 from phi_c.sampling.sampler import Sampler
+from phi_c.scoring import Pair, all_logits, embed_texts, encode_pair, prefix_ids, score_pairs
 from phi_c.text.chat import Message, encode_chat, load_chat_template
 from phi_c.text.stream import TextStream
 from phi_c.text.tokenizer import load_tokenizer
@@ -148,7 +149,6 @@ class LLM:
             self.side_file: Path | None = None
             if side_file is not None and panels is None and model.packed_bytes:
                 self.side_file = side_file.write(model.write_panels)
-            self.n_batch = n_batch
             # Public for tools that serve or measure: it takes sequences of their own.
             self.engine = Engine(model, n_cache, n_batch, n_ctx_orig, kv, self.config.window)
             self.kv = kv
@@ -238,11 +238,58 @@ class LLM:
         request = _request(max_tokens, stop, logprobs, cancel, sampling)
         return self._run(self._encode_chat(messages, parse_special), request)
 
+    def score(
+        self,
+        prompt: str | Sequence[int],
+        continuations: Sequence[str | Sequence[int]],
+        *,
+        parse_special: bool = False,
+        cancel: CancelFlag | None = None,
+    ) -> list[Score]:
+        """Return how likely each continuation of a prompt is; the prompt is computed once.
+
+        The prompt is raw text, with a BOS token if the model wants one, or token ids. Text is cut into tokens as
+        lm-evaluation-harness does: white space that ends the prompt belongs to the continuation, both are encoded
+        together, and the tokens beyond as many as the prompt alone has are the continuation. Token ids, of either, are
+        taken as they are. An empty prompt stands for the BOS token, else the end token.
+
+        Raises ContextLengthError when prompt and continuation do not fit the context, OptionError for a continuation
+        without tokens, Cancelled.
+        """
+        if isinstance(continuations, str):
+            raise OptionError("continuations is a str, expected a list of them")
+        pairs = [self._pair(prompt, continuation, i, parse_special) for i, continuation in enumerate(continuations)]
+        scores = dict(score_pairs(self.engine, pairs, cancel))
+        return [scores[i] for i in range(len(pairs))]
+
+    def embed(
+        self,
+        texts: Sequence[str | Sequence[int]],
+        *,
+        pooling: str = "mean",
+        normalize: bool = True,
+        parse_special: bool = False,
+        cancel: CancelFlag | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Return a vector for each text: float32 [n_texts, n_embd].
+
+        It is the mean of the hidden states after the final norm over all tokens, a BOS token included, or the last
+        token's (pooling="last"); of length 1 unless normalize=False. Texts are raw, or token ids; they run together.
+
+        Raises ContextLengthError for a text longer than the context, OptionError, Cancelled.
+        """
+        if isinstance(texts, str):
+            raise OptionError("texts is a str, expected a list of them")
+        ids = [self._encode(text, True, None, parse_special) for text in texts]
+        for each in ids:
+            self._check_fits(len(each), "a text")
+        return embed_texts(self.engine, ids, self.config.n_embd, pooling=pooling, normalize=normalize, cancel=cancel)
+
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return the logits after each token: float32 [n_tokens, n_vocab]."""
         ids = self._checked_ids(tokens)
         self._check_fits(len(ids))
-        return self.engine.logits(ids, self.engine.scheduler.needs_long(len(ids)), self.n_batch)
+        return all_logits(self.engine, ids, self.config.n_vocab)
 
     @property
     def kv_bytes(self) -> int:
@@ -323,11 +370,25 @@ class LLM:
                 )
         return ids
 
-    def _check_fits(self, n_tokens: int) -> None:
+    def _pair(self, prompt: str | Sequence[int], continuation: str | Sequence[int], i: int, special: bool) -> Pair:
+        if isinstance(prompt, str) and isinstance(continuation, str):
+            context, ids = encode_pair(self.tokenizer, prompt, continuation, parse_special=special)
+        else:
+            context = self._encode(prompt, True, None, special) if len(prompt) else prefix_ids(self.tokenizer)
+            if isinstance(continuation, str):
+                ids = self.tokenizer.encode(continuation, add_bos=False, parse_special=special)
+            else:
+                ids = self._checked_ids(continuation) if len(continuation) else []
+        if not ids:
+            raise OptionError(f"continuation {i} has no token of its own after the prompt: {continuation!r:.60}")
+        self._check_fits(len(context) + len(ids) - 1, f"the prompt with continuation {i}")
+        return context, ids
+
+    def _check_fits(self, n_tokens: int, what: str = "the prompt") -> None:
         if n_tokens > self.n_ctx:
             larger = f", or load the model with a larger n_ctx (at most {self.config.n_ctx_train})"
             raise ContextLengthError(
-                f"the prompt has {n_tokens} tokens, the context {self.n_ctx}: shorten it"
+                f"{what} has {n_tokens} tokens, the context {self.n_ctx}: shorten it"
                 + (larger if self.n_ctx < self.config.n_ctx_train else "")
             )
 

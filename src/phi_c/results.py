@@ -51,6 +51,17 @@ class Completion:
     logprobs: list[TokenLogprob] | None = None
 
 
+@dataclass(frozen=True)
+class Score:
+    """How likely a model finds a continuation; logarithms are natural."""
+
+    logprob: float  # of the whole continuation: the sum of logprobs
+    tokens: list[int]
+    logprobs: list[float]  # of each token, after all before it
+    is_greedy: bool  # whether each token is the likeliest in its place
+    cached_tokens: int  # of prompt and continuation, found in the cache
+
+
 @dataclass
 class _Collected:
     text: str = ""

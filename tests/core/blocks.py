@@ -6,6 +6,7 @@ import numpy.typing as npt
 from phi_c._core import TENSOR_TYPES, TensorType
 
 Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
 
 TYPES = {t.name: t for t in TENSOR_TYPES.values()}
 QUANTISED = [t.name for t in TENSOR_TYPES.values() if t.quantised_activations]
@@ -75,3 +76,10 @@ def extreme_rows(name: str, n_cols: int) -> Bytes:
     rows = np.repeat(np.array([0x00, 0xFF, 0x0F, 0xF0, 0x80, 0x7F, 0x55, 0xAA], np.uint8), row_bytes).reshape(8, -1)
     signs = np.where(np.arange(8) % 2, -1.0, 1.0).astype(np.float16)[:, None]
     return set_scales(rows, kind, signs * np.float16(0.5))
+
+
+def spiky(n_tokens: int, n_cols: int, rng: np.random.Generator) -> Floats:
+    """Return activations as models make them: mostly small, a few channels a hundred times larger."""
+    x = rng.normal(size=(n_tokens, n_cols)).astype(np.float32)
+    x[:, rng.integers(0, n_cols, max(1, n_cols // 100))] *= 100
+    return x

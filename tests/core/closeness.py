@@ -14,6 +14,11 @@ def nmse(got: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
     return float(error.sum() / (expected.astype(np.float64) ** 2).sum())
 
 
+def typical_nmse(got: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+    """Return the median over rows of `nmse`: of models whose experts may change with a near tie in some rows."""
+    return float(np.median([nmse(a, b) for a, b in zip(got, expected, strict=True)]))
+
+
 def rounds_anew(tier: str, n_tokens: int) -> bool:
     """Return whether products of as many tokens may round otherwise on a tier than those of one token do."""
     few = _core.few_tokens(tier)

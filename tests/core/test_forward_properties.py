@@ -19,11 +19,11 @@ TOKENS = [int(t) for t in np.random.default_rng(1).integers(3, 350, 75)]
 
 CASES = [
     pytest.param(architecture, weight_type, tier, kv, id=f"{architecture}-{weight_type}-{tier}-{kv}")
-    for architecture in ("phi3", "llama")
+    for architecture in ("phi3", "llama", "phi2", "phimoe")
     for weight_type in ("F16", "Q4_0", "Q8_0", "Q4_K", "Q6_K")
     for tier in _core.tiers()
     for kv in _core.KV_TYPES
-    if kv == "f16" or weight_type == "Q4_K"
+    if (kv == "f16" or weight_type == "Q4_K") and (architecture in ("phi3", "llama") or weight_type in ("F16", "Q4_K"))
 ]
 
 

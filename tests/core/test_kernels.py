@@ -4,7 +4,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
-from blocks import QUANTISED, TYPES, extreme_rows, random_rows, set_quants, set_scales
+from blocks import QUANTISED, TYPES, extreme_rows, random_rows, set_quants, set_scales, spiky
 from closeness import nmse, rounds_anew
 from gguf.constants import GGMLQuantizationType
 from hypothesis import given, settings
@@ -34,13 +34,6 @@ def matrix(name: str, rows: npt.NDArray[np.uint8]) -> _core.Matrix:
     kind = TYPES[name]
     n_cols = rows.shape[1] // kind.block_bytes * kind.block_elements
     return _core.Matrix(kind.type_id, rows.shape[0], n_cols, rows.reshape(-1))
-
-
-def spiky(n_tokens: int, n_cols: int, rng: np.random.Generator) -> Floats:
-    """Return activations as models make them: mostly small, a few channels a hundred times larger."""
-    x = rng.normal(size=(n_tokens, n_cols)).astype(np.float32)
-    x[:, rng.integers(0, n_cols, max(1, n_cols // 100))] *= 100
-    return x
 
 
 def takes_wide(name: str, rows: npt.NDArray[np.uint8], n_tokens: int, tier: str) -> bool:
@@ -370,44 +363,6 @@ def test_quantize_q8(tier: str) -> None:
     expected = _core.quantize_q8(x.reshape(-1), "scalar")
     for got, scalar in zip(_core.quantize_q8(x.reshape(-1), tier), expected, strict=True):
         assert np.array_equal(got, scalar, equal_nan=True)
-
-
-@pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("n", [2, 7, 8, 15, 17, 64, 100, 3072])
-def test_rms_norm(n: int, tier: str) -> None:
-    rng = np.random.default_rng(n)
-    x, weight = spiky(1, n, rng)[0], rng.normal(size=n).astype(np.float32)
-    exact = x / np.sqrt((x.astype(np.float64) ** 2).mean() + 1e-5) * weight
-    np.testing.assert_allclose(_core.rms_norm(x, weight, 1e-5, tier), exact, rtol=1e-6)
-
-
-@pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("n", [1, 8, 13, 1000])
-def test_silu_mul(n: int, tier: str) -> None:
-    rng = np.random.default_rng(n)
-    gate = (rng.normal(size=n) * 20).astype(np.float32)
-    gate[0] = -85
-    up = rng.normal(size=n).astype(np.float32)
-    exact = gate / (1 + np.exp(-gate.astype(np.float64))) * up
-    np.testing.assert_allclose(_core.silu_mul(gate, up, tier), exact, rtol=2e-6)
-
-
-@pytest.mark.parametrize("tier", TIERS)
-def test_silu_mul_of_extremes(tier: str) -> None:
-    gate = np.array([0, -0.0, 1e-42, 200, -200, 3e38, np.inf, np.nan, *range(12)], np.float32)
-    got = _core.silu_mul(gate, np.ones(len(gate), np.float32), tier)
-    assert np.array_equal(got[[0, 3, 5, 6]], np.array([0, 200, 3e38, np.inf], np.float32))
-    assert abs(got[4]) <= 1e-30 and abs(got[2]) <= 1e-42
-    assert np.array_equal(np.isnan(got), np.isnan(gate))
-
-
-@pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("n", [1, 7, 8, 15, 16, 17, 33, 100])
-def test_add(n: int, tier: str) -> None:
-    rng = np.random.default_rng(n)
-    x, y = rng.normal(size=(2, n)).astype(np.float32)
-    x[0], x[n // 2], y[-1] = 1e-42, np.inf, np.nan
-    assert np.array_equal(_core.add(x, y, tier), x + y, equal_nan=True)
 
 
 @pytest.mark.parametrize("tier", TIERS)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from closeness import nmse
+from closeness import nmse, typical_nmse
 from forward_helper import Runner
 
 from fuse import fuse_llama_to_phi3
@@ -16,17 +16,28 @@ from tiny_gguf import ALL_TYPES, write_tiny
 
 Floats = npt.NDArray[np.float32]
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(3, 350, 70)]
+ARCHITECTURES = ("phi3", "llama", "phi2", "phimoe")
+# Rounding takes scores across thresholds of SparseMixer, in some rows.
+ERROR = {"phi3": nmse, "llama": nmse, "phi2": nmse, "phimoe": typical_nmse}
 FLOAT_TYPES = ("F32", "F16", "BF16")
 
 
 @pytest.mark.parametrize("tier", _core.tiers())
 @pytest.mark.parametrize("weight_type", ALL_TYPES)
-@pytest.mark.parametrize("architecture", ["phi3", "llama"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_type(tmp_path: Path, architecture: str, weight_type: str, tier: str) -> None:
     path = write_tiny(tmp_path / "m.gguf", architecture, weight_type)
     expected = Reference(path).logits(TOKENS)
     got = Runner(path, tier=tier).run(TOKENS)
-    assert nmse(got, expected) <= (1e-6 if weight_type in FLOAT_TYPES else 2e-3)
+    assert ERROR[architecture](got, expected) <= (1e-6 if weight_type in FLOAT_TYPES else 2e-3)
+
+
+def unambiguous(reference: Reference) -> int:
+    """Return how many rows, at least 8, come before the first whose experts half a bit of a key might change."""
+    rows = np.flatnonzero(reference.margins < 1e-3)
+    n = int(rows[0]) if rows.size else len(reference.margins)
+    assert n >= 8
+    return n
 
 
 SHAPES = {
@@ -44,24 +55,53 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("tier", _core.tiers())
-@pytest.mark.parametrize("architecture", ["phi3", "llama"])
+def test_heads_that_are_no_whole_panels(tmp_path: Path, tier: str) -> None:
+    """Rows are taken head by head, so these matrices stay as they are in the file."""
+    path = write_tiny(tmp_path / "m.gguf", weight_type="Q4_0", head_dim=72, rope_dims=40)
+    assert nmse(Runner(path, tier=tier).run(TOKENS), Reference(path).logits(TOKENS)) <= 2e-3
+
+
+@pytest.mark.parametrize("tier", _core.tiers())
+def test_unfused_phi2(tmp_path: Path, tier: str) -> None:
+    path = write_tiny(tmp_path / "m.gguf", "phi2", "F32", fused_qkv=False)
+    assert nmse(Runner(path, tier=tier).run(TOKENS), Reference(path).logits(TOKENS)) <= 1e-6
+
+
+@pytest.mark.parametrize("n_experts", [2, 3, 16])
+def test_experts(tmp_path: Path, n_experts: int) -> None:
+    """Every number of them, chosen by few tokens and by many."""
+    path = write_tiny(tmp_path / "m.gguf", "phimoe", "F32", n_experts=n_experts)
+    reference, runner = Reference(path), Runner(path)
+    expected = reference.logits(TOKENS)
+    n = unambiguous(reference)
+    assert nmse(runner.run(TOKENS)[:n], expected[:n]) <= 1e-6
+    chosen = np.unique(reference.chosen["blk.0."])
+    assert len(chosen) == n_experts
+    assert nmse(runner.run(TOKENS[:1]), reference.logits(TOKENS[:1])) <= 1e-6
+
+
+@pytest.mark.parametrize("tier", _core.tiers())
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape(tmp_path: Path, shape: str, architecture: str, tier: str) -> None:
     overrides = SHAPES[shape]
-    path = write_tiny(tmp_path / "m.gguf", architecture, "F32", **overrides)
+    path = write_tiny(tmp_path / "m.gguf", architecture, "F32", seed=8, **overrides)
     long_rope = overrides.get("n_ctx_orig", 512) < len(TOKENS)
-    expected = Reference(path).logits(TOKENS)
+    reference = Reference(path)
+    expected = reference.logits(TOKENS)
     got = Runner(path, tier=tier).run(TOKENS, long_rope=long_rope)
-    assert nmse(got, expected) <= 1e-6
+    n = unambiguous(reference)
+    assert nmse(got[:n], expected[:n]) <= 1e-6
 
 
 @pytest.mark.parametrize("tier", _core.tiers())
 @pytest.mark.parametrize("shape", ["every head its own keys", "wide heads", "odd head size", "window"])
-@pytest.mark.parametrize("architecture", ["phi3", "llama"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_int8_cache(tmp_path: Path, architecture: str, shape: str, tier: str) -> None:
     path = write_tiny(tmp_path / "m.gguf", architecture, "F32", **SHAPES[shape])
     expected = Runner(path, tier=tier).run(TOKENS)
-    error = nmse(Runner(path, tier=tier, kv="q8").run(TOKENS), expected)
+    got = Runner(path, tier=tier, kv="q8").run(TOKENS)
+    error = ERROR[architecture](got, expected)
     print(f"{tier}, {architecture}, {shape}: NMSE {error:.1e}")
     assert 0 < error <= 1e-4
 

@@ -107,6 +107,39 @@ def test_crossing_with_shared_pages_waits_for_room() -> None:
     assert scheduler.n_unpromised == 5
 
 
+def test_what_is_read_gives_rows_from_its_first_position_on() -> None:
+    scheduler = Scheduler(PagePool(16), n_batch=20)
+    s = Sequence(list(range(45)), rows_from=30)
+    scheduler.add(s)
+    rows = []
+    for _ in range(3):
+        (w,) = scheduler.schedule()
+        assert not w.wants_logits
+        rows.append((w.n_tokens, w.n_rows))
+        scheduler.computed(w)
+    assert rows == [(20, 0), (20, 10), (5, 5)]
+    assert scheduler.schedule() == []
+    scheduler.remove(s)
+    # Only what lies before the first row may come from the cache: a whole page here, none there.
+    for rows_from, n_cached in ((40, PAGE_TOKENS), (PAGE_TOKENS, PAGE_TOKENS), (PAGE_TOKENS - 1, 0), (0, 0)):
+        again = Sequence(list(range(45)), rows_from=rows_from)
+        scheduler.add(again)
+        scheduler.schedule()
+        assert again.n_cached == n_cached
+        scheduler.remove(again)
+
+
+def test_generation_asks_for_one_row() -> None:
+    scheduler = Scheduler(PagePool(16), n_batch=20)
+    scheduler.add(sequence(25))
+    found = []
+    for _ in range(2):
+        (w,) = scheduler.schedule()
+        found.append((w.n_tokens, w.n_rows, w.wants_logits))
+        scheduler.computed(w)
+    assert found == [(20, 0, False), (5, 1, True)]
+
+
 def test_a_text_longer_than_the_pool_slides_through() -> None:
     pool = PagePool(4)  # a window of 2 pages anywhere, and a step
     scheduler = Scheduler(pool, n_batch=20, window=64)

@@ -1,9 +1,11 @@
 """A stand-in for the Hugging Face hub on 127.0.0.1, asked by the real client through HF_ENDPOINT.
 
-It speaks what a download needs: HEAD and GET of /owner/repo/resolve/revision/file with the commit, the etag and ranges.
+It speaks what a download needs: HEAD and GET of /owner/repo/resolve/revision/file with the commit, the etag and ranges,
+and for a repository's list of files GET of /api/models/owner/repo.
 """
 
 import hashlib
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -63,6 +65,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, with_body: bool) -> None:
         path, wanted = self.path.partition("?")[0], self.headers.get("Range")
         self.hub.requests.append((self.command, path, wanted))
+        if path.startswith("/api/models/"):
+            self._list(path.removeprefix("/api/models/"))
+            return
         repo, _, rest = path.strip("/").partition("/resolve/")
         revision, _, name = rest.partition("/")
         error = self._refusal(repo, revision, name)
@@ -87,6 +92,23 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 self.wfile.write(body[:cut])
                 self.close_connection = True
+
+    def _list(self, path: str) -> None:
+        repo, _, rest = path.partition("/revision/")
+        repo, _, tree = repo.partition("/tree/")
+        names = [file.removeprefix(repo + "/") for file in self.hub.files if file.startswith(repo + "/")]
+        error = self._refusal(repo, rest or tree.partition("/")[0] or "main", names[0] if names else "")
+        if error is not None:
+            self._error(*error)
+            return
+        files = [{"type": "file", "path": n, "size": len(self.hub.files[f"{repo}/{n}"]), "oid": "0"} for n in names]
+        info = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
+        body = json.dumps(files if tree else info).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def _stall(self, body: bytes) -> None:
         stall, self.hub.stall_after = self.hub.stall_after, None

@@ -16,6 +16,7 @@ from phi_c.model.config import ARCHITECTURES, ModelConfig, expected_tensors, rea
 from phi_c.model.gguf_file import GGUFFile
 
 N_EMBD, N_FFN, N_HEADS, N_KV_HEADS, N_VOCAB, N_LAYERS = 32, 48, 4, 2, 10, 2
+N_EXPERTS = 3
 HEAD_DIM = N_EMBD // N_HEADS
 BYTES = {0: 4, 1: 2, 30: 2}  # F32, F16, BF16
 ROPE_LONG, ROPE_SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
@@ -45,15 +46,29 @@ class Draft:
             "output_norm.weight": (N_EMBD,),
         }
         kv_rows = N_KV_HEADS * HEAD_DIM
-        block = {"attn_norm": (N_EMBD,), "ffn_norm": (N_EMBD,)}
+        block: dict[str, tuple[int, ...]] = {"attn_norm": (N_EMBD,), "ffn_norm": (N_EMBD,)}
         block |= {"attn_output": (N_EMBD, N_EMBD), "ffn_down": (N_EMBD, N_FFN)}
         if architecture == "phi3":
             block |= {"attn_qkv": (N_EMBD + 2 * kv_rows, N_EMBD), "ffn_up": (2 * N_FFN, N_EMBD)}
         else:
             block |= {"attn_q": (N_EMBD, N_EMBD), "attn_k": (kv_rows, N_EMBD), "attn_v": (kv_rows, N_EMBD)}
             block |= {"ffn_gate": (N_FFN, N_EMBD), "ffn_up": (N_FFN, N_EMBD)}
+        biased: set[str] = set()
+        if architecture == "phi2":
+            del block["ffn_norm"], block["ffn_gate"]
+            biased = set(block)
+        if architecture == "phimoe":
+            for name in ("ffn_gate", "ffn_up", "ffn_down"):
+                block[f"{name}_exps"] = (N_EXPERTS, *block.pop(name))
+            biased = {name for name in block if "ffn" not in name} | {"ffn_norm"}
+            block["ffn_gate_inp"] = (N_EXPERTS, N_EMBD)
+            self.set("expert_count", U32, N_EXPERTS)
+            self.set("expert_used_count", U32, 2)
+        if biased:
+            self.shapes |= {"output_norm.bias": (N_EMBD,), "output.bias": (N_VOCAB,)}
         for layer in range(N_LAYERS):
             self.shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in block.items()}
+            self.shapes |= {f"blk.{layer}.{name}.bias": (block[name][0],) for name in biased}
         self.types: dict[str, int] = {}
         self.values: dict[str, list[float]] = {}
 
@@ -94,9 +109,10 @@ def phi3(tmp_path: Path) -> Draft:
     return Draft(tmp_path / "tiny.gguf", "phi3")
 
 
-def test_defaults(draft: Draft) -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_defaults(tmp_path: Path, architecture: str) -> None:
     """Only the keys that no file leaves out are there: everything else has its default."""
-    row = ARCHITECTURES[draft.architecture]
+    draft = Draft(tmp_path / "tiny.gguf", architecture)
     assert draft.read() == ModelConfig(
         architecture=draft.architecture,
         name="Tiny",
@@ -110,17 +126,22 @@ def test_defaults(draft: Draft) -> None:
         n_vocab=N_VOCAB,
         n_ctx_train=4096,
         n_ctx_orig=4096,
-        rms_eps=1e-5,
-        rope_style="neox" if draft.architecture == "phi3" else "norm",
+        norm_eps=1e-5,
+        rope_style="norm" if draft.architecture == "llama" else "neox",
         rope_freq_base=10000.0,
         rope_attn_factor=1.0,
         window=None,
         rope_scale=1.0,
         long_rope=False,
-        fused_qkv=row.fused_qkv,
-        fused_gate_up=row.fused_gate_up,
+        fused_qkv=draft.architecture == "phi3",
+        fused_gate_up=draft.architecture == "phi3",
+        norm="rms" if draft.architecture in ("phi3", "llama") else "layer",
+        activation="gelu" if draft.architecture == "phi2" else "swiglu",
+        parallel=draft.architecture == "phi2",
+        n_experts=N_EXPERTS if draft.architecture == "phimoe" else 0,
+        attn_bias=draft.architecture in ("phi2", "phimoe"),
+        output_bias=draft.architecture in ("phi2", "phimoe"),
     )
-    assert row.fused_qkv == row.fused_gate_up == (draft.architecture == "phi3")
 
 
 def test_more_defaults(draft: Draft) -> None:
@@ -145,7 +166,7 @@ def test_values_of_the_file(draft: Draft) -> None:
     draft.set("rope.scaling.attn_factor", F32, 1.25)
     config = draft.read()
     assert (config.rope_dims, config.rope_freq_base, config.n_ctx_orig) == (6, 500000.0, 2048)
-    assert (config.rms_eps, config.window, config.rope_attn_factor) == (0.25, 100, 1.25)
+    assert (config.norm_eps, config.window, config.rope_attn_factor) == (0.25, 100, 1.25)
 
 
 def test_config_is_frozen(phi3: Draft) -> None:
@@ -354,9 +375,50 @@ def test_value_length_differs(draft: Draft) -> None:
 
 
 class TestArchitecture:
+    @pytest.mark.parametrize("name", ["blk.1.attn_q.bias", "blk.1.attn_norm.bias", "output_norm.bias"])
+    @pytest.mark.parametrize("architecture", ["phi2", "phimoe"])
+    def test_a_bias_is_missing(self, tmp_path: Path, architecture: str, name: str) -> None:
+        draft = Draft(tmp_path / "tiny.gguf", architecture)
+        del draft.shapes[name]
+        with pytest.raises(errors.ModelFileError, match=f"no tensor '{name}'"):
+            draft.read()
+
+    def test_phimoe_may_have_no_biases(self, tmp_path: Path) -> None:
+        draft = Draft(tmp_path / "tiny.gguf", "phimoe")
+        for name in [name for name in draft.shapes if name.endswith(".bias") and "norm" not in name]:
+            del draft.shapes[name]
+        config = draft.read()
+        assert not config.attn_bias and not config.output_bias and config.norm == "layer"
+
+    def test_phi2_may_be_fused(self, tmp_path: Path) -> None:
+        draft = Draft(tmp_path / "tiny.gguf", "phi2")
+        n_rows = (N_HEADS + 2 * N_KV_HEADS) * HEAD_DIM
+        for layer in range(N_LAYERS):
+            for letter in "qkv":
+                del draft.shapes[f"blk.{layer}.attn_{letter}.weight"], draft.shapes[f"blk.{layer}.attn_{letter}.bias"]
+            draft.shapes |= {f"blk.{layer}.attn_qkv.weight": (n_rows, N_EMBD), f"blk.{layer}.attn_qkv.bias": (n_rows,)}
+        assert draft.read().fused_qkv
+
+    @pytest.mark.parametrize(
+        ("key_name", "value", "message"),
+        [("expert_used_count", 1, "expert_used_count is 1, .* of 2 a token"), ("expert_count", 1, "expert_count is 1")],
+    )
+    def test_experts(self, tmp_path: Path, key_name: str, value: int, message: str) -> None:
+        draft = Draft(tmp_path / "tiny.gguf", "phimoe")
+        draft.set(key_name, U32, value)
+        with pytest.raises(errors.PhiError, match=message):
+            draft.read()
+
+    @pytest.mark.parametrize("architecture", ["phi3", "llama", "phi2"])
+    def test_experts_of_others_are_refused(self, tmp_path: Path, architecture: str) -> None:
+        draft = Draft(tmp_path / "tiny.gguf", architecture)
+        draft.set("expert_count", U32, 8)
+        with pytest.raises(errors.UnsupportedModelError, match="expert_count is 8"):
+            draft.read()
+
     def test_unknown(self, phi3: Draft) -> None:
-        phi3.keys["general.architecture"] = (STRING, "phimoe")
-        with pytest.raises(errors.UnsupportedModelError, match="'phimoe' is not supported, expected one of phi3"):
+        phi3.keys["general.architecture"] = (STRING, "qwen2")
+        with pytest.raises(errors.UnsupportedModelError, match="'qwen2' is not supported, expected one of phi3"):
             phi3.read()
 
     def test_missing(self, phi3: Draft) -> None:
@@ -452,4 +514,4 @@ def test_real_model(smollm2_path: Path) -> None:
     assert (config.n_heads, config.n_kv_heads, config.head_dim, config.rope_dims) == (9, 3, 64, 64)
     assert (config.n_vocab, config.n_ctx_train, config.window) == (49152, 8192, None)
     assert config.rope_freq_base == 100000.0
-    assert config.rms_eps == np.float32(1e-5)
+    assert config.norm_eps == np.float32(1e-5)

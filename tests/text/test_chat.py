@@ -34,6 +34,17 @@ def test_a_system_message_is_never_dropped(source: str) -> None:
     assert ChatTemplate(source).render(SYSTEM) == "<|user|>Be brief.\n\nHi<|end|>"
 
 
+def test_a_system_message_that_the_user_repeats() -> None:
+    messages = [{"role": "system", "content": "Hi"}, *USER]
+    assert ChatTemplate(DROPS_SYSTEM).render(messages) == "<|user|>Hi\n\nHi<|end|>"
+
+
+@pytest.mark.parametrize("source", [DROPS_SYSTEM, REFUSES_SYSTEM])
+def test_an_empty_system_message_changes_nothing(source: str) -> None:
+    messages = [{"role": "system", "content": " "}, *USER]
+    assert ChatTemplate(source).render(messages) == ChatTemplate(source).render(USER)
+
+
 def test_a_system_message_that_no_turn_takes() -> None:
     with pytest.raises(ChatTemplateError, match="no user message takes it"):
         ChatTemplate(DROPS_SYSTEM).render(SYSTEM[:1])
@@ -53,7 +64,7 @@ def test_phi3s_own_template(phi3_vocab: Path) -> None:
 @pytest.mark.parametrize(
     ("vocabulary", "expected"),
     [
-        ("spm", "<s><|system|>\nBe brief.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n"),
+        ("spm", "<|system|>\nBe brief.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n"),
         ("bpe", "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
     ],
 )
@@ -109,6 +120,16 @@ def test_bad_messages(message: str) -> None:
 def test_templates_run_in_a_sandbox() -> None:
     with pytest.raises(ChatTemplateError, match="refuses these messages"):
         ChatTemplate("{{ ''.__class__.__mro__[1].__subclasses__() }}").render(USER)
+
+
+def test_what_transformers_adds_to_jinja() -> None:
+    """JSON is not escaped for HTML, {% generation %} is its content, tools and documents are none."""
+    source = (
+        "{% if tools is none and documents is none %}{{ messages[0].tools | tojson(indent=1) }}{% endif %}"
+        "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% break %}{% endfor %}"
+    )
+    messages = [{"role": "user", "content": "Hi", "tools": {"ä": "<b>"}}]
+    assert ChatTemplate(source).render(messages) == '{\n "ä": "<b>"\n}Hi'
 
 
 def test_a_damaged_template() -> None:

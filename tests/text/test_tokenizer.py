@@ -82,9 +82,9 @@ def test_phi3_is_built_quickly(phi3_vocab: Path) -> None:
     with GGUFFile(phi3_vocab) as file:
         seconds = []
         for _ in range(3):
-            start = time.perf_counter()
+            start = time.process_time()
             load_tokenizer(file.metadata)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.process_time() - start)
     assert min(seconds) < 0.5
 
 

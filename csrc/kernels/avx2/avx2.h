@@ -31,9 +31,11 @@ PHI_AVX2_PACKED(PHI_DECLARE)
 
 void phi_quantize_q8_avx2(const float *x, size_t n, phi_q8 q8);
 void phi_rms_norm_avx2(const float *x, const float *weight, size_t n, float eps, float *y);
+void phi_layer_norm_avx2(const float *x, const float *weight, const float *bias, size_t n, float eps, float *y);
 void phi_rope_neox_avx2(float *x, int rope_dims, const float *cos, const float *sin);
 void phi_rope_norm_avx2(float *x, int rope_dims, const float *cos, const float *sin);
 void phi_silu_mul_avx2(const float *gate, const float *up, size_t n, float *y);
+void phi_gelu_avx2(const float *x, size_t n, float *y);
 void phi_add_avx2(const float *x, size_t n, float *y);
 void phi_store_kv_f16_avx2(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head);
 void phi_store_kv_q8_avx2(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head);

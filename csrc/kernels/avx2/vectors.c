@@ -64,6 +64,34 @@ void phi_rms_norm_avx2(const float *x, const float *weight, size_t n, float eps,
     for (size_t i = n8; i < n; i++) y[i] = x[i] * inverse * weight[i];
 }
 
+void phi_layer_norm_avx2(const float *x, const float *weight, const float *bias, size_t n, float eps, float *y) {
+    const size_t n4 = n / 4 * 4, n8 = n / 8 * 8;
+    double lanes[4];
+    __m256d sums = _mm256_setzero_pd(), squares = _mm256_setzero_pd();
+    for (size_t i = 0; i < n4; i += 4) sums = _mm256_add_pd(sums, _mm256_cvtps_pd(_mm_loadu_ps(x + i)));
+    _mm256_storeu_pd(lanes, sums);
+    double total = lanes[0] + lanes[1] + lanes[2] + lanes[3];
+    for (size_t i = n4; i < n; i++) total += (double)x[i];
+    const double mean = total / (double)n;
+
+    for (size_t i = 0; i < n4; i += 4) {
+        const __m256d apart = _mm256_sub_pd(_mm256_cvtps_pd(_mm_loadu_ps(x + i)), _mm256_set1_pd(mean));
+        squares = _mm256_fmadd_pd(apart, apart, squares);
+    }
+    _mm256_storeu_pd(lanes, squares);
+    total = lanes[0] + lanes[1] + lanes[2] + lanes[3];
+    for (size_t i = n4; i < n; i++) total += ((double)x[i] - mean) * ((double)x[i] - mean);
+
+    const float inverse = (float)(1.0 / sqrt(total / (double)n + (double)eps));
+    const __m256 means = _mm256_set1_ps((float)mean);
+    for (size_t i = 0; i < n8; i += 8) {
+        const __m256 scaled = _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(x + i), means), _mm256_set1_ps(inverse));
+        const __m256 weighted = _mm256_mul_ps(scaled, _mm256_loadu_ps(weight + i));
+        _mm256_storeu_ps(y + i, _mm256_add_ps(weighted, _mm256_loadu_ps(bias + i)));
+    }
+    for (size_t i = n8; i < n; i++) y[i] = (x[i] - (float)mean) * inverse * weight[i] + bias[i];
+}
+
 PHI_INLINE __m256 silu_mul(__m256 gate, __m256 up) {
     const __m256 one = _mm256_set1_ps(1.0f);
     const __m256 e = phi_exp(_mm256_sub_ps(_mm256_setzero_ps(), gate));
@@ -80,6 +108,26 @@ void phi_silu_mul_avx2(const float *gate, const float *up, size_t n, float *y) {
         memcpy(u, up + n8, (n - n8) * sizeof *u);
         _mm256_storeu_ps(g, silu_mul(_mm256_loadu_ps(g), _mm256_loadu_ps(u)));
         memcpy(y + n8, g, (n - n8) * sizeof *g);
+    }
+}
+
+/* (1 + tanh(u)) / 2 is 1 / (1 + exp(-2 u)). */
+PHI_INLINE __m256 gelu(__m256 x) {
+    const __m256 one = _mm256_set1_ps(1.0f), cube = _mm256_mul_ps(_mm256_mul_ps(x, x), x);
+    const __m256 u = _mm256_fmadd_ps(_mm256_set1_ps(0.044715f), cube, x);
+    const __m256 e = phi_exp(_mm256_mul_ps(_mm256_set1_ps(-2.0f * 0.7978845608f), u));
+    const __m256 bounded = _mm256_max_ps(_mm256_set1_ps(-1e6f), x); /* e is bounded too: 0 must be the limit */
+    return _mm256_div_ps(bounded, _mm256_add_ps(one, e));
+}
+
+void phi_gelu_avx2(const float *x, size_t n, float *y) {
+    const size_t n8 = n / 8 * 8;
+    for (size_t i = 0; i < n8; i += 8) _mm256_storeu_ps(y + i, gelu(_mm256_loadu_ps(x + i)));
+    if (n8 < n) { /* the tail by the same arithmetic */
+        float tail[8] = {0};
+        memcpy(tail, x + n8, (n - n8) * sizeof *tail);
+        _mm256_storeu_ps(tail, gelu(_mm256_loadu_ps(tail)));
+        memcpy(y + n8, tail, (n - n8) * sizeof *tail);
     }
 }
 

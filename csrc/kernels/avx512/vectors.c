@@ -58,6 +58,28 @@ void phi_rms_norm_avx512(const float *x, const float *weight, size_t n, float ep
     }
 }
 
+void phi_layer_norm_avx512(const float *x, const float *weight, const float *bias, size_t n, float eps, float *y) {
+    __m512d sums = _mm512_setzero_pd(), squares = _mm512_setzero_pd();
+    for (size_t i = 0; i < n; i += 8)
+        sums = _mm512_add_pd(sums, _mm512_cvtps_pd(_mm256_maskz_loadu_ps((__mmask8)phi_lanes(n - i), x + i)));
+    const double mean = _mm512_reduce_add_pd(sums) / (double)n;
+    for (size_t i = 0; i < n; i += 8) {
+        const __mmask8 lanes = (__mmask8)phi_lanes(n - i);
+        const __m512d values = _mm512_cvtps_pd(_mm256_maskz_loadu_ps(lanes, x + i));
+        const __m512d apart = _mm512_maskz_sub_pd(lanes, values, _mm512_set1_pd(mean));
+        squares = _mm512_fmadd_pd(apart, apart, squares);
+    }
+    const double variance = _mm512_reduce_add_pd(squares) / (double)n;
+    const __m512 inverse = _mm512_set1_ps((float)(1.0 / sqrt(variance + (double)eps)));
+    const __m512 means = _mm512_set1_ps((float)mean);
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 lanes = phi_lanes(n - i);
+        const __m512 scaled = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, x + i), means), inverse);
+        const __m512 weighted = _mm512_mul_ps(scaled, _mm512_maskz_loadu_ps(lanes, weight + i));
+        _mm512_mask_storeu_ps(y + i, lanes, _mm512_add_ps(weighted, _mm512_maskz_loadu_ps(lanes, bias + i)));
+    }
+}
+
 void phi_silu_mul_avx512(const float *gate, const float *up, size_t n, float *y) {
     const __m512 one = _mm512_set1_ps(1.0f);
     for (size_t i = 0; i < n; i += 16) {
@@ -65,6 +87,18 @@ void phi_silu_mul_avx512(const float *gate, const float *up, size_t n, float *y)
         const __m512 g = _mm512_maskz_loadu_ps(lanes, gate + i), u = _mm512_maskz_loadu_ps(lanes, up + i);
         const __m512 e = phi_exp(_mm512_sub_ps(_mm512_setzero_ps(), g));
         _mm512_mask_storeu_ps(y + i, lanes, _mm512_mul_ps(_mm512_div_ps(g, _mm512_add_ps(one, e)), u));
+    }
+}
+
+/* (1 + tanh(u)) / 2 is 1 / (1 + exp(-2 u)). */
+void phi_gelu_avx512(const float *x, size_t n, float *y) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 lanes = phi_lanes(n - i);
+        const __m512 v = _mm512_maskz_loadu_ps(lanes, x + i), cube = _mm512_mul_ps(_mm512_mul_ps(v, v), v);
+        const __m512 u = _mm512_fmadd_ps(_mm512_set1_ps(0.044715f), cube, v);
+        const __m512 e = phi_exp(_mm512_mul_ps(_mm512_set1_ps(-2.0f * 0.7978845608f), u));
+        _mm512_mask_storeu_ps(y + i, lanes, _mm512_div_ps(v, _mm512_add_ps(one, e)));
     }
 }
 

@@ -51,6 +51,16 @@ static void phi_rms_norm_scalar(const float *x, const float *weight, size_t n, f
     for (size_t i = 0; i < n; i++) y[i] = x[i] * inverse * weight[i];
 }
 
+static void phi_layer_norm_scalar(const float *x, const float *weight, const float *bias, size_t n, float eps,
+                                  float *y) {
+    double sum = 0.0, squares = 0.0;
+    for (size_t i = 0; i < n; i++) sum += (double)x[i];
+    const double mean = sum / (double)n;
+    for (size_t i = 0; i < n; i++) squares += ((double)x[i] - mean) * ((double)x[i] - mean);
+    const float inverse = (float)(1.0 / sqrt(squares / (double)n + (double)eps));
+    for (size_t i = 0; i < n; i++) y[i] = (x[i] - (float)mean) * inverse * weight[i] + bias[i];
+}
+
 static inline void rotate(float *a, float *b, float cos, float sin) {
     const float x = *a, y = *b;
     *a = x * cos - y * sin;
@@ -67,6 +77,14 @@ static void phi_rope_norm_scalar(float *x, int rope_dims, const float *cos, cons
 
 static void phi_silu_mul_scalar(const float *gate, const float *up, size_t n, float *y) {
     for (size_t i = 0; i < n; i++) y[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+}
+
+/* (1 + tanh(u)) / 2 is 1 / (1 + exp(-2 u)). */
+static void phi_gelu_scalar(const float *x, size_t n, float *y) {
+    for (size_t i = 0; i < n; i++) {
+        const float u = 0.7978845608f * (x[i] + 0.044715f * x[i] * x[i] * x[i]);
+        y[i] = x[i] / (1.0f + expf(-2.0f * u));
+    }
 }
 
 static void phi_add_scalar(const float *x, size_t n, float *y) {
@@ -188,8 +206,10 @@ const phi_kernels phi_kernels_scalar = {
     PHI_SLOTS(Q6_K, q6_k),
     .quantize_q8 = phi_quantize_q8_scalar,
     .rms_norm = phi_rms_norm_scalar,
+    .layer_norm = phi_layer_norm_scalar,
     .rope = {phi_rope_neox_scalar, phi_rope_norm_scalar},
     .silu_mul = phi_silu_mul_scalar,
+    .gelu = phi_gelu_scalar,
     .add = phi_add_scalar,
     .store_kv = {phi_store_kv_f16_scalar, phi_store_kv_q8_scalar},
     .attention = {phi_attention_f16_scalar, phi_attention_q8_scalar},

@@ -91,7 +91,7 @@ def _config(shape: Shape) -> ModelConfig:
         n_ctx_train=shape.n_ctx_train,
         n_ctx_orig=shape.n_ctx_orig,
         long_rope=shape.n_ctx_orig < shape.n_ctx_train,
-        rms_eps=1e-5,
+        norm_eps=1e-5,
         rope_style="neox",
         rope_freq_base=10000.0,
         rope_attn_factor=1.0,
@@ -117,7 +117,7 @@ def _header(shape: Shape, tensors: dict[str, tuple[tuple[int, ...], TensorType]]
         writer.add_head_count_kv(config.n_kv_heads)
         writer.add_rope_dimension_count(config.rope_dims)
         writer.add_rope_scaling_orig_ctx_len(config.n_ctx_orig)
-        writer.add_layer_norm_rms_eps(config.rms_eps)
+        writer.add_layer_norm_rms_eps(config.norm_eps)
         _add_vocabulary(writer, config.n_vocab)
         for name, (dims, kind) in tensors.items():
             row_bytes = dims[-1] // kind.block_elements * kind.block_bytes

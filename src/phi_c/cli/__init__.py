@@ -10,7 +10,22 @@ import click
 
 from phi_c.errors import OptionError, PhiError
 
-VERBS = ("generate", "chat", "tokens", "inspect", "doctor", "bench", "imatrix", "pull", "list", "completion")
+VERBS = {
+    "generate": "Write the answer to a prompt, or what follows it.",
+    "chat": "Hold a conversation.",
+    "tokens": "Show how a text is cut into tokens.",
+    "inspect": "Show what is in a model file, and the memory it takes.",
+    "doctor": "Show what phi-c finds on this machine.",
+    "bench": "Measure how fast a model runs.",
+    "perplexity": "Measure how likely a model finds a text.",
+    "compare": "Measure how far two models are from each other.",
+    "imatrix": "Find out which weights of a model matter, for a quantiser.",
+    "quantize": "Store a model in fewer bits a weight.",
+    "convert": "Make a GGUF file of a Hugging Face folder.",
+    "pull": "Download models.",
+    "list": "List known and downloaded models.",
+    "completion": "Print the script that completes commands in a shell.",
+}
 
 _EPILOG = """\b
 Examples:
@@ -33,21 +48,7 @@ class _Verbs(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(verb, _ABOUT[verb]) for verb in VERBS])
-
-
-_ABOUT = {
-    "generate": "Write the answer to a prompt, or what follows it.",
-    "chat": "Hold a conversation.",
-    "tokens": "Show how a text is cut into tokens.",
-    "inspect": "Show what is in a model file, and the memory it takes.",
-    "doctor": "Show what phi-c finds on this machine.",
-    "bench": "Measure how fast a model runs.",
-    "imatrix": "Find out which weights of a model matter, for a quantiser.",
-    "pull": "Download models.",
-    "list": "List known and downloaded models.",
-    "completion": "Print the script that completes commands in a shell.",
-}
+            formatter.write_dl(list(VERBS.items()))
 
 
 @click.group(cls=_Verbs, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})

@@ -49,15 +49,11 @@ KV = click.option(
     "--kv", type=click.Choice(["f16", "q8"]), help="Type of the KV cache; q8: half the memory.  [default: f16]"
 )
 
-LOADING = _all(
-    MODEL,
-    click.option("--tokenizer", type=click.Path(), metavar="FILE", help="A tokenizer.json instead of the model's own."),
-    click.option(
-        "--n-ctx", type=int, metavar="N", help="Context in tokens; 0: the model's own.  [default: at most 4096]"
-    ),
-    click.option(
-        "--n-cache", type=int, metavar="N", help="Positions kept in memory.  [default: as many as the context]"
-    ),
+TOKENIZER = click.option(
+    "--tokenizer", type=click.Path(), metavar="FILE", help="A tokenizer.json instead of the model's own."
+)
+
+RUNNING = _all(
     click.option("--threads", "-t", "n_threads", type=int, metavar="N", help="Threads.  [default: physical cores]"),
     LAYOUT,
     KV,
@@ -70,6 +66,23 @@ LOADING = _all(
         "--prefix-cache", is_flag=True, default=None, help="Keep prompts' keys and values on disk, see doctor."
     ),
     click.option("--n-batch", type=int, default=512, show_default=True, metavar="N", help="Prompt tokens at a time."),
+)
+
+LOADING = _all(
+    MODEL,
+    TOKENIZER,
+    click.option(
+        "--n-ctx", type=int, metavar="N", help="Context in tokens; 0: the model's own.  [default: at most 4096]"
+    ),
+    click.option(
+        "--n-cache", type=int, metavar="N", help="Positions kept in memory.  [default: as many as the context]"
+    ),
+    RUNNING,
+)
+
+WINDOWS = _all(
+    click.option("--n-ctx", "--ctx", type=int, default=512, show_default=True, metavar="N", help="Tokens of a window."),
+    click.option("--windows", "--chunks", "n_windows", type=int, metavar="N", help="Windows at most.  [default: all]"),
 )
 
 _LOADING_NAMES = (

@@ -5,11 +5,11 @@ import threading
 import numpy as np
 import numpy.typing as npt
 
-from phi_c._core import KvCache, Model, forward
-from phi_c.engine.pages import GONE, PagePool, first_needed
-from phi_c.engine.scheduler import Scheduler, Work, pages_at_once, pages_for
+from phi_c._core import KvCache, Model, forward, head
+from phi_c.engine.pages import PagePool
+from phi_c.engine.scheduler import Scheduler, Work, pages_for
 from phi_c.engine.sequence import Finish, Sequence
-from phi_c.errors import Cancelled, MemoryLimitError, ModelClosedError
+from phi_c.errors import Cancelled, ModelClosedError
 from phi_c.sampling.sampler import logprob
 
 Floats = npt.NDArray[np.float32]
@@ -60,36 +60,14 @@ class Engine:
         if watched.error is not None:
             raise watched.error
 
-    def logits(self, tokens: list[int], long_rope: bool, n_batch: int) -> Floats:
-        """Return float32 [n_tokens, n_vocab], computed on pages of its own that are given back."""
+    def head(self, rows: Floats) -> Floats:
+        """Return the logits, float32 [n, n_vocab], of rows [n, n_embd] of a sequence that is read.
+
+        Between two calls the sequences that run get their steps, so a few rows at a time keep nobody waiting.
+        """
         with self._lock:
             self._check_open()
-            pool, window = self.scheduler.pool, self.scheduler.window
-            if pages_at_once(len(tokens), n_batch, window) > self.scheduler.n_unpromised:
-                raise MemoryLimitError(f"{len(tokens)} tokens do not fit beside the calls that are running")
-            pages: list[int] = []
-            n_gone = 0
-            try:
-                parts = []
-                for start in range(0, len(tokens), n_batch):
-                    part = np.asarray(tokens[start : start + n_batch], np.int32)
-                    n = len(part)
-                    while n_gone < first_needed(start, window):
-                        pool.release(pages[n_gone])
-                        pages[n_gone] = GONE
-                        n_gone += 1
-                    while len(pages) < pages_for(start + n):
-                        pages.append(pool.take())
-                    positions = np.arange(start, start + n, dtype=np.int32)
-                    rows, sequences = np.arange(n, dtype=np.int32), np.zeros(n, np.int32)
-                    parts.append(
-                        forward(self.model, self.kv, part, positions, sequences, [_table(pages)], [long_rope], rows)
-                    )
-                return np.concatenate(parts)
-            finally:
-                for page in pages:
-                    if page != GONE:
-                        pool.release(page)
+            return head(self.model, self.kv, rows)
 
     def known_keys(self) -> list[bytes]:
         """Return the keys of the pages that can be found, the longest unused first; raises ModelClosedError."""
@@ -149,20 +127,42 @@ class Engine:
         work = self.scheduler.schedule()
         if not work:
             return
+        is_read = any(w.sequence.rows_from is not None for w in work)
         try:
-            logits = self._forward(work, watched)
+            found = self._forward(work, watched, is_read)
         except Cancelled:
             return  # what was cancelled is taken out at the next step, the others go on
-        wanting = [w.sequence for w in work if w.wants_logits]
+        rows = dict(zip(work, np.split(found, np.cumsum([w.n_rows for w in work])[:-1]), strict=True))
+        wanting = [w for w in work if w.wants_logits]
+        if is_read and wanting:
+            logits = head(self.model, self.kv, np.concatenate([rows[w] for w in wanting]))
+            rows.update(zip(wanting, np.split(logits, len(wanting)), strict=True))
         for w in work:
-            self.scheduler.computed(w)
-        for sequence, row in zip(wanting, logits, strict=True):
-            try:
-                self._emit(sequence, row)
-            except Exception as error:  # one request's fault is not the others'
-                self._fail(sequence, error)
+            self._deliver(w, rows[w])
 
-    def _forward(self, work: list[Work], watched: Sequence) -> Floats:
+    def _deliver(self, work: Work, rows: Floats) -> None:
+        """Give a sequence its rows: the one to sample from, or those that are read.
+
+        Work is recorded as computed once what is read of it was taken, so what an interrupt leaves undone runs again.
+        """
+        sequence = work.sequence
+        if sequence.rows_from is None:
+            wants_logits = work.wants_logits
+            self.scheduler.computed(work)
+            if wants_logits:
+                try:
+                    self._emit(sequence, rows[0])
+                except Exception as error:  # one request's fault is not the others'
+                    self._fail(sequence, error)
+            return
+        if len(rows):
+            sequence.rows[sequence.n_computed + work.n_tokens - len(rows)] = rows
+        self.scheduler.computed(work)
+        if sequence.n_computed == len(sequence.tokens):
+            self._finish(sequence, Finish.READ)
+
+    def _forward(self, work: list[Work], watched: Sequence, embeddings: bool) -> Floats:
+        """Return the wanted rows of all work, one after the other: logits, or what the head takes."""
         counts = [w.n_tokens for w in work]
         starts = [w.sequence.n_computed for w in work]
         tokens = [w.sequence.tokens[start : start + n] for w, start, n in zip(work, starts, counts, strict=True)]
@@ -175,11 +175,15 @@ class Engine:
             np.repeat(np.arange(len(work), dtype=np.int32), counts),
             [_table(w.sequence.pages) for w in work],
             [w.sequence.long_rope for w in work],
-            np.asarray([end - 1 for w, end in zip(work, ends, strict=True) if w.wants_logits], np.int32),
+            np.concatenate([np.arange(end - w.n_rows, end, dtype=np.int32) for w, end in zip(work, ends, strict=True)]),
             watched.cancel,
+            None,
+            embeddings,
         )
 
     def _emit(self, sequence: Sequence, logits: Floats) -> None:
+        if sequence.sampler is None:
+            raise AssertionError("a sequence that is not read has a sampler")
         token = sequence.sampler.sample(logits, sequence.generated)
         if sequence.n_top_logprobs is not None:
             sequence.logprobs.append(logprob(logits, token, sequence.n_top_logprobs))

@@ -12,15 +12,20 @@ from phi_c.engine.sequence import Sequence, Status
 
 @dataclass(frozen=True)
 class Work:
-    """Tokens n_computed .. n_computed + n_tokens - 1 of a sequence; the last one's logits are wanted if complete."""
+    """Tokens n_computed .. n_computed + n_tokens - 1 of a sequence."""
 
     sequence: Sequence
     n_tokens: int
 
     @property
+    def n_rows(self) -> int:
+        """How many of these tokens, the last ones, give rows that are wanted."""
+        return max(self.sequence.n_computed + self.n_tokens - max(self.sequence.first_row, self.sequence.n_computed), 0)
+
+    @property
     def wants_logits(self) -> bool:
         """Whether these tokens end what is known of the sequence, so that the next one can be sampled."""
-        return self.sequence.n_computed + self.n_tokens == len(self.sequence.tokens)
+        return self.sequence.rows_from is None and self.n_rows > 0
 
 
 def pages_for(n_tokens: int) -> int:
@@ -153,10 +158,10 @@ class Scheduler:
             sequence = self.waiting[0]
             sequence.long_rope = self.needs_long(len(sequence.tokens))
             extend_keys(sequence.keys, sequence.tokens, sequence.long_rope)
-            # One token at least is computed: its logits are wanted.
+            # One token at least is computed: its row is wanted.
             if self.shelf is not None:
                 self.shelf.refresh()
-            keys = sequence.keys[: (len(sequence.tokens) - 1) // PAGE_TOKENS]
+            keys = sequence.keys[: sequence.first_row // PAGE_TOKENS]
             if not self._take_known(sequence, keys):
                 return
             self.waiting.popleft()

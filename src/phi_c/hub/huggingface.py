@@ -1,9 +1,11 @@
 """Models on the Hugging Face hub, through its own client with its cache and its environment variables."""
 
+import contextlib
+import fnmatch
 import hashlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from phi_c.errors import CacheError, DownloadError, ModelNotFoundError, OptionEr
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _PATTERN = re.compile(rf"hf:(?P<repo>{_NAME}/{_NAME})/(?P<file>[^@]+)(?:@(?P<revision>[^@]+))?")
+_FOLDER = re.compile(rf"hf:(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>[^@]+))?")
 _ANSWER_SECONDS = 10
 _EXAMPLE = "hf:microsoft/Phi-3-mini-4k-instruct-gguf/Phi-3-mini-4k-instruct-q4.gguf"
 
@@ -58,18 +61,60 @@ def fetch(wanted: HubFile, *, progress: bool) -> Path:
     return found
 
 
+def fetch_folder(source: str, patterns: Sequence[str], *, progress: bool) -> Path:
+    """Return the folder with those files of hf:owner/repo[@revision] whose names match, as `fetch` does for one.
+
+    What the hub has is asked first; when it cannot be reached, what the cache has is taken as it is.
+    """
+    import huggingface_hub  # noqa: PLC0415
+
+    match = _FOLDER.fullmatch(source)
+    if match is None:
+        raise OptionError(f"{source!r} is no repository, expected hf:owner/repo[@revision]")
+    repo, revision = match["repo"], match["revision"]
+    where = f"{repo}@{revision}" if revision else repo
+    reason = _unreachable()
+    if reason is not None:
+        try:
+            return Path(
+                huggingface_hub.snapshot_download(
+                    repo, revision=revision, allow_patterns=list(patterns), local_files_only=True
+                )
+            )
+        except Exception:  # the client's kinds for what is not in its cache, which differ between its versions
+            raise HubUnreachableError(
+                f"the Hugging Face hub cannot be reached for {where}, which the cache lacks: {reason}"
+            ) from None
+    with _client(HubFile(repo, "", revision), where, progress=progress):
+        info = huggingface_hub.HfApi().model_info(repo, revision=revision)
+        names = [file.rfilename for file in info.siblings or ()]
+        chosen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+        for name in chosen:
+            _fetch_blob(HubFile(repo, name, info.sha))
+        # Blobs that are there are linked into the snapshot, and the revision is noted for when the hub is out of reach.
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=chosen))
+
+
 def _download(wanted: HubFile, *, progress: bool) -> Path:
     import huggingface_hub  # noqa: PLC0415
+
+    where = f"{wanted.repo}/{wanted.file}" + (f"@{wanted.revision}" if wanted.revision else "")
+    with _client(wanted, where, progress=progress):
+        _fetch_blob(wanted)
+        return Path(huggingface_hub.hf_hub_download(wanted.repo, wanted.file, revision=wanted.revision))
+
+
+@contextlib.contextmanager
+def _client(wanted: HubFile, where: str, *, progress: bool) -> Iterator[None]:
+    """Set the client's progress bars, and turn what it raises into errors of our own."""
     from huggingface_hub import errors  # noqa: PLC0415
     from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars  # noqa: PLC0415
 
     (enable_progress_bars if progress else disable_progress_bars)()
     # What went wrong is said once, by us.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    where = f"{wanted.repo}/{wanted.file}" + (f"@{wanted.revision}" if wanted.revision else "")
     try:
-        _fetch_blob(wanted)
-        return Path(huggingface_hub.hf_hub_download(wanted.repo, wanted.file, revision=wanted.revision))
+        yield
     except DownloadError:
         raise
     except errors.GatedRepoError:

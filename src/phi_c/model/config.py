@@ -16,6 +16,8 @@ from phi_c.errors import ModelFileError, UnsupportedModelError
 from phi_c.model.gguf_file import GGUFFile, MetadataValue, short
 
 RopeStyle: TypeAlias = Literal["neox", "norm"]
+Norm: TypeAlias = Literal["rms", "layer"]
+Activation: TypeAlias = Literal["swiglu", "gelu"]
 Shape: TypeAlias = tuple[int, ...]
 
 
@@ -25,8 +27,14 @@ class Architecture:
 
     name: str
     rope_style: RopeStyle  # neox: element i turns with i + rope_dims / 2; norm: 2 i turns with 2 i + 1
-    fused_qkv: bool  # blk.N.attn_qkv holds the rows of q, k and v, in this order
+    fused_qkv: bool | None  # blk.N.attn_qkv holds the rows of q, k and v, in this order; None: as the file has it
     fused_gate_up: bool  # blk.N.ffn_up holds the rows of gate and up, in this order
+    norm: Norm = "rms"  # layer: with the mean taken away, and a bias
+    eps_key: str = "attention.layer_norm_rms_epsilon"
+    activation: Activation = "swiglu"  # gelu: there is no gate
+    parallel: bool = False  # attention and feed-forward read the same normed input: there is no ffn_norm
+    experts: bool = False  # a router chooses EXPERTS_USED feed-forwards for each token
+    biases: bool = False  # matrices of attention and the output may have biases, those of a gelu have
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -34,8 +42,22 @@ ARCHITECTURES: dict[str, Architecture] = {
     for row in (
         Architecture("phi3", "neox", fused_qkv=True, fused_gate_up=True),
         Architecture("llama", "norm", fused_qkv=False, fused_gate_up=False),
+        Architecture(
+            "phi2",
+            "neox",
+            fused_qkv=None,
+            fused_gate_up=False,
+            norm="layer",
+            eps_key="attention.layer_norm_epsilon",
+            activation="gelu",
+            parallel=True,
+            biases=True,
+        ),
+        # As transformers computes it, with LayerNorm and SparseMixer, whatever the name of its epsilon says.
+        Architecture("phimoe", "neox", fused_qkv=False, fused_gate_up=False, norm="layer", experts=True, biases=True),
     )
 }
+EXPERTS_USED = 2  # what SparseMixer is made for
 
 
 @dataclass(frozen=True)
@@ -55,7 +77,7 @@ class ModelConfig:
     n_ctx_train: int  # positions
     n_ctx_orig: int  # positions up to which LongRoPE's short factors hold
     long_rope: bool  # has factors of its own for longer sequences
-    rms_eps: float
+    norm_eps: float
     rope_style: RopeStyle
     rope_freq_base: float
     rope_attn_factor: float  # multiplies cos and sin
@@ -63,6 +85,17 @@ class ModelConfig:
     rope_scale: float  # linear scaling: positions are divided by it
     fused_qkv: bool
     fused_gate_up: bool
+    norm: Norm = "rms"
+    activation: Activation = "swiglu"
+    parallel: bool = False
+    n_experts: int = 0  # 0: one feed-forward for all tokens
+    attn_bias: bool = False  # q, k, v and the attention's output have biases
+    output_bias: bool = False
+
+    @property
+    def ffn_bias(self) -> bool:
+        """Whether up and down have biases: those of gelu have."""
+        return self.activation == "gelu"
 
 
 ROPE_LONG = "rope_factors_long.weight"
@@ -79,6 +112,9 @@ _PHI3_WINDOWS = {
     (3072, 4096): 2047,  # Phi-3-mini-4k
     (5120, 4096): 2047,  # Phi-3-medium-4k
 }
+# short_mscale and long_mscale, which are equal, in the published config.json of Phi-3.5-MoE, by
+# (n_embd, n_ctx_train): converters that know no mscale write what the formula gives.
+_PHIMOE_MSCALES = {(4096, 131072): 1.243163121016122}
 # Files converted as `llama` are told by this as well, since other llamas share the sizes above.
 _PHI3_N_VOCAB = 32064
 
@@ -101,6 +137,7 @@ _NEUTRAL_VALUES: dict[str, bool | float] = {
     "attention.temperature_length": 0,
     "attention.shared_kv_layers": 0,
 }
+_EXPERT_KEYS = ("expert_count", "expert_used_count")
 # Keys that are refused whatever their value.
 _REFUSED_KEYS = ("attention.scale", "attention.sliding_window_pattern", "rope.dimension_sections")
 
@@ -118,7 +155,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
     architecture, a key or a tensor that phi-c does not run.
     """
     row = _architecture(file)
-    _refuse_foreign_keys(file, row.name)
+    _refuse_foreign_keys(file, row)
     n_vocab, n_embd = _embedding_shape(file)
     prefix = row.name + "."
     declared_embd = _integer(file, prefix + "embedding_length", n_embd)
@@ -144,13 +181,19 @@ def read_config(file: GGUFFile) -> ModelConfig:
         n_ctx_train=n_ctx_train,
         n_ctx_orig=n_ctx_orig,
         long_rope=ROPE_LONG in file.tensors,
-        rms_eps=_number(file, prefix + "attention.layer_norm_rms_epsilon", 1e-30, 1.0, default=1e-5),
+        norm=row.norm,
+        norm_eps=_number(file, prefix + row.eps_key, 1e-30, 1.0, default=1e-5),
+        activation=row.activation,
+        parallel=row.parallel,
+        n_experts=_n_experts(file, prefix) if row.experts else 0,
+        attn_bias=row.biases and "blk.0.attn_output.bias" in file.tensors,
+        output_bias=row.biases and "output.bias" in file.tensors,
         rope_style=row.rope_style,
         rope_freq_base=_number(file, prefix + "rope.freq_base", 1.0, 1e15, default=10000.0),
-        rope_attn_factor=_attn_factor(file, prefix, n_ctx_train, n_ctx_orig),
+        rope_attn_factor=_attn_factor(file, prefix, n_embd, n_ctx_train, n_ctx_orig),
         window=_window(file, prefix, n_embd, n_vocab, n_ctx_train),
         rope_scale=_rope_scale(file, prefix),
-        fused_qkv=row.fused_qkv,
+        fused_qkv="blk.0.attn_qkv.weight" in file.tensors if row.fused_qkv is None else row.fused_qkv,
         fused_gate_up=row.fused_gate_up,
     )
     _check_sizes(file, config)
@@ -160,34 +203,56 @@ def read_config(file: GGUFFile) -> ModelConfig:
 
 def expected_tensors(config: ModelConfig) -> tuple[dict[str, Shape], dict[str, Shape]]:
     """Return name -> shape (row-major) of the tensors that a file must hold, and of those it may hold."""
-    n_embd, n_ffn = config.n_embd, config.n_ffn
-    q_rows, kv_rows = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    block: dict[str, Shape] = {"attn_norm": (n_embd,), "ffn_norm": (n_embd,)}
-    if config.fused_qkv:
-        block["attn_qkv"] = (q_rows + 2 * kv_rows, n_embd)
-    else:
-        block |= {"attn_q": (q_rows, n_embd), "attn_k": (kv_rows, n_embd), "attn_v": (kv_rows, n_embd)}
-    block["attn_output"] = (n_embd, q_rows)
-    if config.fused_gate_up:
-        block["ffn_up"] = (2 * n_ffn, n_embd)
-    else:
-        block |= {"ffn_gate": (n_ffn, n_embd), "ffn_up": (n_ffn, n_embd)}
-    block["ffn_down"] = (n_embd, n_ffn)
-
-    required: dict[str, Shape] = {
-        "token_embd.weight": (config.n_vocab, n_embd),
-        "output_norm.weight": (n_embd,),
-    }
+    n_embd, n_vocab = config.n_embd, config.n_vocab
+    required: dict[str, Shape] = {"token_embd.weight": (n_vocab, n_embd), "output_norm.weight": (n_embd,)}
+    if config.norm == "layer":
+        required["output_norm.bias"] = (n_embd,)
+    if config.output_bias:
+        required["output.bias"] = (n_vocab,)
+    block = _block_tensors(config)
     for layer in range(config.n_layers):
-        required |= {f"blk.{layer}.{name}.weight": shape for name, shape in block.items()}
+        required |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
     frequencies = (config.rope_dims // 2,)
     optional: dict[str, Shape] = {
-        "output.weight": (config.n_vocab, n_embd),  # absent: the embedding serves as output
+        "output.weight": (n_vocab, n_embd),  # absent: the embedding serves as output
         ROPE_LONG: frequencies,
         ROPE_SHORT: frequencies,
         ROPE_FREQS: frequencies,
     }
     return required, optional
+
+
+def _block_tensors(config: ModelConfig) -> dict[str, Shape]:
+    """Return the tensors of a layer, without its prefix."""
+    n_embd, n_ffn, n_experts = config.n_embd, config.n_ffn, config.n_experts
+    q_rows, kv_rows = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    if config.fused_qkv:
+        attention: dict[str, Shape] = {"attn_qkv": (q_rows + 2 * kv_rows, n_embd)}
+    else:
+        attention = {"attn_q": (q_rows, n_embd), "attn_k": (kv_rows, n_embd), "attn_v": (kv_rows, n_embd)}
+    attention["attn_output"] = (n_embd, q_rows)
+    if n_experts:
+        ffn: dict[str, Shape] = {
+            "ffn_gate_inp": (n_experts, n_embd),
+            "ffn_gate_exps": (n_experts, n_ffn, n_embd),
+            "ffn_up_exps": (n_experts, n_ffn, n_embd),
+            "ffn_down_exps": (n_experts, n_embd, n_ffn),
+        }
+    elif config.fused_gate_up:
+        ffn = {"ffn_up": (2 * n_ffn, n_embd), "ffn_down": (n_embd, n_ffn)}
+    elif config.activation == "gelu":
+        ffn = {"ffn_up": (n_ffn, n_embd), "ffn_down": (n_embd, n_ffn)}
+    else:
+        ffn = {"ffn_gate": (n_ffn, n_embd), "ffn_up": (n_ffn, n_embd), "ffn_down": (n_embd, n_ffn)}
+    tensors = {f"{name}.weight": shape for name, shape in (attention | ffn).items()}
+    for has_bias, matrices in ((config.attn_bias, attention), (config.ffn_bias, ffn)):
+        if has_bias:
+            tensors |= {f"{name}.bias": (shape[0],) for name, shape in matrices.items()}
+    for norm in ("attn_norm",) if config.parallel else ("attn_norm", "ffn_norm"):
+        tensors[f"{norm}.weight"] = (n_embd,)
+        if config.norm == "layer":
+            tensors[f"{norm}.bias"] = (n_embd,)
+    return tensors
 
 
 def _architecture(file: GGUFFile) -> Architecture:
@@ -203,8 +268,11 @@ def _architecture(file: GGUFFile) -> Architecture:
     return row
 
 
-def _refuse_foreign_keys(file: GGUFFile, architecture: str) -> None:
+def _refuse_foreign_keys(file: GGUFFile, row: Architecture) -> None:
+    architecture = row.name
     for name, neutral in _NEUTRAL_VALUES.items():
+        if (row.experts and name in _EXPERT_KEYS) or (row.parallel and name == "use_parallel_residual"):
+            continue
         value = file.metadata.get(f"{architecture}.{name}", neutral)
         if not isinstance(value, bool | int | float) or value != neutral:
             raise UnsupportedModelError(
@@ -246,17 +314,29 @@ def _head_dim(file: GGUFFile, prefix: str, n_embd: int, n_heads: int) -> int:
     return head_dim
 
 
-def _attn_factor(file: GGUFFile, prefix: str, n_ctx_train: int, n_ctx_orig: int) -> float:
+def _attn_factor(file: GGUFFile, prefix: str, n_embd: int, n_ctx_train: int, n_ctx_orig: int) -> float:
     """Return what LongRoPE multiplies cos and sin by: sqrt(1 + ln(s) / ln(orig)), s = context / orig.
 
     Formula: transformers, modeling_rope_utils (longrope); the file's own factor goes first.
     """
     key = prefix + "rope.scaling.attn_factor"
-    if key in file.metadata:
-        return _number(file, key, *_FACTORS)
     if ROPE_LONG not in file.tensors or n_ctx_train <= n_ctx_orig or n_ctx_orig == 1:
-        return 1.0
-    return math.sqrt(1.0 + math.log(n_ctx_train / n_ctx_orig) / math.log(n_ctx_orig))
+        formula = 1.0
+    else:
+        formula = math.sqrt(1.0 + math.log(n_ctx_train / n_ctx_orig) / math.log(n_ctx_orig))
+    factor = _number(file, key, *_FACTORS) if key in file.metadata else formula
+    if prefix == "phimoe." and abs(factor - formula) < 1e-4:
+        return _PHIMOE_MSCALES.get((n_embd, n_ctx_train), factor)
+    return factor
+
+
+def _n_experts(file: GGUFFile, prefix: str) -> int:
+    used = _integer(file, prefix + "expert_used_count", EXPERTS_USED)
+    if used != EXPERTS_USED:
+        raise UnsupportedModelError(
+            f"{file.path}: {prefix}expert_used_count is {used}, and phi-c runs only models of {EXPERTS_USED} a token"
+        )
+    return _integer(file, prefix + "expert_count", at_least=EXPERTS_USED)
 
 
 def _rope_scale(file: GGUFFile, prefix: str) -> float:

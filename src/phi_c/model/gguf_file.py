@@ -107,13 +107,19 @@ class GGUFFile:
         self.version = _read_version(cursor)
         n_tensors = cursor.count("the number of tensors", 0)
         n_keys = cursor.count("the number of metadata keys", _MIN_KEY_BYTES)
-        self.metadata = _read_metadata(cursor, n_keys)
+        self.metadata, self._value_spans = _read_metadata(cursor, n_keys)
         self.alignment = _alignment(self.metadata, self.path)
         _refuse_split(self.metadata, self.path)
         cursor.check_count(n_tensors, "the number of tensors", _MIN_TENSOR_BYTES)
         entries = [_read_tensor_entry(cursor) for _ in range(n_tensors)]
         self.data_offset = -(-cursor.offset // self.alignment) * self.alignment
         self.tensors = _place_tensors(entries, self.data_offset, self.alignment, self.n_bytes, self.path)
+
+    def raw_metadata(self) -> dict[str, bytes]:
+        """Return each key's value as it lies in the file, its type before it; raises ModelClosedError after `close`."""
+        if self._map is None:
+            raise ModelClosedError(f"{self.path}: the file was closed")
+        return {key: self._map[start:end] for key, (start, end) in self._value_spans.items()}
 
     def data(self, name: str) -> npt.NDArray[np.uint8]:
         """Return the bytes of one tensor: uint8 [n_bytes], a read-only view of the mapping.
@@ -315,16 +321,20 @@ def _read_version(cursor: _Cursor) -> int:
     return version
 
 
-def _read_metadata(cursor: _Cursor, n_keys: int) -> dict[str, MetadataValue]:
+def _read_metadata(cursor: _Cursor, n_keys: int) -> tuple[dict[str, MetadataValue], dict[str, tuple[int, int]]]:
+    """Return values, and where they lie in the file, with their types."""
     metadata: dict[str, MetadataValue] = {}
+    spans: dict[str, tuple[int, int]] = {}
     for i in range(n_keys):
         key = cursor.string(f"the name of metadata key {i}")
         if not key:  # what a wrong count finds in the padding
             raise cursor.error(f"the name of metadata key {i} is empty")
         if key in metadata:
             raise cursor.error(f"the metadata key {short(key)} appears twice")
+        start = cursor.offset
         metadata[key] = cursor.value(f"the metadata key {short(key)}")
-    return metadata
+        spans[key] = (start, cursor.offset)
+    return metadata, spans
 
 
 def _alignment(metadata: dict[str, MetadataValue], path: Path) -> int:

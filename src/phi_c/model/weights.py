@@ -1,5 +1,6 @@
 """The tensors of a GGUF file as the engine takes them: views of the mapping, fused matrices cut into rows."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,18 +15,39 @@ Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class LayerWeights:
-    """One layer; matrices are [n_out, n_in], norms [n_embd]."""
+class Norm:
+    """float32 [n_embd]; bias: of LayerNorm."""
 
-    attn_norm: Floats
+    weight: Floats
+    bias: Floats | None
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """gate and up are [n_ffn, n_embd], down is [n_embd, n_ffn]; there is no gate with gelu."""
+
+    gate: Matrix | None
+    up: Matrix
+    down: Matrix
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer; matrices are [n_out, n_in]. ffn_norm: None where attention and feed-forward are parallel."""
+
+    attn_norm: Norm
     wq: Matrix
     wk: Matrix
     wv: Matrix
     wo: Matrix
-    ffn_norm: Floats
-    gate: Matrix
-    up: Matrix
-    down: Matrix
+    ffn_norm: Norm | None
+    router: Matrix | None  # [n_experts, n_embd]
+    ffn: tuple[FeedForward, ...]  # the one, or those of the experts
+
+    @property
+    def packable(self) -> list[Matrix | None]:
+        """The matrices that a tier may pack, in the order in which they then lie."""
+        return [self.wq, self.wk, self.wv, self.wo, *(m for f in self.ffn for m in (f.gate, f.up, f.down))]
 
 
 @dataclass(frozen=True)
@@ -33,7 +55,7 @@ class Weights:
     """Everything that a forward pass reads; frequencies are in radians a position, [rope_dims / 2]."""
 
     token_embd: Matrix
-    output_norm: Floats
+    output_norm: Norm
     output: Matrix
     layers: tuple[LayerWeights, ...]
     rope_inv_freq: Floats
@@ -42,17 +64,19 @@ class Weights:
 
     def packed_sizes(self, tier: str | None) -> list[int]:
         """Return the bytes that each matrix takes when a tier packs it, 0 where it stays: of the layers, the output."""
-        matrices = (m for w in self.layers for m in (w.wq, w.wk, w.wv, w.wo, w.gate, w.up, w.down))
-        return [m.packed_bytes(tier) for m in (*matrices, self.output)]
+        matrices = [m for layer in self.layers for m in layer.packable]
+        return [m.packed_bytes(tier) if m is not None else 0 for m in (*matrices, self.output)]
 
 
 def load_weights(file: GGUFFile, config: ModelConfig) -> Weights:
     """Return the weights of a file that `read_config` accepted; matrices are views that keep it mapped."""
-    embedding = _rows(file, "token_embd.weight")
+    embedding = _matrix(file, "token_embd")
+    bias = _vector(file, "output.bias") if config.output_bias else None
+    output = "output" if "output.weight" in file.tensors else "token_embd"
     return Weights(
         token_embd=embedding,
-        output_norm=_vector(file, "output_norm.weight"),
-        output=_rows(file, "output.weight") if "output.weight" in file.tensors else embedding,
+        output_norm=_norm(file, config, "output_norm"),
+        output=_cut(file, output, file.tensors[f"{output}.weight"].shape[0], bias=bias)[0],
         layers=tuple(_layer(file, config, i) for i in range(config.n_layers)),
         rope_inv_freq=_inv_freq(file, config, ROPE_SHORT),
         rope_inv_freq_long=_inv_freq(file, config, ROPE_LONG),
@@ -64,40 +88,59 @@ def _layer(file: GGUFFile, config: ModelConfig, index: int) -> LayerWeights:
     block = f"blk.{index}."
     q_rows, kv_rows = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     if config.fused_qkv:
-        wq, wk, wv = _cut(file, block + "attn_qkv.weight", q_rows, kv_rows, kv_rows)
+        wq, wk, wv = _cut(file, block + "attn_qkv", q_rows, kv_rows, kv_rows, row_unit=config.head_dim)
     else:
-        wq, wk, wv = (_rows(file, f"{block}attn_{name}.weight") for name in "qkv")
-    if config.fused_gate_up:
-        gate, up = _cut(file, block + "ffn_up.weight", config.n_ffn, config.n_ffn)
-    else:
-        gate, up = _rows(file, block + "ffn_gate.weight"), _rows(file, block + "ffn_up.weight")
+        wq, wk, wv = (_matrix(file, f"{block}attn_{name}", row_unit=config.head_dim) for name in "qkv")
     return LayerWeights(
-        attn_norm=_vector(file, block + "attn_norm.weight"),
+        attn_norm=_norm(file, config, block + "attn_norm"),
         wq=wq,
         wk=wk,
         wv=wv,
-        wo=_rows(file, block + "attn_output.weight"),
-        ffn_norm=_vector(file, block + "ffn_norm.weight"),
-        gate=gate,
-        up=up,
-        down=_rows(file, block + "ffn_down.weight"),
+        wo=_matrix(file, block + "attn_output"),
+        ffn_norm=None if config.parallel else _norm(file, config, block + "ffn_norm"),
+        router=_matrix(file, block + "ffn_gate_inp") if config.n_experts else None,
+        ffn=_experts(file, config, block) if config.n_experts else (_feed_forward(file, config, block),),
     )
 
 
-def _rows(file: GGUFFile, name: str) -> Matrix:
-    (matrix,) = _cut(file, name, file.tensors[name].shape[0])
+def _feed_forward(file: GGUFFile, config: ModelConfig, block: str) -> FeedForward:
+    gate: Matrix | None = None
+    if config.fused_gate_up:
+        gate, up = _cut(file, block + "ffn_up", config.n_ffn, config.n_ffn)
+    else:
+        gate = _matrix(file, block + "ffn_gate") if config.activation == "swiglu" else None
+        up = _matrix(file, block + "ffn_up")
+    return FeedForward(gate, up, _matrix(file, block + "ffn_down"))
+
+
+def _experts(file: GGUFFile, config: ModelConfig, block: str) -> tuple[FeedForward, ...]:
+    rows = {"gate": config.n_ffn, "up": config.n_ffn, "down": config.n_embd}
+    parts = [_cut(file, f"{block}ffn_{name}_exps", *[n] * config.n_experts) for name, n in rows.items()]
+    return tuple(FeedForward(*matrices) for matrices in zip(*parts, strict=True))
+
+
+def _norm(file: GGUFFile, config: ModelConfig, name: str) -> Norm:
+    return Norm(_vector(file, name + ".weight"), _vector(file, name + ".bias") if config.norm == "layer" else None)
+
+
+def _matrix(file: GGUFFile, name: str, row_unit: int = 0) -> Matrix:
+    (matrix,) = _cut(file, name, file.tensors[name + ".weight"].shape[0], row_unit=row_unit)
     return matrix
 
 
-def _cut(file: GGUFFile, name: str, *row_counts: int) -> list[Matrix]:
-    """Cut a matrix into matrices of so many rows each: quantised blocks never cross a row."""
-    info = file.tensors[name]
-    data = file.data(name)
-    row_bytes = info.n_bytes // info.shape[0]
+def _cut(file: GGUFFile, name: str, *row_counts: int, row_unit: int = 0, bias: Floats | None = None) -> list[Matrix]:
+    """Cut a tensor into matrices of so many rows each, with the bias that the file has: blocks never cross a row."""
+    info = file.tensors[name + ".weight"]
+    data = file.data(name + ".weight")
+    n_cols = info.shape[-1]
+    row_bytes = info.n_bytes // math.prod(info.shape[:-1])
+    if bias is None and name + ".bias" in file.tensors:
+        bias = _vector(file, name + ".bias")
     matrices, first = [], 0
     for n_rows in row_counts:
         view = data[first * row_bytes : (first + n_rows) * row_bytes]
-        matrices.append(Matrix(info.type_id, n_rows, info.shape[1], view))
+        part = None if bias is None else bias[first : first + n_rows]
+        matrices.append(Matrix(info.type_id, n_rows, n_cols, view, bias=part, row_unit=row_unit))
         first += n_rows
     return matrices
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,24 +83,31 @@ def build_backend(vocabulary: Vocabulary) -> Tokenizer:
 
 
 def _merges_of_scores(vocabulary: Vocabulary, ids: dict[str, int]) -> list[tuple[str, str]]:
-    """Return the merges that SentencePiece's scores amount to: each token's splits, the best token first."""
+    """Return the merges that SentencePiece's scores amount to: each token's splits, the best token first.
+
+    A token's own splits are in the order of their parts' ids, as in the tokenizer.json that transformers makes.
+    """
     merging = (NORMAL, USER_DEFINED)
-    mergeable = {token for token, i in ids.items() if vocabulary.kinds[i] in merging}
+    mergeable = {token: i for token, i in ids.items() if vocabulary.kinds[i] in merging}
     # A single character or byte that is no token falls back to bytes before any merge.
     order = sorted(
         (i for i, kind in enumerate(vocabulary.kinds) if kind in merging and len(vocabulary.tokens[i]) > 1),
         key=lambda i: -vocabulary.scores[i],
     )
-    return [
-        (left, right)
-        for token in (vocabulary.tokens[i] for i in order)
-        for cut in range(1, len(token))
-        if (left := token[:cut]) in mergeable and (right := token[cut:]) in mergeable
-    ]
+    merges = []
+    for token in (vocabulary.tokens[i] for i in order):
+        splits = [
+            (mergeable[left], left, right)  # no two of them have the same left part
+            for cut in range(1, len(token))
+            if (left := token[:cut]) in mergeable and (right := token[cut:]) in mergeable
+        ]
+        splits.sort()
+        merges += [(left, right) for _, left, right in splits]
+    return merges
 
 
-def load_backend(path: Path, vocabulary: Vocabulary) -> tuple[Tokenizer, frozenset[int]]:
-    """Return the pipeline in a tokenizer.json, freed of special tokens, and the ids that strip to their right.
+def load_backend(path: Path, vocabulary: Vocabulary) -> tuple[Tokenizer, Vocabulary]:
+    """Return the pipeline in a tokenizer.json, freed of special tokens, and the vocabulary with what it says of these.
 
     Raises ModelFileError when the file is no tokenizer.json, or is another model's.
     """
@@ -116,7 +124,13 @@ def load_backend(path: Path, vocabulary: Vocabulary) -> tuple[Tokenizer, frozens
         raise
     except Exception as error:  # the library raises bare Exception for what it does not understand
         raise ModelFileError(f"{path} is not a tokenizer.json that can be used: {error}") from None
-    return backend, frozenset(token["id"] for token in added if token.get("rstrip"))
+    special = [token for token in added if token["id"] in vocabulary.special]
+    return backend, replace(
+        vocabulary,
+        lstrip=frozenset(token["id"] for token in special if token.get("lstrip")),
+        rstrip=frozenset(token["id"] for token in special if token.get("rstrip")),
+        shown=frozenset(token["id"] for token in special if not token.get("special")) - vocabulary.eog_ids,
+    )
 
 
 def _check_same(path: Path, vocab: Any, added: list[dict[str, Any]], vocabulary: Vocabulary) -> None:

@@ -1,5 +1,6 @@
 """Chat templates: messages to the text, and to the ids, that a model was trained on."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -10,11 +11,13 @@ from phi_c.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from jinja2 import Template
+    from jinja2.nodes import Node
+    from jinja2.parser import Parser
 
 Message: TypeAlias = Mapping[str, Any]  # {"role": ..., "content": ...}
 
+# None begins with BOS: the tokenizer adds it where the file says so, as not every Phi-3 does.
 _PHI3 = (
-    "{{ bos_token }}"
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
@@ -54,11 +57,23 @@ class ChatTemplate:
     def _template(self) -> "Template":
         # Half a tenth of a second that raw prompts and `--help` do without.
         from jinja2 import TemplateError  # noqa: PLC0415
-        from jinja2.ext import loopcontrols  # noqa: PLC0415
+        from jinja2.ext import Extension, loopcontrols  # noqa: PLC0415
+        from jinja2.nodes import Scope  # noqa: PLC0415
         from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        class Generation(Extension):
+            """{% generation %} marks what the assistant says, for training: here it is its content."""
+
+            tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+            def parse(self, parser: "Parser") -> "Node":
+                line = next(parser.stream).lineno
+                return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+        extensions = [loopcontrols, Generation]
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
+        environment.filters["tojson"] = _to_json
         try:
             return environment.from_string(self.source)
         except TemplateError as error:
@@ -78,23 +93,32 @@ class ChatTemplate:
         system = [m for m in messages if m["role"] == "system"]
         if not system:
             return messages
+        # Marks in place of the contents: a user may say the same as the system message that is dropped.
+        marks = [f"\ue000{i}\ue001" for i in range(len(system))]
+        left = iter(marks)
         try:
-            text = self._render(messages, True)
+            text = self._render([{**m, "content": next(left)} if m["role"] == "system" else m for m in messages], True)
         except ChatTemplateError:
             text = ""  # "System role not supported" is said by raising
-        if text and all(m["content"].strip() in text for m in system):
+        if all(mark in text for mark in marks):
             return messages
         others = [m for m in messages if m["role"] != "system"]
         first_user = next((i for i, m in enumerate(others) if m["role"] == "user"), None)
         if first_user is None:
             raise ChatTemplateError("the model's chat template has no system role, and no user message takes it")
-        parts = [m["content"] for m in system] + [others[first_user]["content"]]
+        parts = [m["content"] for m in system if m["content"].strip()] + [others[first_user]["content"]]
         others[first_user] = {**others[first_user], "content": "\n\n".join(parts)}
         return others
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         try:
-            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._tokens)
+            return self._template.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self._tokens,
+            )
         except ChatTemplateError:
             raise
         except Exception as error:  # a template can fail in any way that Python can
@@ -199,6 +223,16 @@ def _check(index: int, message: Message) -> dict[str, Any]:
 
 def _raise(message: str) -> NoReturn:
     raise ChatTemplateError(f"the chat template refuses these messages: {message}")
+
+
+def _to_json(  # Jinja's own escapes what HTML would read
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _strftime_now(pattern: str) -> str:

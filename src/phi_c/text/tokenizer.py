@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
+from tokenizers.pre_tokenizers import Metaspace
 
 from phi_c.errors import OptionError
 from phi_c.text.backend import SPACE, build_backend, load_backend
-from phi_c.text.vocabulary import BYTE, UNKNOWN, USER_DEFINED, Vocabulary, read_vocabulary
+from phi_c.text.vocabulary import BYTE, UNUSED, USER_DEFINED, Vocabulary, read_vocabulary
 
 REPLACEMENT = "\ufffd"
+
+# What special tokens take with them: Unicode's White_Space, as in the `tokenizers` library. str.strip also takes
+# the separators U+001C to U+001F.
+_WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 
 
 def load_tokenizer(metadata: Mapping[str, Any], tokenizer_json: Path | None = None) -> "Tokenizer":
@@ -23,18 +28,17 @@ def load_tokenizer(metadata: Mapping[str, Any], tokenizer_json: Path | None = No
     """
     vocabulary = read_vocabulary(metadata)
     if tokenizer_json is None:
-        return Tokenizer(vocabulary, build_backend(vocabulary), vocabulary.rstrip)
-    backend, rstrip = load_backend(tokenizer_json, vocabulary)
-    return Tokenizer(vocabulary, backend, rstrip & vocabulary.special)
+        return Tokenizer(vocabulary, build_backend(vocabulary))
+    backend, vocabulary = load_backend(tokenizer_json, vocabulary)
+    return Tokenizer(vocabulary, backend)
 
 
 class Tokenizer:
     """Encodes and decodes; safe to use from several threads."""
 
-    def __init__(self, vocabulary: Vocabulary, backend: Backend, rstrip: frozenset[int]) -> None:
+    def __init__(self, vocabulary: Vocabulary, backend: Backend) -> None:
         self.vocabulary = vocabulary
         self._backend = backend
-        self._rstrip = rstrip
         self._special_ids = {vocabulary.tokens[i]: i for i in vocabulary.special}
         self.special_pattern: re.Pattern[str] | None = vocabulary.special_pattern()
 
@@ -64,7 +68,7 @@ class Tokenizer:
         return self.vocabulary.eog_ids
 
     def is_special(self, token_id: int) -> bool:
-        """Return whether a token stands for no text."""
+        """Return whether a token is given only by text that is parsed for special tokens."""
         return token_id in self.vocabulary.special
 
     def token(self, token_id: int) -> str:
@@ -89,11 +93,24 @@ class Tokenizer:
         start, strip = 0, False
         for match in specials:
             token_id = self._special_ids[match[0]]
-            self._encode_plain(text[start : match.start()], strip, ids)
+            plain = text[start : match.start()]
+            if token_id in self.vocabulary.lstrip:
+                plain = plain.rstrip(_WHITE_SPACE)
+            self._encode_plain(plain, strip, ids)
             ids.append(token_id)
-            start, strip = match.end(), token_id in self._rstrip
+            start, strip = match.end(), token_id in self.vocabulary.rstrip
         self._encode_plain(text[start:], strip, ids)
         return ids
+
+    @cached_property
+    def _continuing(self) -> Backend:
+        """The pipeline for what follows a special token: Metaspace's "first" puts a space before whole texts only."""
+        step = self._backend.pre_tokenizer
+        if not isinstance(step, Metaspace) or step.prepend_scheme != "first":
+            return self._backend
+        backend = Backend.from_str(self._backend.to_str())
+        backend.pre_tokenizer = Metaspace(step.replacement, "never", step.split)
+        return backend
 
     def with_bos(self, ids: list[int], add_bos: bool | None = None) -> list[int]:
         """Return ids that begin with BOS exactly once if add_bos, or if it is None and the file says so."""
@@ -104,21 +121,22 @@ class Tokenizer:
 
     def _encode_plain(self, text: str, strip: bool, ids: list[int]) -> None:
         if strip:
-            text = text.lstrip()
+            text = text.lstrip(_WHITE_SPACE)
         if text:
             # A lone surrogate is no text: as in a file read with errors="replace".
             clean = text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
-            ids.extend(self._backend.encode(clean, add_special_tokens=False).ids)
+            backend = self._continuing if ids else self._backend
+            ids.extend(backend.encode(clean, add_special_tokens=False).ids)
 
     def piece(self, token_id: int, *, special: bool = False) -> bytes:
-        """Return the bytes that a token stands for: none for a special one, or its name with special=True.
+        """Return the bytes that a token stands for: none for most special ones, or their name with special=True.
 
         A piece may end within a character; join pieces before decoding.
         """
         self._check(token_id)
         token, kind = self.vocabulary.tokens[token_id], self.vocabulary.kinds[token_id]
-        if token_id in self.vocabulary.special or kind == UNKNOWN:
-            return token.encode() if special else b""
+        if token_id in self.vocabulary.special or kind == UNUSED:
+            return token.encode() if special or token_id in self.vocabulary.shown else b""
         if kind == USER_DEFINED:
             return token.encode()
         if self.vocabulary.model == "llama":
@@ -142,7 +160,10 @@ class Tokenizer:
         return self.vocabulary.add_space_prefix and self.vocabulary.model == "llama"
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
-        """Return the text of ids; bytes that are no UTF-8 become U+FFFD, special tokens nothing unless asked for."""
+        """Return the text of ids; bytes that are no UTF-8 become U+FFFD, special tokens nothing unless asked for.
+
+        Tokens of `vocabulary.shown`, such as <|tool_call|>, are text of the model's in any case.
+        """
         raw = b"".join(self.piece(i, special=special) for i in ids)
         if self.strips_first_space:
             raw = raw.removeprefix(b" ")

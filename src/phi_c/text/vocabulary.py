@@ -25,10 +25,18 @@ _END_TOKENS = (
 )
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
+# Control tokens that are part of what the model says: Phi-4-mini's tokenizer.json does not call them special.
+_SHOWN_TOKENS = ("<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>", "<|tool_response|>")
+_WITH_BOS = ("llama-bpe", "llama3")  # pre-tokenizers whose files need not say add_bos_token
+
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens by id; ids of `special` stand for no text: control tokens and all that end a generation."""
+    """Tokens by id.
+
+    Ids of `special` are given only by text that is asked to be parsed, and stand for no text: control tokens, all
+    that end a generation, and what is written <|so|>. Those of `shown` are part of the decoded text nevertheless.
+    """
 
     model: str  # "llama": SentencePiece BPE by scores, "gpt2": byte-level BPE by merges
     pre: str  # pre-tokenizer of a gpt2 model
@@ -40,7 +48,9 @@ class Vocabulary:
     eos_id: int | None
     eog_ids: frozenset[int]
     special: frozenset[int]
-    rstrip: frozenset[int]  # special tokens that take the white space to their right
+    shown: frozenset[int]
+    lstrip: frozenset[int]  # special tokens that take the white space to their left
+    rstrip: frozenset[int]  # and to their right
     add_bos: bool
     add_space_prefix: bool
 
@@ -66,10 +76,14 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     end_ids = {i for key in _END_KEYS if (i := _token_id(metadata, key, len(tokens))) is not None}
     named = {token: i for i, token in enumerate(tokens) if kinds[i] in (CONTROL, USER_DEFINED)}
     end_ids |= {named[token] for token in _END_TOKENS if token in named}
-    control = {i for i, kind in enumerate(kinds) if kind == CONTROL}
+    control = {i for i, kind in enumerate(kinds) if kind in (CONTROL, UNKNOWN)}
+    marked = {i for token, i in named.items() if kinds[i] == USER_DEFINED and re.fullmatch(r"<\|.+\|>", token)}
+    shown = (marked | {named[token] for token in _SHOWN_TOKENS if token in named}) - end_ids
+    lstrip, rstrip = _stripping(named)
+    pre = _get(metadata, "pre", str, "a string", "default")
     return Vocabulary(
         model=model,
-        pre=_get(metadata, "pre", str, "a string", "default"),
+        pre=pre,
         tokens=tokens,
         kinds=kinds,
         scores=[float(s) for s in _numbers(metadata, "scores", len(tokens), default=0.0)] if is_spm else [],
@@ -77,23 +91,29 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
         bos_id=_token_id(metadata, "bos_token_id", len(tokens)),
         eos_id=_token_id(metadata, "eos_token_id", len(tokens)),
         eog_ids=frozenset(end_ids),
-        special=frozenset(control | end_ids),
-        rstrip=_rstrip(named) if is_spm else frozenset(),
-        add_bos=_get(metadata, "add_bos_token", bool, "a bool", is_spm),
+        special=frozenset(control | end_ids | marked),
+        shown=frozenset(shown),
+        lstrip=lstrip,
+        rstrip=rstrip,
+        add_bos=_get(metadata, "add_bos_token", bool, "a bool", is_spm or pre in _WITH_BOS),
         add_space_prefix=_get(metadata, "add_space_prefix", bool, "a bool", is_spm),
     )
 
 
-def _rstrip(named: Mapping[str, int]) -> frozenset[int]:
-    """Return Phi-3's stripping tokens: `</s>` and those after `<|endoftext|>`, as its tokenizer.json has it.
+def _stripping(named: Mapping[str, int]) -> tuple[frozenset[int], frozenset[int]]:
+    """Return the special tokens that take white space to their left, and to their right.
 
-    GGUF files do not say so; the vocabulary, not the model's name, tells Phi-3.
+    GGUF files do not say so. The vocabulary, not the model's name, tells which published tokenizer.json it is from.
     """
-    first = named.get("<|endoftext|>")
-    if first is None or not {"<|assistant|>", "<|user|>", "<|end|>", "</s>"} <= set(named):
-        return frozenset()
-    after = {i for token, i in named.items() if i > first and token.startswith("<|")}
-    return frozenset(after | {named["</s>"]})
+    marked = {token: i for token, i in named.items() if token.startswith("<|")}
+    if {"<|im_sep|>", "<|dummy_0|>"} <= set(named):  # Phi-4: all of them, on both sides
+        return frozenset(marked.values()), frozenset(marked.values())
+    if {"<|assistant|>", "<|user|>", "<|end|>"} <= set(named):
+        for last, others in (("<|endofprompt|>", ()), ("<|endoftext|>", ("</s>",))):  # Phi-4-mini; Phi-3
+            if last in named and set(others) <= set(named):
+                after = {i for i in marked.values() if i > named[last]}
+                return frozenset(), frozenset(after | {named[token] for token in others})
+    return frozenset(), frozenset()
 
 
 def _get(metadata: Mapping[str, Any], name: str, kind: type, expected: str, default: Any = None) -> Any:

@@ -1,0 +1,212 @@
+"""The published models: what config.json says (huggingface.co/REPO/blob/main/config.json), and small models alike.
+
+Facts that decide how a model is computed are the published ones: rotary base, share and scaling, window, context, norm,
+ties, biases, the size of a head. Only the numbers of layers, heads, experts' columns and tokens are smaller, and the
+LongRoPE factors, of which there are dozens, are made up in the same shape. See `Published.config`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from reference_models import growing_factors
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row of docs/models.md. n_long_factors: half the dimensions that turn; 0: no LongRoPE."""
+
+    name: str
+    repo: str
+    family: str  # of transformers' classes
+    tokenizer: str  # kind in small_tokenizers.TOKENIZERS
+    n_vocab: int
+    hidden: int
+    n_heads: int
+    n_kv_heads: int
+    ffn: int
+    n_ctx: int
+    n_long_factors: int = 0
+    rest: dict[str, Any] = field(default_factory=dict)  # other keys, as published
+
+    def config(self) -> dict[str, Any]:
+        """Return the configuration of a small model alike: two layers, and as many heads as keep the grouping."""
+        group = self.n_heads // self.n_kv_heads
+        n_heads, n_kv_heads = (group, 1) if group > 1 else (2, 2)
+        head_dim = self.hidden // self.n_heads
+        config: dict[str, Any] = {
+            "num_hidden_layers": 2,
+            "hidden_size": n_heads * head_dim,
+            "num_attention_heads": n_heads,
+            "num_key_value_heads": n_kv_heads,
+            "intermediate_size": max(self.ffn * n_heads * head_dim // self.hidden // 32, 1) * 32,
+            "max_position_embeddings": self.n_ctx,
+            **self.rest,
+        }
+        if self.n_long_factors:
+            config["rope_scaling"] = {
+                "type": "longrope",
+                "short_factor": growing_factors(self.n_long_factors, 1.5),
+                "long_factor": growing_factors(self.n_long_factors, 60.0),
+                **self.rest.get("rope_scaling", {}),
+            }
+        return config
+
+    def lengths(self) -> tuple[int, ...]:
+        """Return the numbers of tokens to compare: beyond the window, up to and beyond the original context."""
+        window = self.rest.get("sliding_window") or 0
+        if self.n_long_factors:
+            return 4096, 4097
+        return (window + 200,) if 0 < window < self.n_ctx else (300,)
+
+
+_PHI3 = {"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "original_max_position_embeddings": 4096}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+MINI: dict[str, Any] = {"n_vocab": 32064, "hidden": 3072, "n_heads": 32, "n_kv_heads": 32, "ffn": 8192}
+MEDIUM: dict[str, Any] = {"n_vocab": 32064, "hidden": 5120, "n_heads": 40, "n_kv_heads": 10, "ffn": 17920}
+
+PUBLISHED = (
+    Published(
+        "Phi-3-mini-4k",
+        "microsoft/Phi-3-mini-4k-instruct",
+        "Phi3",
+        "phi-3",
+        **MINI,
+        n_ctx=4096,
+        rest={**_PHI3, "sliding_window": 2047},
+    ),
+    Published(
+        "Phi-3-mini-128k",
+        "microsoft/Phi-3-mini-128k-instruct",
+        "Phi3",
+        "phi-3",
+        **MINI,
+        n_ctx=131072,
+        n_long_factors=48,
+        rest={**_PHI3, "sliding_window": 262144},
+    ),
+    Published(
+        "Phi-3-medium-4k",
+        "microsoft/Phi-3-medium-4k-instruct",
+        "Phi3",
+        "phi-3",
+        **MEDIUM,
+        n_ctx=4096,
+        rest={**_PHI3, "sliding_window": 2047},
+    ),
+    Published(
+        "Phi-3-medium-128k",
+        "microsoft/Phi-3-medium-128k-instruct",
+        "Phi3",
+        "phi-3",
+        **MEDIUM,
+        n_ctx=131072,
+        n_long_factors=64,
+        rest={**_PHI3, "sliding_window": 131072},
+    ),
+    Published(
+        "Phi-3.5-mini",
+        "microsoft/Phi-3.5-mini-instruct",
+        "Phi3",
+        "phi-3",
+        **MINI,
+        n_ctx=131072,
+        n_long_factors=48,
+        rest={**_PHI3, "sliding_window": 262144},
+    ),
+    Published(
+        "Phi-4",
+        "microsoft/phi-4",
+        "Phi3",
+        "phi-4",
+        **{**MEDIUM, "n_vocab": 100352},
+        n_ctx=16384,
+        rest={"rms_norm_eps": 1e-5, "rope_theta": 250000.0, "original_max_position_embeddings": 16384},
+    ),
+    Published(
+        "Phi-4-mini",
+        "microsoft/Phi-4-mini-instruct",
+        "Phi3",
+        "phi-4-mini",
+        n_vocab=200064,
+        hidden=3072,
+        n_heads=24,
+        n_kv_heads=8,
+        ffn=8192,
+        n_ctx=131072,
+        n_long_factors=48,
+        rest={**_PHI3, "sliding_window": 262144, "partial_rotary_factor": 0.75, "tie_word_embeddings": True},
+    ),
+    Published(
+        "Phi-3.5-MoE",
+        "microsoft/Phi-3.5-MoE-instruct",
+        "Phimoe",
+        "phi-3",
+        n_vocab=32064,
+        hidden=4096,
+        n_heads=32,
+        n_kv_heads=8,
+        ffn=640,  # of an expert; published: 6400
+        n_ctx=131072,
+        n_long_factors=64,
+        rest={
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "sliding_window": 131072,
+            "num_local_experts": 16,
+            "num_experts_per_tok": 2,
+            "router_jitter_noise": 0.01,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "rope_scaling": {
+                "short_mscale": 1.243163121016122,
+                "long_mscale": 1.243163121016122,
+                "original_max_position_embeddings": 4096,
+            },
+        },
+    ),
+    Published(
+        "Phi-2",
+        "microsoft/phi-2",
+        "Phi",
+        "phi-2",
+        n_vocab=51200,
+        hidden=2560,
+        n_heads=32,
+        n_kv_heads=32,
+        ffn=10240,
+        n_ctx=2048,
+        rest={"layer_norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 0.4},
+    ),
+    Published(
+        "SmolLM2-135M",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "Llama",
+        "smollm2",
+        n_vocab=49152,
+        hidden=576,
+        n_heads=9,
+        n_kv_heads=3,
+        ffn=1536,
+        n_ctx=8192,
+        rest={"rms_norm_eps": 1e-5, "rope_theta": 100000.0, "tie_word_embeddings": True},
+    ),
+    Published(
+        "Llama-3.2-1B",
+        "meta-llama/Llama-3.2-1B-Instruct",
+        "Llama",
+        "llama-3",
+        n_vocab=128256,
+        hidden=2048,
+        n_heads=32,
+        n_kv_heads=8,
+        ffn=8192,
+        n_ctx=131072,
+        rest={"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True, "rope_scaling": _LLAMA3},
+    ),
+)

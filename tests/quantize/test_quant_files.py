@@ -1,0 +1,368 @@
+"""Quantised files: what is written, what is carried over, what is refused, how much memory it takes."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import pytest
+from gguf.constants import GGMLQuantizationType
+from weights import TYPES, error_of, quantized, values_of
+
+import phi_c
+from model import raw_gguf as raw
+from phi_c.errors import ModelFileError, ModelNotFoundError, OptionError, OutputError, UnsupportedModelError
+from phi_c.model import quantize as quantizing
+from phi_c.model.gguf_file import GGUFFile
+from phi_c.model.quantize import Importance
+from tiny_gguf import write_tiny
+
+Floats = npt.NDArray[np.float32]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "tiny.gguf", "llama", "F32", n_layers=8, seed=3)
+
+
+def read(path: Path) -> dict[str, tuple[str, Floats]]:
+    """Return the type and the values of each tensor, as the gguf package reads them."""
+    return {
+        t.name: (t.tensor_type.name, gguf.quants.dequantize(t.data, t.tensor_type))
+        for t in gguf.GGUFReader(path).tensors
+    }
+
+
+def write(path: Path, tensors: dict[str, tuple[str, Floats]]) -> Path:
+    """Write a file of a few tensors: type and values of each."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, (kind, values) in tensors.items():
+        data = values if kind == "F32" else gguf.quants.quantize(values, GGMLQuantizationType[kind])
+        writer.add_tensor(name, data, raw_dtype=GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def random(*shape: int, seed: int = 0) -> Floats:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("file_type", ["Q8_0", "Q4_K_M", "Q3_K_M", "Q4_0", "F16", "BF16"])
+def test_tensors_are_those_of_the_mix(tiny: Path, tmp_path: Path, file_type: str) -> None:
+    done = phi_c.quantize(tiny, tmp_path / "out.gguf", file_type, n_threads=2)
+    before, after = read(tiny), read(tmp_path / "out.gguf")
+    assert list(before) == list(after)
+    assert done.path.stat().st_size == done.plan.n_bytes
+    for step in done.plan.steps:
+        name = step.info.name
+        kind, values = after[name]
+        assert kind == step.type_then
+        source = before[name][1]
+        if kind == "F32":
+            np.testing.assert_array_equal(values, source)
+        else:
+            np.testing.assert_array_equal(values, values_of(kind, quantized(kind, source)))
+    with GGUFFile(done.path) as file:
+        n_bytes = sum(info.n_bytes for info in file.tensors.values())
+        n_weights = sum(np.prod(info.shape) for info in file.tensors.values())
+    assert done.plan.bits_per_weight == pytest.approx(8 * n_bytes / n_weights)
+
+
+def test_all_file_types_run(tiny: Path, tmp_path: Path) -> None:
+    from phi_c.model.quant_mix import FILE_TYPES
+
+    sizes = {}
+    for file_type in FILE_TYPES:
+        path = phi_c.quantize(tiny, tmp_path / f"{file_type}.gguf", file_type.lower()).path
+        sizes[file_type] = path.stat().st_size
+        with phi_c.load(path, n_ctx=64) as llm:
+            assert np.isfinite(llm.logits([1, 5, 9])).all()
+    assert sizes["F32"] > sizes["F16"] > sizes["Q8_0"] > sizes["Q6_K"] > sizes["Q5_K_M"] > sizes["Q4_K_M"]
+    assert sizes["Q4_K_M"] > sizes["Q4_K_S"] > sizes["Q3_K_L"] > sizes["Q3_K_M"] > sizes["Q3_K_S"] > sizes["Q2_K"]
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_1"])
+def test_what_weights_are_read_from(tmp_path: Path, kind: str) -> None:
+    source = write(tmp_path / "in.gguf", {"blk.0.ffn_up.weight": (kind, random(24, 512))})
+    phi_c.quantize(source, tmp_path / "out.gguf", "Q4_K_M", allow_requantize=True)
+    expected = values_of("Q4_K", quantized("Q4_K", read(source)["blk.0.ffn_up.weight"][1]))
+    np.testing.assert_array_equal(read(tmp_path / "out.gguf")["blk.0.ffn_up.weight"][1], expected)
+
+
+def test_weights_in_the_right_type_are_copied(tmp_path: Path) -> None:
+    tensors = {"blk.0.ffn_up.weight": ("Q8_0", random(24, 512)), "blk.0.ffn_gate.weight": ("F32", random(24, 512))}
+    source = write(tmp_path / "in.gguf", tensors)
+    done = phi_c.quantize(source, tmp_path / "out.gguf", "Q8_0")
+    assert [step.is_copied for step in done.plan.steps] == [True, False]
+    with GGUFFile(source) as before, GGUFFile(done.path) as after:
+        assert before.data("blk.0.ffn_up.weight").tobytes() == after.data("blk.0.ffn_up.weight").tobytes()
+
+
+def test_requantising_has_to_be_asked_for(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.gguf", {"blk.0.ffn_up.weight": ("Q8_0", random(24, 512))})
+    with pytest.raises(OptionError, match=r"'blk.0.ffn_up.weight' is Q8_0 already, .* \(--allow-requantize\)"):
+        phi_c.quantize(source, tmp_path / "out.gguf", "Q4_0")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("slab", [1, 777, 4096])
+def test_slabs_and_threads_do_not_change_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slab: int) -> None:
+    tiny = write_tiny(tmp_path / "tiny.gguf", "phi3", "F16", n_layers=1)
+    whole = phi_c.quantize(tiny, tmp_path / "whole.gguf", "Q5_K_M", n_threads=1).path.read_bytes()
+    monkeypatch.setattr(quantizing, "_SLAB_WEIGHTS", slab)
+    assert phi_c.quantize(tiny, tmp_path / "slabs.gguf", "Q5_K_M", n_threads=3).path.read_bytes() == whole
+
+
+def test_metadata_is_carried_over_byte_for_byte(tmp_path: Path) -> None:
+    keys = {
+        "general.architecture": (raw.STRING, "llama"),
+        "general.file_type": (raw.I32, 1),
+        "small": (raw.U8, 200),
+        "short": (raw.I16, -3),
+        "long": (raw.I64, -(2**40)),
+        "wide": (raw.F64, 0.1),
+        "yes": (raw.BOOL, True),
+        "text": (raw.STRING, "a\nb \u00e9"),
+        "halves": (raw.ARRAY, (raw.F32, [0.1, 0.2])),
+        "counts": (raw.ARRAY, (raw.U64, [2**63, 1])),
+        "signs": (raw.ARRAY, (raw.I8, [-1, 1])),
+        "words": (raw.ARRAY, (raw.STRING, ["a", "", "\u4e16"])),
+        "nested": (raw.ARRAY, (raw.ARRAY, [(raw.I32, [1, -2]), (raw.STRING, ["x"])])),
+        "none": (raw.ARRAY, (raw.I32, [])),
+        "general.alignment": (raw.U32, 64),
+    }
+    entries = [raw.key(name, kind, value) for name, (kind, value) in keys.items()]
+    values = random(4, 32)
+    tensors = [raw.tensor("blk.0.ffn_up.weight", (32, 4)), raw.tensor("a_norm.weight", (3,), offset=512)]
+    source = tmp_path / "in.gguf"
+    source.write_bytes(raw.gguf(entries, tensors, values.tobytes() + random(3).tobytes(), alignment=64, version=2))
+    target = phi_c.quantize(source, tmp_path / "out.gguf", "Q8_0").path
+    keys["general.file_type"] = (raw.U32, 7)
+    keys["general.quantization_version"] = (raw.U32, 2)
+    expected = b"".join(raw.key(name, kind, value) for name, (kind, value) in keys.items())
+    assert target.read_bytes()[24:].startswith(expected)
+    with GGUFFile(target) as file:
+        assert (file.version, file.alignment) == (3, 64)
+        assert [info.offset % 64 for info in file.tensors.values()] == [0, 0]
+        np.testing.assert_array_equal(file.data("a_norm.weight").view(np.float32), random(3))
+
+
+def test_experts_have_their_own_importance(tmp_path: Path) -> None:
+    values = random(3, 8, 512)
+    name = "blk.0.ffn_up_exps.weight"
+    source = write(tmp_path / "in.gguf", {name: ("F32", values)})
+    columns = np.random.default_rng(1).lognormal(0, 2, (3, 512)).astype(np.float32)
+    for given in (columns, columns.reshape(1, -1)):
+        importance = Importance({name: given}, "some/imatrix.gguf", "wiki.txt", 17)
+        done = phi_c.quantize(source, tmp_path / "out.gguf", "Q4_K_S", imatrix=importance, force=True)
+        got = read(done.path)[name][1]
+        for expert in range(3):
+            expected = values_of("Q4_K", quantized("Q4_K", values[expert], columns[expert]))
+            np.testing.assert_array_equal(got[expert], expected)
+    assert done.n_unweighted == 0
+    with GGUFFile(done.path) as file:
+        notes = {key: value for key, value in file.metadata.items() if key.startswith("quantize.")}
+    assert notes == {
+        "quantize.imatrix.file": "some/imatrix.gguf",
+        "quantize.imatrix.dataset": "wiki.txt",
+        "quantize.imatrix.entries_count": 1,
+        "quantize.imatrix.chunks_count": 17,
+    }
+
+
+def test_an_importance_matrix_file(tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("phi_c.model.imatrix", reason="this build reads no importance matrices")
+    name = "blk.0.ffn_down.weight"
+    columns = np.random.default_rng(1).lognormal(0, 2, 512).astype(np.float32)
+    writer = gguf.GGUFWriter(tmp_path / "imatrix.gguf", "")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["wiki.txt"])
+    writer.add_uint32("imatrix.chunk_count", 2)
+    writer.add_uint32("imatrix.chunk_size", 512)
+    writer.add_tensor(f"{name}.in_sum2", columns[None] * 1024)
+    writer.add_tensor(f"{name}.counts", np.full((1, 1), 1024, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    done = phi_c.quantize(tiny, tmp_path / "out.gguf", "Q6_K", imatrix=tmp_path / "imatrix.gguf")
+    rows = read(tiny)[name][1]
+    np.testing.assert_array_equal(read(done.path)[name][1], values_of("Q6_K", quantized("Q6_K", rows, columns)))
+    n_matrices = sum(step.type_then == "Q6_K" for step in done.plan.steps)
+    assert done.n_unweighted == n_matrices - 2  # nor is the embedding fed with anything
+
+
+@pytest.mark.parametrize(
+    ("columns", "complaint"),
+    [
+        (np.ones((1, 500), np.float32), r"has 500 values for 'blk.0.ffn_down.weight', expected 512"),
+        (np.full((1, 512), np.nan, np.float32), "are no mean squares"),
+        (np.full((1, 512), -1, np.float32), "are no mean squares"),
+    ],
+)
+def test_bad_importance(tiny: Path, tmp_path: Path, columns: Floats, complaint: str) -> None:
+    with pytest.raises(ModelFileError, match=complaint):
+        phi_c.quantize(tiny, tmp_path / "out.gguf", imatrix=Importance({"blk.0.ffn_down.weight": columns}))
+    assert names(tmp_path) == []
+
+
+def test_importance_of_another_model(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="belongs to another model"):
+        phi_c.quantize(tiny, tmp_path / "out.gguf", imatrix=Importance({"x.weight": np.ones((1, 8), np.float32)}))
+    # The embedding is fed with ids: what a tied output was fed does not fit it, and does not matter.
+    strange = {"token_embd.weight": np.ones((1, 8), np.float32), "blk.0.ffn_down.weight": np.ones((1, 512), np.float32)}
+    assert phi_c.quantize(tiny, tmp_path / "out.gguf", imatrix=Importance(strange)).path.exists()
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, value: float) -> None:
+    monkeypatch.setattr(quantizing, "_SLAB_WEIGHTS", 512)
+    values = random(24, 512)
+    values[17, 300] = value
+    data = values.astype(np.float16) if kind == "F16" else values
+    if kind == "BF16":
+        data = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "in.gguf", "llama")
+    writer.add_tensor("blk.0.ffn_up.weight", random(24, 512))
+    writer.add_tensor("blk.0.ffn_down.weight", data, raw_dtype=GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelFileError, match=rf"'blk.0.ffn_down.weight' holds {value} in row 17, column 300"):
+        phi_c.quantize(tmp_path / "in.gguf", tmp_path / "out.gguf", "Q6_K")
+    assert names(tmp_path) == ["in.gguf"]
+
+
+def test_a_norm_that_is_not_finite(tmp_path: Path) -> None:
+    norm = np.array([1, np.nan, 1], np.float32)
+    tensors = {"blk.0.ffn_up.weight": ("F32", random(4, 32)), "output_norm.weight": ("F32", norm)}
+    source = write(tmp_path / "in.gguf", tensors)
+    with pytest.raises(ModelFileError, match="'output_norm.weight' holds nan"):
+        phi_c.quantize(source, tmp_path / "out.gguf", "Q8_0")
+
+
+def test_targets_that_are_refused(tiny: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out.gguf"
+    target.write_bytes(b"kept")
+    with pytest.raises(OutputError, match=r"out.gguf exists already; force \(--force\) replaces it"):
+        phi_c.quantize(tiny, target)
+    assert target.read_bytes() == b"kept"
+    with pytest.raises(OutputError, match="is the file that is read"):
+        phi_c.quantize(tiny, tiny, force=True)
+    with pytest.raises(OutputError, match="is a folder"):
+        phi_c.quantize(tiny, tmp_path, force=True)
+    assert phi_c.quantize(tiny, target, force=True).path.read_bytes()[:4] == b"GGUF"
+    assert names(tmp_path) == ["out.gguf"]
+
+
+def test_a_full_disk_is_seen_before(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = quantizing.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(quantizing.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(OutputError, match=r"takes 0.00 GB, 0.00 GB are free"):
+        phi_c.quantize(tiny, tmp_path / "out.gguf")
+    assert names(tmp_path) == []
+
+
+def test_what_fails_leaves_the_old_file(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "out.gguf"
+    target.write_bytes(b"kept")
+    for error in (MemoryError, KeyboardInterrupt):
+        calls = []
+
+        def fail(*arguments: object, error: type[BaseException] = error, calls: list[int] = calls) -> None:
+            calls.append(1)
+            if len(calls) == 3:
+                raise error
+
+        monkeypatch.setattr(quantizing, "_floats", fail)
+        monkeypatch.setattr(quantizing, "quantize_rows", lambda *arguments: np.zeros((1, 34), np.uint8))
+        with pytest.raises(error):
+            phi_c.quantize(tiny, target, "Q8_0", force=True)
+        assert target.read_bytes() == b"kept" and names(tmp_path) == ["out.gguf"]
+
+
+def test_sources_that_are_refused(tmp_path: Path, phi3_vocab: Path) -> None:
+    with pytest.raises(ModelNotFoundError):
+        phi_c.quantize(tmp_path / "none.gguf", tmp_path / "out.gguf")
+    with pytest.raises(UnsupportedModelError, match="the file holds no matrices, expected a model"):
+        phi_c.quantize(phi3_vocab, tmp_path / "out.gguf")
+
+
+def test_damaged_sources(tiny: Path, tmp_path: Path) -> None:
+    whole = tiny.read_bytes()
+    source = tmp_path / "cut.gguf"
+    for size in (0, 3, 24, 1000, len(whole) // 2, len(whole) - 40):
+        source.write_bytes(whole[:size])
+        with pytest.raises(ModelFileError):
+            phi_c.quantize(source, tmp_path / "out.gguf")
+        assert names(tmp_path) == ["cut.gguf"]
+
+
+@pytest.mark.parametrize("n_threads", [0, -1, 5000])
+def test_bad_threads(tiny: Path, tmp_path: Path, n_threads: int) -> None:
+    with pytest.raises(OptionError, match="n_threads"):
+        phi_c.quantize(tiny, tmp_path / "out.gguf", n_threads=n_threads)
+
+
+def test_an_unknown_option_is_a_type_error(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        phi_c.quantize(tiny, tmp_path / "out.gguf", imatrx="x")  # type: ignore[call-arg]
+
+
+def test_the_error_is_that_of_the_file(tiny: Path, tmp_path: Path) -> None:
+    """Importance lowers the weighted error of the file's tensors, as it does that of rows."""
+    name = "blk.3.ffn_up.weight"
+    columns = np.random.default_rng(1).lognormal(0, 2, 256).astype(np.float32)
+    rows = read(tiny)[name][1]
+    errors = []
+    for imatrix in (None, Importance({name: columns[None]})):
+        path = phi_c.quantize(tiny, tmp_path / "out.gguf", "Q4_K_S", imatrix=imatrix, force=True).path
+        with GGUFFile(path) as file:
+            errors.append(error_of("Q4_K", file.data(name).reshape(len(rows), -1), rows, columns))
+    assert errors[1] < 0.95 * errors[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc, which Linux has")
+@pytest.mark.parametrize("kind", ["F32", "BF16"])
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, kind: str) -> None:
+    """Above what an idle process takes, 240 MB of weights need less than 100 MB."""
+    source = tmp_path / "in.gguf"
+    n_rows = 240_000_000 // 2048 // (4 if kind == "F32" else 2)
+    rows = random(n_rows // 64, 2048).astype(np.float32)
+    bytes_ = rows.view(np.uint8) if kind == "F32" else (rows.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    tensor = raw.tensor("blk.0.ffn_up.weight", (2048, n_rows // 64 * 64), TYPES[kind].type_id)
+    with source.open("wb") as file:
+        file.write(raw.gguf([raw.key("general.architecture", raw.STRING, "llama")], [tensor]))
+        for _ in range(64):
+            file.write(bytes_.tobytes())
+    program = (
+        "import re, sys, phi_c\n"
+        "from phi_c.model import quantize\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+        "before = peak()\n"
+        "phi_c.quantize(sys.argv[1], sys.argv[2], 'Q8_0')\n"
+        "print(peak() - before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, source, tmp_path / "out.gguf"], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) * 1024 < 100e6
+    assert (tmp_path / "out.gguf").stat().st_size > n_rows * 2048
+
+
+def test_result_is_plain_data(tiny: Path, tmp_path: Path) -> None:
+    done = phi_c.quantize(tiny, tmp_path / "out.gguf", "Q8_0")
+    assert done.seconds > 0 and done.path == tmp_path / "out.gguf"
+    assert dataclasses.is_dataclass(done) and done.plan.n_bytes_now == tiny.stat().st_size
