@@ -17,7 +17,7 @@ import pytest
 
 import phi_c
 from phi_c._core import PAGE_TOKENS
-from phi_c.engine import disk_cache
+from phi_c.engine import disk_cache, page_file
 from phi_c.errors import CacheError, ModelClosedError, OptionError, OutputError, PhiError, StateError
 from tiny_gguf import write_tiny
 
@@ -386,6 +386,55 @@ def test_a_file_that_goes_while_it_is_known(path: Path, tmp_path: Path) -> None:
         got = generate(llm, prompt)
         assert (got.usage.cached_tokens, got.logprobs) == (0, expected.logprobs)
         shelf.refresh = real
+
+
+def test_an_interrupt_while_pages_are_fetched(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = tokens_of(200)
+    with phi_c.load(path, prefix_cache=tmp_path / "c") as llm:
+        expected = generate(llm, prompt)
+    with phi_c.load(path, prefix_cache=tmp_path / "c") as llm:
+        real = page_file.PageFile.page
+
+        def interrupted(file: page_file.PageFile, index: int) -> Any:
+            if index == 3:
+                raise KeyboardInterrupt
+            return real(file, index)
+
+        monkeypatch.setattr(page_file.PageFile, "page", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate(llm, prompt)
+        monkeypatch.undo()
+        assert llm.engine.scheduler.n_unpromised == llm.engine.kv.n_pages
+        got = generate(llm, prompt)
+        assert (got.usage.cached_tokens, got.logprobs) == (192, expected.logprobs)
+
+
+@pytest.mark.parametrize("n_gone", [0, 1, 2])
+def test_pages_that_two_files_hold(path: Path, tmp_path: Path, n_gone: int) -> None:
+    """As processes that wrote at the same time leave them; files may go between a look and the next."""
+    folder = tmp_path / "cache"
+    prompt = tokens_of(200)
+    with phi_c.load(path, prefix_cache=folder) as llm:
+        expected = generate(llm, prompt)
+    (file,) = files_of(folder)
+    file.with_name("0.pages").write_bytes(file.read_bytes())
+    file.with_name("zzz.pages").write_bytes(file.read_bytes())
+    file.unlink()
+    for order in (1, -1):
+        with phi_c.load(path, prefix_cache=folder) as llm:
+            shelf = llm.engine.scheduler.shelf
+            assert shelf is not None
+            shelf.refresh()
+            shelf.refresh = lambda: None
+            kept = {other: other.read_bytes() for other in files_of(folder)}
+            for other in files_of(folder)[::order][:n_gone]:
+                other.unlink()
+            got = generate(llm, prompt)
+            assert (got.usage.cached_tokens, got.logprobs) == (0 if n_gone == 2 else 192, expected.logprobs)
+            for other in files_of(folder):
+                other.unlink()
+            for other, data in kept.items():
+                other.write_bytes(data)
 
 
 def test_a_folder_that_two_models_share_while_they_run(path: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`phi-c generate` as a process: pipes, signals, JSON."""
 
+import contextlib
 import json
 import os
 import signal
@@ -153,3 +154,57 @@ def test_smollm2_writes_english(smollm2_path: Path) -> None:
     prompt = "The capital of France is the city of"
     done = run_cli("generate", "-m", smollm2_path, *GREEDY, "--raw", "--max-tokens", "6", prompt)
     assert "Paris" in done.stdout
+
+
+def test_the_cache_options(model: Path, tmp_path: Path) -> None:
+    """Each reaches the model: what it may not be is refused there, and what it may be gives a text."""
+    base = ("generate", "-m", model, "--raw", "--json", *GREEDY, "--max-tokens", "4", "the and " * 60)
+    plain = json.loads(run_cli(*base).stdout)
+    for options in (("--kv", "q8"), ("--n-cache", "65600"), ("--rope", "auto")):
+        done = run_cli(*base, *options)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(json.loads(done.stdout)["tokens"]) == len(plain["tokens"])
+    for options, message in (
+        (("--kv", "q4"), "'q4' is not one of 'f16', 'q8'"),
+        (("--rope", "long"), "rope is 'long', expected auto: tiny phi3 has no LongRoPE factors to choose from"),
+        (("--n-cache", "9"), "n_cache is 9, expected at least 4096"),
+    ):
+        done = run_cli(*base, *options)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert done.stdout == ""
+
+
+def test_the_prefix_cache(model: Path, tmp_path: Path) -> None:
+    command_line = ("generate", "-m", model, "--raw", "--json", *GREEDY, "--max-tokens", "4", "the and " * 60)
+    results = [
+        json.loads(run_cli(*command_line, *options, PHI_C_CACHE=str(tmp_path)).stdout)
+        for options in ((), ("--prefix-cache",), ("--prefix-cache",), ())
+    ]
+    cached = [result["usage"]["cached_tokens"] for result in results]
+    assert cached[2] == (results[0]["usage"]["prompt_tokens"] - 1) // 32 * 32 > 0
+    assert (cached[0], cached[1], cached[3]) == (0, 0, 0)
+    assert len({tuple(result["tokens"]) for result in results}) == 1
+    doctor = json.loads(run_cli("doctor", "--json", PHI_C_CACHE=str(tmp_path)).stdout)
+    assert doctor["cache"]["prefix_bytes"] == sum(f.stat().st_size for f in tmp_path.glob("prefix/*/*.pages")) > 0
+
+
+@posix
+def test_a_large_cache_is_stated_on_a_terminal(tmp_path: Path) -> None:
+    import pty
+
+    large = write_tiny(
+        tmp_path / "m.gguf", weight_type="Q4_K", n_ctx=131072, n_layers=1, n_embd=256, n_heads=32, n_kv_heads=32
+    )
+    for n_ctx, stated in (("131072", True), ("1000", False)):
+        leader, follower = pty.openpty()
+        arguments = command("generate", "-m", large, "--raw", "--max-tokens", "2", "--n-ctx", n_ctx, "the")
+        done = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=follower, check=False, timeout=120)
+        os.close(follower)
+        said = ""
+        with contextlib.suppress(OSError):  # nothing was written, and nobody is left to write
+            said = os.read(leader, 10_000).decode()
+        os.close(leader)
+        assert done.returncode == 0
+        line = "the keys and values of 131072 tokens take up to 1.0 GiB (0.5 with --kv q8)"
+        assert (line in said) is stated

@@ -18,7 +18,7 @@ from typing import Literal
 
 from phi_c._core import KvCache
 from phi_c.engine.engine import Engine
-from phi_c.engine.page_file import Origin, PageFile, file_bytes, write_pages
+from phi_c.engine.page_file import Origin, PageFile, UnreadableError, file_bytes, write_pages
 from phi_c.errors import CacheError, ModelClosedError, OptionError, StateError
 from phi_c.hub.cache import cache_dir, remove_abandoned, written_whole
 
@@ -40,8 +40,8 @@ class DiskCache:
         self._kv = kv
         self._limit_bytes = limit_bytes
         self._lock = threading.Lock()
-        self._place: dict[bytes, tuple[str, int]] = {}  # key -> file name, number of the page in it
-        self._keys: dict[str, list[bytes]] = {}  # of each file
+        self._keys: dict[str, list[bytes]] = {}  # of each file, by its name
+        self._place: dict[bytes, tuple[str, int]] = {}  # the same by key: file name, number of the page in it
         self._changed_ns = -1  # of the folder, when it was read
         self._has_failed = False
         try:
@@ -57,9 +57,10 @@ class DiskCache:
                 return
             names = {entry.name for entry in os.scandir(self.folder) if entry.name.endswith(_SUFFIX)}
             for name in self._keys.keys() - names:
-                self._drop(name)
+                del self._keys[name]
             for name in names - self._keys.keys():
-                self._add(name)
+                self._read_keys(name)
+            self._index()
             self._changed_ns = changed_ns
 
     def __contains__(self, key: bytes) -> bool:
@@ -78,7 +79,10 @@ class DiskCache:
                     return False
                 name, index = self._place[key]
                 wanted.setdefault(name, []).append((index, page))
-            return all(self._copy(name, copies) for name, copies in wanted.items())
+            if all(self._copy(name, copies) for name, copies in wanted.items()):
+                return True
+            self._index()
+            return False
 
     def keep(self, engine: Engine, keys: Sequence[bytes]) -> None:
         """Write a file of those pages that no file has yet. Where that fails, warn once and keep nothing more."""
@@ -109,32 +113,25 @@ class DiskCache:
             with PageFile(path, self._origin, self._kv.page_bytes) as file:
                 for index, page in copies:
                     self._kv.write_page(page, file.page(index))
-        except StateError:
-            self._drop(name)
-            with contextlib.suppress(OSError):
-                path.unlink()
+        except StateError as error:
+            self._keys.pop(name, None)
+            _delete_damaged(path, error)
             return False
         with contextlib.suppress(OSError):
             os.utime(path)  # used last
         return True
 
-    def _add(self, name: str) -> None:
+    def _read_keys(self, name: str) -> None:
         path = self.folder / name
         try:
             with PageFile(path, self._origin, self._kv.page_bytes) as file:
-                keys = file.keys
-        except StateError:
-            with contextlib.suppress(OSError):
-                path.unlink()
-            return
-        self._keys[name] = keys
-        for index, key in enumerate(keys):
-            self._place.setdefault(key, (name, index))
+                self._keys[name] = file.keys
+        except StateError as error:
+            _delete_damaged(path, error)
 
-    def _drop(self, name: str) -> None:
-        for key in self._keys.pop(name, ()):
-            if self._place[key][0] == name:
-                del self._place[key]
+    def _index(self) -> None:
+        # Processes that write at the same time may write the same page: one place is enough, until it goes.
+        self._place = {key: (name, i) for name, keys in self._keys.items() for i, key in enumerate(keys)}
 
     def _make_room(self, n_bytes: int) -> None:
         """Delete the files used longest ago, of any origin, until so many bytes fit the limit."""
@@ -149,6 +146,12 @@ class DiskCache:
                 path.parent.rmdir()  # when it was the last one
         for folder in self._root.glob("*/"):
             remove_abandoned(folder)
+
+
+def _delete_damaged(path: Path, error: StateError) -> None:
+    if not isinstance(error, UnreadableError):  # of which the file may be innocent
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _files(root: Path) -> list[tuple[int, int, Path]]:

@@ -33,6 +33,10 @@ _MOST_ROWS = 1 << 24
 _MOST_JSON = 1 << 16
 
 
+class UnreadableError(StateError):
+    """The system does not give the file, whatever is in it."""
+
+
 @dataclass(frozen=True)
 class Origin:
     """What the bits of a page depend on besides its prefix: pages are at home only where all of it is equal."""
@@ -98,11 +102,11 @@ class PageFile:
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
-            raise StateError(f"{path}: there is no such file") from None
+            raise UnreadableError(f"{path}: there is no such file") from None
         except ValueError:
             raise StateError(f"{path}: the file is empty") from None
         except OSError as error:
-            raise StateError(f"{path} cannot be read: {error.strerror or error}") from None
+            raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from None
         try:
             self._read_header(origin, page_bytes)
         except BaseException:

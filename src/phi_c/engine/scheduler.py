@@ -183,9 +183,15 @@ class Scheduler:
                 self._release(pages.values())
                 return False
             taken = {i: self.pool.take() for i in missing}
-            if not taken or (self.shelf and self.shelf.fetch({keys[i]: page for i, page in taken.items()})):
+            is_there = not taken
+            try:
+                if taken and self.shelf is not None:
+                    is_there = self.shelf.fetch({keys[i]: page for i, page in taken.items()})
+            finally:  # an interrupt passes through
+                if not is_there:
+                    self._release([*pages.values(), *taken.values()])
+            if is_there:
                 break
-            self._release([*pages.values(), *taken.values()])
         for i, page in taken.items():
             self.pool.remember(page, keys[i])
         pages |= taken
