@@ -14,7 +14,7 @@ static const char *const kv_names[PHI_N_KV_TYPES] = {"f16", "q8"};
 /* ---- storing: the bytes of the scalar tier ---- */
 
 static void check_store(const phi_kernels *k, phi_kv_type type, int head_dim, int slot, int special) {
-    static const float specials[] = {0.0f,     1e-42f,   6e-8f, -2.9e-8f, 6.1e-5f,   65504.0f, 65519.9f,
+    static const float specials[] = {0.0f,     1e-42f, 6e-8f, -2.9e-8f, 6.1e-5f,   65504.0f, 65519.9f,
                                      65520.0f, -1e30f, 1e-9f, INFINITY, -INFINITY, NAN};
     const size_t n = (size_t)head_dim, page_bytes = phi_page_head_bytes(type, head_dim);
     const phi_kernels *scalar;
@@ -75,8 +75,8 @@ static void read_held(cache *c, int position) {
             const size_t b = d / PHI_KV_BLOCK;
             c->keys[at + d] = ((const int8_t *)page.keys)[key] *
                               (double)phi_half_to_float(page.key_scales[b * PHI_PAGE_TOKENS + slot]);
-            c->values[at + d] =
-                ((const int8_t *)page.values)[value] * (double)phi_half_to_float(page.value_scales[slot * n_blocks + b]);
+            c->values[at + d] = ((const int8_t *)page.values)[value] *
+                                (double)phi_half_to_float(page.value_scales[slot * n_blocks + b]);
         }
     }
 }
@@ -181,7 +181,8 @@ static void check_attention(const phi_kernels *k, phi_kv_type type, int head_dim
                 CHECK(near(out[at + d], exact[d], 2e-5, 6e-6),
                       "%s: attention %s, head_dim %d, window %d, token %d of %d at %d, query %zu, dimension %zu is "
                       "%.9g, expected %.9g",
-                      k->name, kv_names[type], head_dim, window, t, n_tokens, last, i, d, (double)out[at + d], exact[d]);
+                      k->name, kv_names[type], head_dim, window, t, n_tokens, last, i, d, (double)out[at + d],
+                      exact[d]);
             }
             CHECK(first_difference(out + at, alone + i * n, n) == n,
                   "%s: attention %s, head_dim %d, window %d, token %d of %d at %d, query %zu differs when alone",

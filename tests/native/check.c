@@ -58,9 +58,7 @@ void fill_spiky(generator *g, size_t n_tokens, size_t n_cols, float *x) {
     }
 }
 
-bool same_float(float a, float b) {
-    return phi_bits_from_float(a) == phi_bits_from_float(b) || (isnan(a) && isnan(b));
-}
+bool same_float(float a, float b) { return phi_bits_from_float(a) == phi_bits_from_float(b) || (isnan(a) && isnan(b)); }
 
 size_t first_difference(const float *a, const float *b, size_t n) {
     for (size_t i = 0; i < n; i++) {

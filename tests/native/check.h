@@ -57,6 +57,7 @@ void test_attention(const phi_kernels *k);
 void test_forward(const phi_kernels *k);
 /* These are of no tier: k is NULL. */
 void test_threads(const phi_kernels *k);
+void test_fork(const phi_kernels *k);
 void test_dispatch(const phi_kernels *k);
 
 #endif

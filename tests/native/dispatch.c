@@ -28,14 +28,15 @@ void test_dispatch(const phi_kernels *k) {
         if (phi_tier_available(names[i]))
             check_table(names[i]);
         else
-            CHECK(phi_select_kernels(names[i], &none) == PHI_NO_SUCH_TIER && !none, "%s is missing and given", names[i]);
+            CHECK(phi_select_kernels(names[i], &none) == PHI_NO_SUCH_TIER && !none, "%s is missing and given",
+                  names[i]);
     }
     CHECK(phi_select_kernels("avx9", &none) == PHI_NO_SUCH_TIER && !none, "a tier that nobody knows is given");
     CHECK(!phi_tier_available("avx9") && !phi_matmul_tier("avx9", PHI_TYPE_F32), "a tier that nobody knows is there");
     CHECK(phi_select_kernels(NULL, &chosen) == PHI_OK && phi_tier_available(chosen->name), "no tier is chosen");
     for (phi_type type = 0; type < PHI_N_TYPES; type++) {
-        CHECK(phi_row_bytes(type, 256) == 256 / (size_t)phi_types[type].block_elements *
-                                              (size_t)phi_types[type].block_bytes,
+        CHECK(phi_row_bytes(type, 256) ==
+                  256 / (size_t)phi_types[type].block_elements * (size_t)phi_types[type].block_bytes,
               "row bytes of %s", phi_types[type].name);
     }
 }

@@ -89,7 +89,8 @@ static tiny *make_tiny(const phi_kernels *k, phi_pool *pool, phi_rope_style styl
     };
     for (int l = 0; packed && l < N_LAYERS; l++) {
         phi_layer *layer = &m->layers[l];
-        phi_matrix *matrices[] = {&layer->wq, &layer->wk, &layer->wv, &layer->wo, &layer->gate, &layer->up, &layer->down};
+        phi_matrix *matrices[] = {&layer->wq,   &layer->wk, &layer->wv,  &layer->wo,
+                                  &layer->gate, &layer->up, &layer->down};
         for (int i = 0; i < 7; i++) pack(m, matrices[i]);
     }
     if (packed) pack(m, &m->model.output);
@@ -145,8 +146,15 @@ static void check_cancelling(const tiny *m) {
     const int32_t zero = 0;
     CHECK(phi_kv_create(&m->model, PHI_KV_F16, 1, &kv) == PHI_OK, "no cache");
     const phi_sequence seq = {.pages = &zero};
-    const phi_batch batch = {.n_tokens = 1, .tokens = &zero, .positions = &zero, .sequences = &zero, .seqs = &seq,
-                             .n_logit_rows = 1, .logit_rows = &zero, .logits = logits, .poll = always};
+    const phi_batch batch = {.n_tokens = 1,
+                             .tokens = &zero,
+                             .positions = &zero,
+                             .sequences = &zero,
+                             .seqs = &seq,
+                             .n_logit_rows = 1,
+                             .logit_rows = &zero,
+                             .logits = logits,
+                             .poll = always};
     CHECK(phi_forward(&m->model, kv, &batch) == PHI_CANCELLED, "a cancelled pass went on");
     phi_kv_free(kv);
 }

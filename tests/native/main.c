@@ -15,9 +15,9 @@ static const struct {
     test_fn run;
     bool by_tier;
 } groups[] = {
-    {"dispatch", test_dispatch, false}, {"threads", test_threads, false},     {"dequantize", test_dequantize, true},
-    {"vectors", test_vectors, true},    {"attention", test_attention, true},  {"products", test_products, true},
-    {"forward", test_forward, true},
+    {"dispatch", test_dispatch, false},    {"threads", test_threads, false}, {"fork", test_fork, false},
+    {"dequantize", test_dequantize, true}, {"vectors", test_vectors, true},  {"attention", test_attention, true},
+    {"products", test_products, true},     {"forward", test_forward, true},
 };
 enum { N_GROUPS = sizeof groups / sizeof *groups };
 

@@ -1,5 +1,5 @@
-/* Dequantisation and products: every type, in the file layout and in panels, for numbers of rows and tokens around those
- * that kernels take at a time. */
+/* Dequantisation and products: every type, in the file layout and in panels, for numbers of rows and tokens around
+ * those that kernels take at a time. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,18 +18,10 @@ static const int token_counts[] = {1, 2, 5, 16, 17, 33};
 
 /* FNV-1a of the bits of 32 rows of 512 random weights, and as many extreme ones: the same on every platform. */
 static const uint64_t dequantized_hashes[PHI_N_TYPES] = {
-    [PHI_TYPE_F32] = 0x79c6b133e5a35891,
-    [PHI_TYPE_F16] = 0xdf85cb17328bdfa0,
-    [PHI_TYPE_BF16] = 0x6dd4e26912d96e35,
-    [PHI_TYPE_Q4_0] = 0x625b8b04046605fe,
-    [PHI_TYPE_Q4_1] = 0x39bcee2378ca694f,
-    [PHI_TYPE_Q5_0] = 0x7b99b0a9a310dda3,
-    [PHI_TYPE_Q5_1] = 0x69a7c0b239e70199,
-    [PHI_TYPE_Q8_0] = 0x207221bfd6d6424e,
-    [PHI_TYPE_Q2_K] = 0xbc5b9b5724ba686c,
-    [PHI_TYPE_Q3_K] = 0xb9655faa39796eef,
-    [PHI_TYPE_Q4_K] = 0x51ff2412cd61962c,
-    [PHI_TYPE_Q5_K] = 0x235ec548323d0a6c,
+    [PHI_TYPE_F32] = 0x79c6b133e5a35891,  [PHI_TYPE_F16] = 0xdf85cb17328bdfa0,  [PHI_TYPE_BF16] = 0x6dd4e26912d96e35,
+    [PHI_TYPE_Q4_0] = 0x625b8b04046605fe, [PHI_TYPE_Q4_1] = 0x39bcee2378ca694f, [PHI_TYPE_Q5_0] = 0x7b99b0a9a310dda3,
+    [PHI_TYPE_Q5_1] = 0x69a7c0b239e70199, [PHI_TYPE_Q8_0] = 0x207221bfd6d6424e, [PHI_TYPE_Q2_K] = 0xbc5b9b5724ba686c,
+    [PHI_TYPE_Q3_K] = 0xb9655faa39796eef, [PHI_TYPE_Q4_K] = 0x51ff2412cd61962c, [PHI_TYPE_Q5_K] = 0x235ec548323d0a6c,
     [PHI_TYPE_Q6_K] = 0xb28add13913436ae,
 };
 
@@ -45,8 +37,7 @@ void test_dequantize(const phi_kernels *k) {
             uint8_t *at = row + r % 2; /* rows of a file lie at any address */
             fill_rows(&g, type, r % 4 ? WEIGHTS_RANDOM : WEIGHTS_ANY_SIZE, 1, N, at);
             k->dequantize[type](at, N, y);
-            for (size_t i = 0; i < N * sizeof *y; i++)
-                hash = (hash ^ ((const uint8_t *)y)[i]) * 0x100000001b3u;
+            for (size_t i = 0; i < N * sizeof *y; i++) hash = (hash ^ ((const uint8_t *)y)[i]) * 0x100000001b3u;
         }
         CHECK(hash == dequantized_hashes[type], "%s: dequantised %s has the hash 0x%016llx, expected 0x%016llx",
               k->name, phi_types[type].name, (unsigned long long)hash, (unsigned long long)dequantized_hashes[type]);
@@ -61,8 +52,8 @@ void test_dequantize(const phi_kernels *k) {
 typedef struct {
     phi_type type;
     weight_kind kind;
-    uint8_t *rows, *panels;   /* [MOST_ROWS, row_bytes] */
-    phi_activations x;        /* of FIRST_TOKEN + MOST_TOKENS tokens */
+    uint8_t *rows, *panels;    /* [MOST_ROWS, row_bytes] */
+    phi_activations x;         /* of FIRST_TOKEN + MOST_TOKENS tokens */
     double *exact, *tolerance; /* [MOST_TOKENS, MOST_ROWS] */
 } product;
 
@@ -91,8 +82,8 @@ static void make_exact(product *p) {
             double sum = 0.0, magnitude = 0.0, x_magnitude = 0.0;
             for (size_t i = 0; i < COLS; i++) {
                 const size_t at = (FIRST_TOKEN + t) * COLS + i;
-                const double x = quantised ? (double)p->x.q8.scales[at / PHI_Q8_BLOCK] * p->x.q8.quants[at]
-                                           : (double)p->x.f32[at];
+                const double x =
+                    quantised ? (double)p->x.q8.scales[at / PHI_Q8_BLOCK] * p->x.q8.quants[at] : (double)p->x.f32[at];
                 sum += (double)w[i] * x;
                 magnitude += fabs((double)w[i] * x);
                 x_magnitude += fabs(x);
@@ -110,7 +101,8 @@ static void make_activations(const phi_kernels *k, generator *g, weight_kind kin
     fill_spiky(g, n_tokens, COLS, x->f32);
     /* Quants of +-127 alone: sums of pairs must not saturate. */
     for (size_t i = 0; kind == WEIGHTS_EXTREME && i < n; i++)
-        x->f32[i] = (i / COLS % 4 == 1 || (i / COLS % 4 == 2 && i % 2) ? -1.0f : 1.0f) * (i / COLS % 4 == 3 ? 1e-30f : 1.0f);
+        x->f32[i] =
+            (i / COLS % 4 == 1 || (i / COLS % 4 == 2 && i % 2) ? -1.0f : 1.0f) * (i / COLS % 4 == 3 ? 1e-30f : 1.0f);
     k->quantize_q8(x->f32, n, x->q8);
     if (k->quantize_wide) make_wide(k, x, n_tokens);
 }
@@ -171,14 +163,15 @@ static void check_rounded_anew(const phi_kernels *k, const product *p, int n_row
             signal += exact * exact;
         }
     }
-    CHECK(error <= 1e-3 * signal, "%s: packed %s of %s size, %d rows, %d tokens: the squared error is %g of %g", k->name,
-          phi_types[p->type].name, weight_kind_names[p->kind], n_rows, n_tokens, error, signal);
+    CHECK(error <= 1e-3 * signal, "%s: packed %s of %s size, %d rows, %d tokens: the squared error is %g of %g",
+          k->name, phi_types[p->type].name, weight_kind_names[p->kind], n_rows, n_tokens, error, signal);
 }
 
 /* alone: [MOST_TOKENS, OUT_STRIDE], token by token with all rows. */
 static void check_shape(const phi_kernels *k, const product *p, bool packed, int n_rows, int n_tokens,
                         const float *alone) {
-    const char *layout = packed ? "packed" : "file", *type = phi_types[p->type].name, *kind = weight_kind_names[p->kind];
+    const char *layout = packed ? "packed" : "file", *type = phi_types[p->type].name,
+               *kind = weight_kind_names[p->kind];
     const bool wide = packed && k->few_tokens && n_tokens > k->few_tokens && k->quantize_wide &&
                       strcmp(phi_matmul_tier(k->name, p->type), k->name) == 0;
     float *out = floats(MOST_TOKENS * OUT_STRIDE);

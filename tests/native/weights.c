@@ -10,9 +10,9 @@ const char *const weight_kind_names[N_WEIGHT_KINDS] = {"random", "extreme", "of 
 static const struct {
     int first, second;
 } scale_offsets[PHI_N_TYPES] = {
-    [PHI_TYPE_F32] = {-1, -1},    [PHI_TYPE_F16] = {-1, -1},   [PHI_TYPE_BF16] = {-1, -1}, [PHI_TYPE_Q4_0] = {0, -1},
-    [PHI_TYPE_Q4_1] = {0, 2},     [PHI_TYPE_Q5_0] = {0, -1},   [PHI_TYPE_Q5_1] = {0, 2},   [PHI_TYPE_Q8_0] = {0, -1},
-    [PHI_TYPE_Q2_K] = {80, 82},   [PHI_TYPE_Q3_K] = {108, -1}, [PHI_TYPE_Q4_K] = {0, 2},   [PHI_TYPE_Q5_K] = {0, 2},
+    [PHI_TYPE_F32] = {-1, -1},   [PHI_TYPE_F16] = {-1, -1},   [PHI_TYPE_BF16] = {-1, -1}, [PHI_TYPE_Q4_0] = {0, -1},
+    [PHI_TYPE_Q4_1] = {0, 2},    [PHI_TYPE_Q5_0] = {0, -1},   [PHI_TYPE_Q5_1] = {0, 2},   [PHI_TYPE_Q8_0] = {0, -1},
+    [PHI_TYPE_Q2_K] = {80, 82},  [PHI_TYPE_Q3_K] = {108, -1}, [PHI_TYPE_Q4_K] = {0, 2},   [PHI_TYPE_Q5_K] = {0, 2},
     [PHI_TYPE_Q6_K] = {208, -1},
 };
 
@@ -41,8 +41,7 @@ static void fill_quantised_row(generator *g, phi_type type, weight_kind kind, si
         for (size_t i = 0; i < block_bytes; i++)
             block[i] = kind == WEIGHTS_EXTREME ? patterns[row % sizeof patterns] : (uint8_t)next_bits(g);
         put_half(block + scale_offsets[type].first, block_scale(g, kind, row));
-        if (scale_offsets[type].second >= 0)
-            put_half(block + scale_offsets[type].second, block_scale(g, kind, row));
+        if (scale_offsets[type].second >= 0) put_half(block + scale_offsets[type].second, block_scale(g, kind, row));
     }
 }
 
