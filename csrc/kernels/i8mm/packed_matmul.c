@@ -29,21 +29,23 @@ PHI_INLINE int8x16_t pair_of(const int8_t *a, const int8_t *b, int first) {
     return vcombine_s8(vld1_s8(a + first), vld1_s8(b + first));
 }
 
-PHI_INLINE void add_unpacked_block(const format f, const chunk *c, int j, const x_block *x, int n_tokens, int first,
+PHI_INLINE void add_unpacked_block(const format f, const chunk *c, int b, const x_blocks *x, int n_tokens, int first,
                                    float32x4_t (*total)[VECTORS]) {
-    const int8x16_t(*lines)[VECTORS] = c->lines + j * LINES;
-    const int group_lines = LINES / f.groups_per_block;
+    const int8x16_t(*lines)[VECTORS] = c->lines + b * LINES;
+    const int group_lines = LINES / f.groups_per_block, group = b * f.groups_per_block;
     UNROLL for (int k = 0; k < f.groups_per_block; k++) {
         int32x4_t dot[MANY_TOKENS][VECTORS];
         UNROLL for (int t = 0; t < n_tokens; t += 2) {
-            const x_block *a = &x[t], *b = &x[t + 1 < n_tokens ? t + 1 : t]; /* a token alone is its own neighbour */
-            const int32_t offsets[2] = {a->offsets[k] >> (f.centre_shift % 8), b->offsets[k] >> (f.centre_shift % 8)};
-            const int32x2_t pair = vld1_s32(offsets);
-            const int32x4_t begin = is_centred(f) ? vcombine_s32(pair, pair) : vdupq_n_s32(0);
+            const x_blocks x0 = x[t], x1 = x[t + 1 < n_tokens ? t + 1 : t]; /* a token alone is its own neighbour */
+            int32x4_t begin = vdupq_n_s32(0);
+            if (is_centred(f)) {
+                const int32x2_t pair = vset_lane_s32(x1.offsets[group + k], vdup_n_s32(x0.offsets[group + k]), 1);
+                begin = vshlq_s32(vcombine_s32(pair, pair), vdupq_n_s32(-f.centre_shift));
+            }
             int32x4_t sum[TILE_VECTORS][2]; /* of two rows each, [2 rows, 2 tokens] */
             UNROLL for (int v = 0; v < TILE_VECTORS; v++) sum[v][0] = sum[v][1] = begin;
             UNROLL for (int i = k * group_lines; i < (k + 1) * group_lines; i += 2) {
-                const int8x16_t xs = pair_of(a->x, b->x, 4 * i);
+                const int8x16_t xs = pair_of(x0.quants, x1.quants, b * PHI_Q8_BLOCK + 4 * i);
                 UNROLL for (int v = 0; v < TILE_VECTORS; v++) {
                     sum[v][0] = vmmlaq_s32(sum[v][0], lines[i][first + v], xs);
                     sum[v][1] = vmmlaq_s32(sum[v][1], lines[i + 1][first + v], xs);
@@ -54,7 +56,7 @@ PHI_INLINE void add_unpacked_block(const format f, const chunk *c, int j, const 
                 if (t + 1 < n_tokens) dot[t + 1][v] = vuzp2q_s32(sum[v][0], sum[v][1]);
             }
         }
-        scale_dots(f, &c->g, j * f.groups_per_block + k, k, x, n_tokens, first, TILE_VECTORS, dot, total);
+        scale_dots(f, c->g.scale[group + k], c->g.min[group + k], k, x, b, n_tokens, first, TILE_VECTORS, dot, total);
     }
 }
 

@@ -28,8 +28,6 @@ typedef struct {
 #define AT(type, field) (block + offsetof(phi_block_##type, field))
 
 PHI_INLINE uint8x16_t low_bits(uint8x16_t bytes, int n) { return vandq_u8(bytes, vdupq_n_u8((uint8_t)((1 << n) - 1))); }
-/* Left by n bits, or right by -n; n becomes a constant. */
-PHI_INLINE uint8x16_t shift(uint8x16_t bytes, int n) { return vshlq_u8(bytes, vdupq_n_s8((int8_t)n)); }
 PHI_INLINE uint8x16_t nibbles(uint8x16_t bytes, int high) { return high ? vshrq_n_u8(bytes, 4) : low_bits(bytes, 4); }
 
 /* 16 scales, and minima of `offset` times as much. */
@@ -54,7 +52,7 @@ PHI_INLINE void groups_q2_k(const uint8_t *block, groups *g) {
 PHI_INLINE void quants_q2_k(const uint8_t *block, int sub_block, int8x16_t q[2]) {
     for (int i = 0; i < 2; i++) {
         const uint8x16_t bytes = vld1q_u8(AT(q2_k, qs) + sub_block / 4 * 32 + 16 * i);
-        q[i] = vreinterpretq_s8_u8(low_bits(shift(bytes, -2 * (sub_block % 4)), 2));
+        q[i] = vreinterpretq_s8_u8(low_bits(phi_shift(bytes, -2 * (sub_block % 4)), 2));
     }
 }
 
@@ -74,9 +72,9 @@ PHI_INLINE void groups_q3_k(const uint8_t *block, groups *g) {
 PHI_INLINE void quants_q3_k(const uint8_t *block, int sub_block, int8x16_t q[2]) {
     for (int i = 0; i < 2; i++) {
         const uint8x16_t bytes = vld1q_u8(AT(q3_k, qs) + sub_block / 4 * 32 + 16 * i);
-        const uint8x16_t third = shift(vld1q_u8(AT(q3_k, hmask) + 16 * i), 2 - sub_block);
-        const uint8x16_t low = low_bits(shift(bytes, -2 * (sub_block % 4)), 2);
-        q[i] = vreinterpretq_s8_u8(vorrq_u8(low, vandq_u8(third, vdupq_n_u8(4))));
+        const uint8x16_t third = phi_shift(vld1q_u8(AT(q3_k, hmask) + 16 * i), 2 - sub_block);
+        const uint8x16_t low = low_bits(phi_shift(bytes, -2 * (sub_block % 4)), 2);
+        q[i] = vreinterpretq_s8_u8(vbslq_u8(vdupq_n_u8(4), third, low));
     }
 }
 
@@ -112,8 +110,8 @@ PHI_INLINE void groups_q5_k(const uint8_t *block, groups *g) {
 PHI_INLINE void quants_q5_k(const uint8_t *block, int sub_block, int8x16_t q[2]) {
     for (int i = 0; i < 2; i++) {
         const uint8x16_t low = nibbles(vld1q_u8(AT(q5_k, qs) + sub_block / 2 * 32 + 16 * i), sub_block % 2);
-        const uint8x16_t fifth = shift(vld1q_u8(AT(q5_k, qh) + 16 * i), 4 - sub_block);
-        q[i] = vreinterpretq_s8_u8(vorrq_u8(low, vandq_u8(fifth, vdupq_n_u8(16))));
+        const uint8x16_t fifth = phi_shift(vld1q_u8(AT(q5_k, qh) + 16 * i), 4 - sub_block);
+        q[i] = vreinterpretq_s8_u8(vbslq_u8(vdupq_n_u8(16), fifth, low));
     }
 }
 
@@ -124,8 +122,8 @@ PHI_INLINE void quants_q6_k(const uint8_t *block, int sub_block, int8x16_t q[2])
     const int half = sub_block / 4, quarter = sub_block % 4;
     for (int i = 0; i < 2; i++) {
         const uint8x16_t bytes = vld1q_u8(AT(q6_k, ql) + 64 * half + 32 * (quarter % 2) + 16 * i);
-        const uint8x16_t high = shift(vld1q_u8(AT(q6_k, qh) + 32 * half + 16 * i), 4 - 2 * quarter);
-        q[i] = vreinterpretq_s8_u8(vorrq_u8(nibbles(bytes, quarter / 2), vandq_u8(high, vdupq_n_u8(48))));
+        const uint8x16_t high = phi_shift(vld1q_u8(AT(q6_k, qh) + 32 * half + 16 * i), 4 - 2 * quarter);
+        q[i] = vreinterpretq_s8_u8(vbslq_u8(vdupq_n_u8(48), high, nibbles(bytes, quarter / 2)));
     }
 }
 

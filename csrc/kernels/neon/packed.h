@@ -35,13 +35,14 @@ typedef struct {
     size_t unit_bytes;
     int bits;             /* of a quant */
     int sub_blocks;       /* of 32 columns in a unit */
-    int unrolled;         /* so many of them differ in constants, the next ones only in where they lie */
+    int unrolled;         /* so many of them differ in more than where they lie */
+    size_t stride;        /* bytes from those to the next ones */
     int groups_per_block; /* scales in a sub-block: 1 or 2 */
     bool has_min;         /* w = scale * q - min; without: w = scale * (q - 2^7 >> centre_shift) */
     int centre_shift;     /* 8 and more: q is signed, w = scale * q */
     void (*unpack_groups)(const void *unit, groups *g);
-    /* j: sub_block modulo `unrolled`, a constant */
-    int8x16_t (*unpack_line)(const void *unit, int sub_block, int j, int line, int v);
+    /* Sub-block j < unrolled of a unit that was moved on by i strides; j, line and v are constants, i is not. */
+    int8x16_t (*unpack_line)(const void *unit, int i, int j, int line, int v);
 } format;
 
 PHI_INLINE uint8x16_t vector_of(const uint8_t *line, int v) { return vld1q_u8(line + 16 * v); }
@@ -57,8 +58,8 @@ PHI_INLINE void halves_of(const uint16_t *d, float32x4_t *f) {
 }
 
 PHI_INLINE void groups_q4_0(const void *unit, groups *g) { halves_of(((const phi_panel_q4_0 *)unit)->d, g->scale[0]); }
-PHI_INLINE int8x16_t line_q4_0(const void *unit, int sub_block, int j, int line, int v) {
-    (void)sub_block, (void)j;
+PHI_INLINE int8x16_t line_q4_0(const void *unit, int i, int j, int line, int v) {
+    (void)i, (void)j;
     return nibbles_of(((const phi_panel_q4_0 *)unit)->lines[line % 4], v, line / 4);
 }
 
@@ -68,14 +69,14 @@ PHI_INLINE void groups_q4_1(const void *unit, groups *g) {
     halves_of(u->m, g->min[0]);
     for (int v = 0; v < VECTORS; v++) g->min[0][v] = vnegq_f32(g->min[0][v]);
 }
-PHI_INLINE int8x16_t line_q4_1(const void *unit, int sub_block, int j, int line, int v) {
-    (void)sub_block, (void)j;
+PHI_INLINE int8x16_t line_q4_1(const void *unit, int i, int j, int line, int v) {
+    (void)i, (void)j;
     return nibbles_of(((const phi_panel_q4_1 *)unit)->lines[line % 4], v, line / 4);
 }
 
 PHI_INLINE void groups_q8_0(const void *unit, groups *g) { halves_of(((const phi_panel_q8_0 *)unit)->d, g->scale[0]); }
-PHI_INLINE int8x16_t line_q8_0(const void *unit, int sub_block, int j, int line, int v) {
-    (void)sub_block, (void)j;
+PHI_INLINE int8x16_t line_q8_0(const void *unit, int i, int j, int line, int v) {
+    (void)i, (void)j;
     return vreinterpretq_s8_u8(vector_of(((const phi_panel_q8_0 *)unit)->lines[line], v));
 }
 
@@ -106,22 +107,23 @@ PHI_INLINE void groups_q4_k(const void *unit, groups *g) {
     const phi_panel_q4_k *u = unit;
     groups_k4(u->scales, u->d, u->dmin, g);
 }
-PHI_INLINE int8x16_t line_q4_k(const void *unit, int sub_block, int j, int line, int v) {
-    const phi_panel_q4_k *u = unit;
-    return nibbles_of(u->lines[sub_block / 2 * 8 + line], v, j % 2);
+PHI_INLINE int8x16_t line_q4_k(const void *unit, int i, int j, int line, int v) {
+    (void)i;
+    return nibbles_of(((const phi_panel_q4_k *)unit)->lines[line], v, j);
 }
 
 PHI_INLINE void groups_q5_k(const void *unit, groups *g) {
     const phi_panel_q5_k *u = unit;
     groups_k4(u->scales, u->d, u->dmin, g);
 }
-PHI_INLINE int8x16_t line_q5_k(const void *unit, int sub_block, int j, int line, int v) {
+/* The unit is not moved: its first lines lie apart from the rest. */
+PHI_INLINE int8x16_t line_q5_k(const void *unit, int i, int j, int line, int v) {
     const phi_panel_q5_k *u = unit;
-    (void)sub_block;
-    const uint8x16_t high = vector_of(u->first[line].high, v), shift = vdupq_n_u8((uint8_t)(4 - j));
-    const uint8x16_t fifth = vandq_u8(vshlq_u8(high, vreinterpretq_s8_u8(shift)), vdupq_n_u8(16));
-    const int8x16_t low = nibbles_of(phi_panel_q5_k_line(u, j / 2 * 8 + line), v, j % 2);
-    return vorrq_s8(low, vreinterpretq_s8_u8(fifth));
+    const uint8_t *low = i ? u->rest[8 * (i - 1)] + 64 * line : u->first[line].low;
+    const uint8x16_t high = vector_of(u->first[line].high, v);
+    const uint8x16_t fifth = vshlq_u8(high, vdupq_n_s8((int8_t)(4 - 2 * i - j)));
+    const uint8x16_t nibbles = vreinterpretq_u8_s8(nibbles_of(low, v, j));
+    return vreinterpretq_s8_u8(vbslq_u8(vdupq_n_u8(16), fifth, nibbles));
 }
 
 PHI_INLINE void groups_q6_k(const void *unit, groups *g) {
@@ -133,78 +135,79 @@ PHI_INLINE void groups_q6_k(const void *unit, groups *g) {
         for (int v = 0; v < VECTORS; v++) g->scale[i][v] = vmulq_f32(g->scale[i][v], ds[v]);
     }
 }
-PHI_INLINE int8x16_t line_q6_k(const void *unit, int sub_block, int j, int line, int v) {
+PHI_INLINE int8x16_t line_q6_k(const void *unit, int i, int j, int line, int v) {
     const phi_panel_q6_k *u = unit;
-    const int half = sub_block / 4, quarter = j;
-    const uint8x16_t high = vector_of(u->halves[half].first[line].high, v);
-    const uint8_t *low = quarter % 2 ? u->halves[half].second[line] : u->halves[half].first[line].low;
-    const uint8x16_t shift = vdupq_n_u8((uint8_t)(4 - 2 * quarter));
-    const uint8x16_t bits45 = vandq_u8(vshlq_u8(high, vreinterpretq_s8_u8(shift)), vdupq_n_u8(48));
-    return vorrq_s8(nibbles_of(low, v, quarter / 2), vreinterpretq_s8_u8(bits45));
+    const uint8_t *low = j % 2 ? u->halves[0].second[line] : u->halves[0].first[line].low;
+    const uint8x16_t high = phi_shift(vector_of(u->halves[0].first[line].high, v), 4 - 2 * j);
+    const uint8x16_t nibbles = vreinterpretq_u8_s8(nibbles_of(low, v, j / 2));
+    (void)i;
+    return vreinterpretq_s8_u8(vbslq_u8(vdupq_n_u8(48), high, nibbles));
 }
 
 /* ---- products ---- */
 
-/* A sub-block of a token: what it gives to products with 16 rows. */
+/* A token's sub-blocks: what they give to products with 16 rows. */
 typedef struct {
-    const int8_t *x;        /* [32] */
-    const int32_t *offsets; /* [groups] */
-    const float *sums;      /* [groups] */
-    float scale;
-} x_block;
+    const int8_t *quants;   /* [n, 32] */
+    const float *scales;    /* [n] */
+    const float *sums;      /* [n, groups] */
+    const int32_t *offsets; /* [n, groups] */
+} x_blocks;
 
-/* Sub-block `block` of a token; the token is counted from the product's first. */
-PHI_INLINE x_block x_block_of(const format f, const phi_matmul *m, int token, size_t block) {
-    const size_t at = (size_t)(m->first_token + token) * (size_t)m->n_cols / PHI_Q8_BLOCK + block;
-    const phi_q8 *q8 = &m->x->q8;
+/* From sub-block `block` on; the token is counted from the product's first. */
+PHI_INLINE x_blocks x_blocks_of(const format f, const phi_matmul *m, int token, size_t block) {
+    const size_t n_cols = (size_t)m->n_cols;
+    const phi_q8 q8 = phi_q8_from(m->x->q8, (size_t)(m->first_token + token) * n_cols + block * PHI_Q8_BLOCK);
     const bool whole = f.groups_per_block == 1;
-    return (x_block){
-        .x = q8->quants + at * PHI_Q8_BLOCK,
-        .offsets = whole ? q8->block_offsets + at : q8->offsets + at * 2,
-        .sums = whole ? q8->block_sums + at : q8->sums + at * 2,
-        .scale = q8->scales[at],
-    };
+    return (x_blocks){q8.quants, q8.scales, whole ? q8.block_sums : q8.sums, whole ? q8.block_offsets : q8.offsets};
 }
 
 PHI_INLINE bool is_centred(const format f) { return !f.has_min && f.centre_shift < 8; }
 
-/* total += a group's products: dot [n_tokens][n_vectors], of vectors first .. of a line. */
-PHI_INLINE void scale_dots(const format f, const groups *g, int group, int k, const x_block *x, int n_tokens, int first,
-                           int n_vectors, int32x4_t (*dot)[VECTORS], float32x4_t (*total)[VECTORS]) {
-    UNROLL for (int v = 0; v < n_vectors; v++) {
-        const float32x4_t scale = g->scale[group][first + v];
+/* total += a group's products: dot [n_tokens][n_vectors], of vectors first .. of a line; sub-block b of the tokens. */
+PHI_INLINE void scale_dots(const format f, const float32x4_t *scale, const float32x4_t *min, int k, const x_blocks *x,
+                           int b, int n_tokens, int first, int n_vectors, int32x4_t (*dot)[VECTORS],
+                           float32x4_t (*total)[VECTORS]) {
+    UNROLL for (int v = first; v < first + n_vectors; v++) {
         UNROLL for (int t = 0; t < n_tokens; t++) {
-            const float32x4_t products = vmulq_f32(vcvtq_f32_s32(dot[t][v]), scale);
-            total[t][first + v] = vfmaq_n_f32(total[t][first + v], products, x[t].scale);
-            if (f.has_min)
-                total[t][first + v] = vfmsq_n_f32(total[t][first + v], g->min[group][first + v], x[t].sums[k]);
+            const float32x4_t products = vmulq_f32(vcvtq_f32_s32(dot[t][v - first]), scale[v]);
+            total[t][v] = vfmaq_n_f32(total[t][v], products, x[t].scales[b]);
+            if (f.has_min) total[t][v] = vfmsq_n_f32(total[t][v], min[v], x[t].sums[b * f.groups_per_block + k]);
         }
     }
 }
 
-/* Adds sub-block j of a unit, or of unpacked lines, to the totals of vectors first .. of a line. */
-PHI_INLINE void add_block(const format f, const void *unit, const int8x16_t (*lines)[VECTORS], const groups *g, int j,
-                          int constant_j, const x_block *x, int n_tokens, int first, int n_vectors,
-                          float32x4_t (*total)[VECTORS]) {
-    const int group_lines = LINES / f.groups_per_block;
+/* Where lines come from: unpacked ones, or sub-block j < unrolled of a unit moved on by i strides. */
+typedef struct {
+    const int8x16_t (*unpacked)[VECTORS];
+    const void *unit;
+    int i, j;
+} source;
+
+PHI_INLINE int8x16_t line_of(const format f, const source s, int line, int v) {
+    return s.unpacked ? s.unpacked[line][v] : f.unpack_line(s.unit, s.i, s.j, line, v);
+}
+
+/* Adds sub-block b to the totals of vectors first .. of a line. */
+PHI_INLINE void add_block(const format f, const source s, const groups *g, int b, const x_blocks *x, int n_tokens,
+                          int first, int n_vectors, float32x4_t (*total)[VECTORS]) {
+    const int group_lines = LINES / f.groups_per_block, group = b * f.groups_per_block;
     const int sum_lines = phi_lines_a_sum(f.bits) < group_lines ? phi_lines_a_sum(f.bits) : group_lines;
     UNROLL for (int k = 0; k < f.groups_per_block; k++) {
         int32x4_t dot[FEW_TOKENS][VECTORS], begin[FEW_TOKENS];
         UNROLL for (int t = 0; t < n_tokens; t++) {
-            if (is_centred(f)) begin[t] = vdupq_n_s32(x[t].offsets[k] >> f.centre_shift);
+            if (is_centred(f)) begin[t] = vdupq_n_s32(x[t].offsets[group + k] >> f.centre_shift);
         }
         UNROLL for (int line = k * group_lines; line < (k + 1) * group_lines; line += sum_lines) {
             phi_sums sum[FEW_TOKENS][VECTORS];
             const bool first_lines = line == k * group_lines;
             UNROLL for (int i = line; i < line + sum_lines; i++) {
                 UNROLL for (int v = 0; v < n_vectors; v++) {
-                    const int8x16_t q =
-                        lines ? lines[j * LINES + i][first + v] : f.unpack_line(unit, j, constant_j, i, first + v);
+                    const int8x16_t q = line_of(f, s, i, first + v);
                     UNROLL for (int t = 0; t < n_tokens; t++) {
-                        const phi_sums *before =
-                            i > line ? &sum[t][v]
-                                     : phi_begin_sums(first_lines && is_centred(f) ? &begin[t] : NULL, &sum[t][v]);
-                        sum[t][v] = phi_add_line(before, q, x[t].x, i);
+                        const int32x4_t *start = first_lines && is_centred(f) ? &begin[t] : NULL;
+                        const phi_sums *before = i > line ? &sum[t][v] : phi_begin_sums(start, &sum[t][v]);
+                        sum[t][v] = phi_add_line(before, q, x[t].quants + b * PHI_Q8_BLOCK, i);
                     }
                 }
             }
@@ -215,7 +218,7 @@ PHI_INLINE void add_block(const format f, const void *unit, const int8x16_t (*li
                 }
             }
         }
-        scale_dots(f, g, j * f.groups_per_block + k, k, x, n_tokens, first, n_vectors, dot, total);
+        scale_dots(f, g->scale[group + k], g->min[group + k], k, x, b, n_tokens, first, n_vectors, dot, total);
     }
 }
 
@@ -228,26 +231,33 @@ PHI_INLINE int vectors_at_once(int n_tokens) { return n_tokens <= 2 ? VECTORS : 
 
 /* n_tokens is a constant where this and what follows is inlined. */
 PHI_INLINE void multiply_few(const format f, const uint8_t *panel, const phi_matmul *m, int n_tokens, float *out) {
-    const size_t n_blocks = (size_t)m->n_cols / PHI_Q8_BLOCK, block_bytes = f.unit_bytes / (size_t)f.sub_blocks;
+    const size_t n_blocks = (size_t)m->n_cols / PHI_Q8_BLOCK, part = f.unit_bytes / (size_t)(f.sub_blocks / f.unrolled);
     const int n_vectors = vectors_at_once(n_tokens);
     float32x4_t total[FEW_TOKENS][VECTORS];
+    x_blocks x[FEW_TOKENS];
     UNROLL for (int t = 0; t < n_tokens; t++) {
+        x[t] = x_blocks_of(f, m, t, 0);
         UNROLL for (int v = 0; v < VECTORS; v++) total[t][v] = vdupq_n_f32(0.0f);
     }
     for (size_t b = 0; b < n_blocks; b += (size_t)f.sub_blocks, panel += f.unit_bytes) {
         groups g;
         f.unpack_groups(panel, &g);
-        for (int first = 0; first < f.sub_blocks; first += f.unrolled) {
-            UNROLL for (int i = 0; i < f.unrolled; i++) {
-                const int j = first + i;
-                x_block x[FEW_TOKENS];
-                if (m->prefetch.into_l1_bytes)
-                    prefetch(panel + (size_t)j * block_bytes + m->prefetch.into_l1_bytes, block_bytes);
-                UNROLL for (int t = 0; t < n_tokens; t++) x[t] = x_block_of(f, m, t, b + (size_t)j);
+        for (int i = 0; i < f.sub_blocks / f.unrolled; i++) {
+            if (m->prefetch.into_l1_bytes) prefetch(panel + (size_t)i * part + m->prefetch.into_l1_bytes, part);
+            UNROLL for (int j = 0; j < f.unrolled; j++) {
+                const uint8_t *unit = panel + (size_t)i * f.stride;
+                PHI_KEEP_ADDRESS(unit); /* so that lines are read again, not all kept for the next sub-block */
+                const source s = {.unit = unit, .i = i, .j = j};
                 UNROLL for (int v = 0; v < VECTORS; v += n_vectors) {
-                    add_block(f, panel, NULL, &g, j, i, x, n_tokens, v, n_vectors, total);
+                    add_block(f, s, &g, i * f.unrolled + j, x, n_tokens, v, n_vectors, total);
                 }
             }
+        }
+        UNROLL for (int t = 0; t < n_tokens; t++) {
+            x[t].quants += f.sub_blocks * PHI_Q8_BLOCK;
+            x[t].scales += f.sub_blocks;
+            x[t].sums += f.sub_blocks * f.groups_per_block;
+            x[t].offsets += f.sub_blocks * f.groups_per_block;
         }
     }
     UNROLL for (int t = 0; t < n_tokens; t++) {
@@ -263,14 +273,15 @@ typedef struct {
 
 #ifndef PHI_MATRIX_PRODUCTS
 PHI_INLINE void arrange_lines(int8x16_t (*lines)[VECTORS]) { (void)lines; }
-PHI_INLINE void add_unpacked_block(const format f, const chunk *c, int j, const x_block *x, int n_tokens, int first,
+PHI_INLINE void add_unpacked_block(const format f, const chunk *c, int b, const x_blocks *x, int n_tokens, int first,
                                    float32x4_t (*total)[VECTORS]) {
-    add_block(f, NULL, c->lines, &c->g, j, 0, x, n_tokens, first, TILE_VECTORS, total);
+    const source s = {.unpacked = c->lines + b * LINES};
+    add_block(f, s, &c->g, b, x, n_tokens, first, TILE_VECTORS, total);
 }
 #else
 /* The eight lines of a sub-block in the order in which products take them. */
 PHI_INLINE void arrange_lines(int8x16_t (*lines)[VECTORS]);
-PHI_INLINE void add_unpacked_block(const format f, const chunk *c, int j, const x_block *x, int n_tokens, int first,
+PHI_INLINE void add_unpacked_block(const format f, const chunk *c, int b, const x_blocks *x, int n_tokens, int first,
                                    float32x4_t (*total)[VECTORS]);
 #endif
 
@@ -285,11 +296,12 @@ PHI_INLINE void unpack_chunk(const format f, const uint8_t *panel, int n_blocks,
                 if (f.has_min) c->g.min[first + i][v] = g.min[i][v];
             }
         }
-        for (int j = 0; j < f.sub_blocks; j += f.unrolled) {
-            UNROLL for (int k = 0; k < f.unrolled; k++) {
-                int8x16_t(*lines)[VECTORS] = c->lines + (b + j + k) * LINES;
-                UNROLL for (int i = 0; i < LINES; i++) {
-                    for (int v = 0; v < VECTORS; v++) lines[i][v] = f.unpack_line(panel, j + k, k, i, v);
+        for (int i = 0; i < f.sub_blocks / f.unrolled; i++) {
+            UNROLL for (int j = 0; j < f.unrolled; j++) {
+                int8x16_t(*lines)[VECTORS] = c->lines + (b + i * f.unrolled + j) * LINES;
+                UNROLL for (int line = 0; line < LINES; line++) {
+                    for (int v = 0; v < VECTORS; v++)
+                        lines[line][v] = f.unpack_line(panel + (size_t)i * f.stride, i, j, line, v);
                 }
                 arrange_lines(lines);
             }
@@ -303,7 +315,9 @@ PHI_INLINE void multiply_chunk(const format f, const chunk *c, size_t first_bloc
                                int token, int n_tokens, const uint8_t *next, float *out) {
     const size_t block_bytes = f.unit_bytes / (size_t)f.sub_blocks;
     out += (size_t)token * m->out_stride;
-    for (int j = 0; next && j < n_blocks; j++) prefetch(next + (size_t)j * block_bytes, block_bytes);
+    for (int b = 0; next && b < n_blocks; b++) prefetch(next + (size_t)b * block_bytes, block_bytes);
+    x_blocks x[MANY_TOKENS];
+    UNROLL for (int t = 0; t < n_tokens; t++) x[t] = x_blocks_of(f, m, token + t, first_block);
     UNROLL for (int first = 0; first < VECTORS; first += TILE_VECTORS) {
         float32x4_t total[MANY_TOKENS][VECTORS];
         UNROLL for (int t = 0; t < n_tokens; t++) {
@@ -311,11 +325,7 @@ PHI_INLINE void multiply_chunk(const format f, const chunk *c, size_t first_bloc
                 total[t][v] = first_block ? vld1q_f32(out + (size_t)t * m->out_stride + 4 * v) : vdupq_n_f32(0.0f);
             }
         }
-        for (int j = 0; j < n_blocks; j++) {
-            x_block x[MANY_TOKENS];
-            UNROLL for (int t = 0; t < n_tokens; t++) x[t] = x_block_of(f, m, token + t, first_block + (size_t)j);
-            add_unpacked_block(f, c, j, x, n_tokens, first, total);
-        }
+        for (int b = 0; b < n_blocks; b++) add_unpacked_block(f, c, b, x, n_tokens, first, total);
         UNROLL for (int t = 0; t < n_tokens; t++) {
             UNROLL for (int v = first; v < first + TILE_VECTORS; v++) {
                 vst1q_f32(out + (size_t)t * m->out_stride + 4 * v, total[t][v]);
@@ -376,27 +386,28 @@ PHI_INLINE void multiply_packed(const format f, const phi_matmul *m) {
     }
 }
 
-#define PHI_DEFINE_PACKED(type, bits, n_sub_blocks, unrolled, n_groups, has_min, centre_shift, tier) \
-    void phi_matmul_packed_##type##_##tier(const phi_matmul *m) {                                    \
-        const format f = {sizeof(phi_panel_##type),                                                  \
-                          bits,                                                                      \
-                          n_sub_blocks,                                                              \
-                          unrolled,                                                                  \
-                          n_groups,                                                                  \
-                          has_min,                                                                   \
-                          centre_shift,                                                              \
-                          groups_##type,                                                             \
-                          line_##type};                                                              \
-        multiply_packed(f, m);                                                                       \
+#define PHI_DEFINE_PACKED(type, bits, n_sub_blocks, unrolled, stride, n_groups, has_min, centre_shift, tier) \
+    void phi_matmul_packed_##type##_##tier(const phi_matmul *m) {                                            \
+        const format f = {sizeof(phi_panel_##type),                                                          \
+                          bits,                                                                              \
+                          n_sub_blocks,                                                                      \
+                          unrolled,                                                                          \
+                          stride,                                                                            \
+                          n_groups,                                                                          \
+                          has_min,                                                                           \
+                          centre_shift,                                                                      \
+                          groups_##type,                                                                     \
+                          line_##type};                                                                      \
+        multiply_packed(f, m);                                                                               \
     }
 
 /* Offsets of the activations are 128 times their sums: 8 of Q4_0 is 2^4 times less, 32 of Q6_K 2^2. */
-#define PHI_DEFINE_PACKED_PRODUCTS(tier)                \
-    PHI_DEFINE_PACKED(q4_0, 4, 1, 1, 1, false, 4, tier) \
-    PHI_DEFINE_PACKED(q4_1, 4, 1, 1, 1, true, 8, tier)  \
-    PHI_DEFINE_PACKED(q8_0, 8, 1, 1, 1, false, 8, tier) \
-    PHI_DEFINE_PACKED(q4_k, 4, 8, 2, 1, true, 8, tier)  \
-    PHI_DEFINE_PACKED(q5_k, 5, 8, 8, 1, true, 8, tier)  \
-    PHI_DEFINE_PACKED(q6_k, 6, 8, 4, 2, false, 2, tier)
+#define PHI_DEFINE_PACKED_PRODUCTS(tier)                                                                \
+    PHI_DEFINE_PACKED(q4_0, 4, 1, 1, 0, 1, false, 4, tier)                                              \
+    PHI_DEFINE_PACKED(q4_1, 4, 1, 1, 0, 1, true, 8, tier)                                               \
+    PHI_DEFINE_PACKED(q8_0, 8, 1, 1, 0, 1, false, 8, tier)                                              \
+    PHI_DEFINE_PACKED(q4_k, 4, 8, 2, sizeof(((phi_panel_q4_k *)0)->lines[0]) * LINES, 1, true, 8, tier) \
+    PHI_DEFINE_PACKED(q5_k, 5, 8, 2, 0, 1, true, 8, tier)                                               \
+    PHI_DEFINE_PACKED(q6_k, 6, 8, 4, sizeof(((phi_panel_q6_k *)0)->halves[0]), 2, false, 2, tier)
 
 #endif

@@ -16,6 +16,13 @@
 #define phi_prefetch_line(p) __builtin_prefetch(p)
 #endif
 
+/* Has the compiler use an address as it is, instead of one more register for each place near it. */
+#ifdef __GNUC__
+#define PHI_KEEP_ADDRESS(p) __asm__("" : "+r"(p))
+#else
+#define PHI_KEEP_ADDRESS(p) (void)(p)
+#endif
+
 /* Halves lie at any address: they are loaded as bytes. */
 PHI_INLINE float32x4_t phi_load_half(const void *p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
 PHI_INLINE float phi_half(const void *p) {
@@ -35,6 +42,34 @@ PHI_INLINE float32x4_t phi_add_by_lane(float32x4_t sum, float32x4_t a, float32x4
         return vfmaq_laneq_f32(sum, a, b, 2);
     default:
         return vfmaq_laneq_f32(sum, a, b, 3);
+    }
+}
+
+/* Left by n bits, or right by -n; n becomes a constant. */
+PHI_INLINE uint8x16_t phi_shift(uint8x16_t bytes, int n) {
+    switch (n) {
+    case 4:
+        return vshlq_n_u8(bytes, 4);
+    case 3:
+        return vshlq_n_u8(bytes, 3);
+    case 2:
+        return vshlq_n_u8(bytes, 2);
+    case 1:
+        return vshlq_n_u8(bytes, 1);
+    case -1:
+        return vshrq_n_u8(bytes, 1);
+    case -2:
+        return vshrq_n_u8(bytes, 2);
+    case -3:
+        return vshrq_n_u8(bytes, 3);
+    case -4:
+        return vshrq_n_u8(bytes, 4);
+    case -5:
+        return vshrq_n_u8(bytes, 5);
+    case -6:
+        return vshrq_n_u8(bytes, 6);
+    default:
+        return bytes;
     }
 }
 
