@@ -9,7 +9,10 @@
 
 #include "kernels.h"
 
-#ifdef __GNUC__
+#ifdef __MINGW32__
+#include <stdio.h>
+#define PHI_PRINTF(text, first) __attribute__((format(__MINGW_PRINTF_FORMAT, text, first)))
+#elif defined(__GNUC__)
 #define PHI_PRINTF(text, first) __attribute__((format(printf, text, first)))
 #else
 #define PHI_PRINTF(text, first)

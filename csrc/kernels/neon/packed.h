@@ -223,7 +223,7 @@ PHI_INLINE void add_block(const format f, const source s, const groups *g, int b
 }
 
 PHI_INLINE void prefetch(const uint8_t *bytes, size_t n_bytes) {
-    for (size_t i = 0; i < n_bytes; i += 64) phi_prefetch_line(bytes + i);
+    UNROLL for (size_t i = 0; i < n_bytes; i += 64) phi_prefetch_line(bytes + i);
 }
 
 /* Tokens that see a line's vectors all at once; more see them in two halves, which their sums need registers for. */

@@ -18,7 +18,7 @@
 
 /* Has the compiler use an address as it is, instead of one more register for each place near it. */
 #ifdef __GNUC__
-#define PHI_KEEP_ADDRESS(p) __asm__("" : "+r"(p))
+#define PHI_KEEP_ADDRESS(p) __asm__ volatile("" : "+r"(p))
 #else
 #define PHI_KEEP_ADDRESS(p) (void)(p)
 #endif
