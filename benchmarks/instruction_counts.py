@@ -3,8 +3,8 @@
     python benchmarks/instruction_counts.py BUILD_DIR
 
 BUILD_DIR is a build of the C library for aarch64 (docs/arm.md). Products run under qemu-aarch64, which logs the address
-of every instruction; those within the kernel are counted and named by the disassembly. Taken at 2048 and at 1024
-columns, the difference is what 1024 columns cost, without a product's beginning and end. Printed for one row and token
+of every instruction; those within the kernel are counted and named by the disassembly. Taken at 1024 and at 512
+columns, the difference is what 512 columns cost, without a product's beginning and end. Printed for one row and token
 and 256 columns: all instructions, and those that multiply bytes.
 """
 
@@ -18,8 +18,8 @@ TYPES = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 FILE_TYPES = (*TYPES, "Q5_0", "Q5_1", "Q2_K", "Q3_K")
 TIERS = ("neon", "dotprod", "i8mm")
 MULTIPLIES = {"smull", "smull2", "smlal", "smlal2", "sdot", "smmla"}
-SHAPES = (("packed", 16, 1), ("packed", 16, 4), ("packed", 64, 64))  # layout, rows, tokens
-FEW_COLS, MANY_COLS = 1024, 2048
+SHAPES = (("packed", 16, 1), ("packed", 16, 4), ("packed", 16, 64))  # layout, rows, tokens
+FEW_COLS, MANY_COLS = 512, 1024
 
 
 def output_of(*command: str) -> str:
