@@ -139,12 +139,12 @@ def test_refusals(path: Path, tmp_path: Path) -> None:
             "n_ctx is 65, expected an integer from 1 to 64": {"n_ctx": 65},
             "n_chunks is 0": {"n_chunks": 0},
             "first_chunk is -1": {"first_chunk": -1},
-            "expected at least 6464: 101 chunks of 64": {"n_ctx": 64, "first_chunk": 100},
+            "expected at least 6464: 101 windows of 64": {"n_ctx": 64, "first_chunk": 100},
         }
         for message, options in cases.items():
             with pytest.raises(OptionError, match=message):
                 phi_c.collect_imatrix(llm, TEXT, **{"n_ctx": N_CTX, **options})
-        with pytest.raises(OptionError, match="the text has 1 tokens, expected at least 48: 1 chunks of 48"):
+        with pytest.raises(OptionError, match="the text has 1 tokens, expected at least 48: 1 window of 48"):
             phi_c.collect_imatrix(llm, "", n_ctx=N_CTX)
         other = Imatrix(N_CTX, entries={"blk.0.ffn_down.weight": Entry(np.ones((1, 3)), np.array([1]))})
         with pytest.raises(ModelFileError, match=r"another model's: blk.0.ffn_down.weight has 3 columns in it, 512 in"):

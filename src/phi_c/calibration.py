@@ -11,12 +11,13 @@ import numpy.typing as npt
 
 from phi_c._core import KvCache, Observer, forward
 from phi_c.engine.scheduler import pages_for
-from phi_c.errors import ModelFileError, OptionError
+from phi_c.errors import ModelFileError
 from phi_c.llm import LLM
 from phi_c.model.config import ModelConfig, expected_tensors
 from phi_c.model.gguf_file import GGUFFile
 from phi_c.model.imatrix import DEFAULT_CHUNK_SIZE, Entry, Imatrix
 from phi_c.options import check_count
+from phi_c.text.windows import disjoint
 
 _MAX_SUM = 1e32  # of a chunk: a million of them stay within float32, which the file holds
 
@@ -67,24 +68,15 @@ def collect_imatrix(
     inputs = _inputs(llm.config, has_output)
     _check_same_model(llm, imatrix)
     ids = llm.tokenizer.encode(text, parse_special=parse_special)
-    n_whole = len(ids) // n_ctx
-    if first_chunk >= n_whole:
-        raise OptionError(
-            f"the text has {len(ids)} tokens, expected at least {(first_chunk + 1) * n_ctx}: "
-            f"{first_chunk + 1} chunks of {n_ctx}"
-        )
-    end = n_whole if n_chunks is None else min(n_whole, first_chunk + n_chunks)
+    windows = disjoint(llm.tokenizer, ids, n_ctx, n_chunks, first_chunk)
     observer = Observer(llm.engine.model, output=has_output)
     kv = KvCache(llm.engine.model, pages_for(n_ctx))
-    progress(0, end - first_chunk)
-    for chunk in range(first_chunk, end):
-        tokens = np.asarray(ids[chunk * n_ctx : (chunk + 1) * n_ctx], np.int32)
-        if llm.tokenizer.add_bos and llm.tokenizer.bos_id is not None:
-            tokens[0] = llm.tokenizer.bos_id
+    progress(0, len(windows))
+    for done, window in enumerate(windows, 1):
         observer.clear()
-        _run(llm, kv, tokens, observer)
+        _run(llm, kv, np.asarray(window.tokens, np.int32), observer)
         imatrix.merge(_chunk(inputs, observer, llm))
-        progress(chunk + 1 - first_chunk, end - first_chunk)
+        progress(done, len(windows))
     return imatrix
 
 

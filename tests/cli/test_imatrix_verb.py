@@ -104,7 +104,7 @@ def test_wrong_usage(model: Path, text: Path, tmp_path: Path) -> None:
         ((tmp_path / "none.txt",), 2, "none.txt cannot be read: No such file"),
         ((text, "--ctx", "0"), 2, "--ctx"),
         ((text, "--ctx", "4096"), 2, "n_ctx is 4096, expected 1 to 512"),
-        ((text, "--ctx", "512", "--from-chunk", "90"), 2, "expected at least 46592: 91 chunks of 512"),
+        ((text, "--ctx", "512", "--from-chunk", "90"), 2, "expected at least 46592: 91 windows of 512"),
         ((text, "--in-file", tmp_path / "none.gguf"), 1, "none.gguf: no such file"),
         ((text, "--in-file", model), 1, "expected an importance matrix, found"),
         ((text, "-o", tmp_path), 1, "it is a folder"),

@@ -98,9 +98,9 @@ def test_distances() -> None:
 
 def test_what_compare_refuses(models: tuple[phi_c.LLM, phi_c.LLM], tmp_path: Path) -> None:
     a, b = models
-    with pytest.raises(OptionError, match="expected at least 50, a window"):
+    with pytest.raises(OptionError, match="expected at least 50: 1 window of 50"):
         compare(a, b, "the", n_ctx=N_CTX)
-    with pytest.raises(OptionError, match="n_ctx of a window is 513"):
+    with pytest.raises(OptionError, match="n_ctx is 513"):
         compare(a, b, TEXT, n_ctx=513)
     wide = write_tiny(tmp_path / "wide.gguf", n_extra_words=3)
     with phi_c.load(wide) as other, pytest.raises(OptionError, match=r"a.gguf has \d+ logits a token, wide.gguf \d+"):

@@ -11,7 +11,7 @@ import phi_c
 from phi_c.errors import Cancelled, OptionError
 from phi_c.evaluate import Perplexity, perplexity
 from phi_c.evaluate.distances import standard_error
-from phi_c.evaluate.windows import strided
+from phi_c.text.windows import strided
 from reference import Reference
 from tiny_gguf import write_tiny
 
@@ -130,13 +130,13 @@ def test_progress_is_the_figure_so_far(llm: phi_c.LLM) -> None:
 
 def test_what_perplexity_refuses(llm: phi_c.LLM) -> None:
     n = len(llm.tokenizer.encode("the and"))
-    with pytest.raises(OptionError, match=f"the text has {n} tokens, expected at least 48, a window"):
+    with pytest.raises(OptionError, match=f"the text has {n} tokens, expected at least 48: 1 window of 48"):
         perplexity(llm, "the and", n_ctx=48)
     assert perplexity(llm, "the and", n_ctx=48, stride=20).n_tokens == n - 1
     with pytest.raises(OptionError, match=r"the text has \d tokens, expected at least 2"):
-        perplexity(llm, "")
+        perplexity(llm, "", stride=20)
     for n_ctx in (1, 513, 2.5, True):
-        with pytest.raises(OptionError, match="n_ctx of a window is"):
+        with pytest.raises(OptionError, match=f"n_ctx is {n_ctx}, expected an integer from 2 to 512"):
             perplexity(llm, TEXT, n_ctx=n_ctx)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="stride is 49, expected an integer from 1 to 48"):
         perplexity(llm, TEXT, n_ctx=48, stride=49)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from phi_c.cli.evaluating import bar, for_json, plus_minus, read_text
 from phi_c.cli.loading import load
 from phi_c.cli.options import RUNNING, WINDOWS, given
+from phi_c.cli.windows import bar, for_json, plus_minus, read_text
 
 if TYPE_CHECKING:
     from phi_c.evaluate import Comparison
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _EPILOG = """\b
 Examples:
   phi-c compare model-f16.gguf model-q4_k_m.gguf --text wiki.test.raw
-  phi-c compare model-f16.gguf model-q4_k_m.gguf --text wiki.test.raw --windows 16 --json
+  phi-c compare model-f16.gguf model-q4_k_m.gguf --text wiki.test.raw --chunks 16 --json
 """
 
 
@@ -27,7 +27,6 @@ Examples:
     "--text",
     "file",
     required=True,
-    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
     metavar="FILE",
     help="The text on which they are compared; - reads it from stdin.",
 )
@@ -38,14 +37,14 @@ def command(a: str, b: str, file: str, n_ctx: int, n_windows: int | None, as_jso
     """Measure how far the predictions of model B are from those of A, which is the reference.
 
     KL(A || B), in nats a token, and how often both find the same token likeliest: after every token of windows of
-    --n-ctx, each with a BOS token if the models want one. Both models are in memory. Standard errors take windows as
+    --ctx, each with a BOS token if the models want one. Both models are in memory. Standard errors take windows as
     independent.
     """
     text = read_text(file)
     with (
         load(a, n_ctx=n_ctx, **given(loading)) as first,
         load(b, n_ctx=n_ctx, **given(loading)) as second,
-        bar() as show,
+        bar("mean KL") as show,
     ):
         from phi_c.evaluate import compare  # noqa: PLC0415 - `--help` does without
 

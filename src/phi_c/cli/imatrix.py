@@ -1,9 +1,6 @@
 """`phi-c imatrix`: which weights matter, for a quantiser."""
 
-import contextlib
 import os
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +8,7 @@ import click
 
 from phi_c.cli.loading import load
 from phi_c.cli.options import MODEL
+from phi_c.cli.windows import bar, read_text
 from phi_c.errors import CacheError, OptionError, PhiError
 
 if TYPE_CHECKING:
@@ -85,7 +83,7 @@ def command(
         raise click.UsageError("no TEXT_FILE: give one, - to read it from stdin, or files to add up with --in-file")
     target = Path(output)
     _check_writable(target)
-    text = None if text_file is None else _read_text(text_file)
+    text = None if text_file is None else read_text(text_file)
     from phi_c.model.imatrix import Imatrix  # noqa: PLC0415 - with the next: `--help` does without
 
     imatrix = Imatrix(n_ctx)
@@ -112,7 +110,7 @@ def command(
                 imatrix.save(target.with_name(f"{target.name}.at_{n_before + n}"))
 
         try:
-            with _bar() as show:
+            with bar("chunks") as show:
                 collect_imatrix(
                     llm,
                     text,
@@ -150,18 +148,6 @@ def _check_writable(target: Path) -> None:
         raise CacheError(f"{target} cannot be written: {reason}")
 
 
-def _read_text(name: str) -> str:
-    try:
-        raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    except OSError as error:
-        raise OptionError(f"{name} cannot be read: {error.strerror or error}") from None
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        where = "stdin" if name == "-" else name
-        raise OptionError(f"{where} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-
-
 def _merge(imatrix: "Imatrix", path: Path, n_ctx: int) -> None:
     from phi_c.model.imatrix import load_imatrix  # noqa: PLC0415
 
@@ -177,16 +163,3 @@ def _report(imatrix: "Imatrix", target: Path) -> None:
     click.echo(
         f"{target}: {imatrix.n_chunks} chunks of {imatrix.chunk_size} tokens, {len(imatrix.entries)} matrices", err=True
     )
-
-
-@contextlib.contextmanager
-def _bar() -> Iterator[Callable[[int, int], None]]:
-    """Give a function that shows the chunks done, of how many: on a terminal as a bar on stderr."""
-    from rich.console import Console  # noqa: PLC0415 - a tenth of a second
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    hidden = not sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True) as bars:
-        task = bars.add_task("chunks", total=None)
-        yield lambda done, of: bars.update(task, completed=done, total=of)

@@ -81,8 +81,16 @@ LOADING = _all(
 )
 
 WINDOWS = _all(
-    click.option("--n-ctx", "--ctx", type=int, default=512, show_default=True, metavar="N", help="Tokens of a window."),
-    click.option("--windows", "--chunks", "n_windows", type=int, metavar="N", help="Windows at most.  [default: all]"),
+    click.option(
+        "--ctx",
+        "n_ctx",
+        type=click.IntRange(2),
+        default=512,
+        show_default=True,
+        metavar="N",
+        help="Tokens of a window.",
+    ),
+    click.option("--chunks", "n_windows", type=click.IntRange(1), metavar="N", help="Windows at most.  [default: all]"),
 )
 
 _LOADING_NAMES = (

@@ -6,21 +6,21 @@ from typing import Any
 
 import click
 
-from phi_c.cli.evaluating import bar, for_json, plus_minus, read_text
 from phi_c.cli.loading import load
 from phi_c.cli.options import MODEL, RUNNING, TOKENIZER, WINDOWS, given
+from phi_c.cli.windows import bar, for_json, plus_minus, read_text
 
 _EPILOG = """\b
 Examples:
   phi-c perplexity --model smollm2 wiki.test.raw
-  phi-c perplexity --model smollm2 --n-ctx 2048 --stride 512 --json wiki.test.raw
+  phi-c perplexity --model smollm2 --ctx 2048 --stride 512 --json wiki.test.raw
 """
 
 
 @click.command("perplexity", epilog=_EPILOG)
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@click.argument("file")
 @WINDOWS
-@click.option("--stride", type=int, metavar="N", help="Begin a window every N tokens; each token counts once.")
+@click.option("--stride", type=click.IntRange(1), metavar="N", help="Windows overlap: one every N tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @MODEL
 @TOKENIZER
@@ -30,12 +30,12 @@ def command(
 ) -> None:
     """Measure the perplexity of a model on the text in FILE; - reads it from stdin.
 
-    The text is cut into windows of --n-ctx tokens, each with a BOS token if the model wants one, of which the second
+    The text is cut into windows of --ctx tokens, each with a BOS token if the model wants one, of which the second
     half counts, as in llama.cpp. With --stride windows overlap and each token counts once, as in transformers' guide.
     The standard error takes windows as independent.
     """
     text = read_text(file)
-    with load(model, n_ctx=n_ctx, **given(loading)) as llm, bar() as show:
+    with load(model, n_ctx=n_ctx, **given(loading)) as llm, bar("perplexity") as show:
         from phi_c.evaluate import Perplexity, perplexity  # noqa: PLC0415 - `--help` does without
 
         def progress(done: int, total: int, so_far: Perplexity) -> None:

@@ -11,11 +11,11 @@ from phi_c._core import CancelFlag
 from phi_c.engine.reading import logits_by_chunk, read_all
 from phi_c.engine.sequence import Sequence
 from phi_c.errors import OptionError
-from phi_c.evaluate import windows as cut
 from phi_c.evaluate.distances import distances, standard_error
 from phi_c.evaluate.likelihood import DEFAULT_N_CTX
 from phi_c.llm import LLM
 from phi_c.options import check_count
+from phi_c.text.windows import disjoint
 
 _N_BUCKETS = 8
 
@@ -69,10 +69,10 @@ def compare(
     their range, Cancelled.
     """
     for model in (a, b):
-        cut.check_n_ctx(model, n_ctx)
+        check_count("n_ctx", n_ctx, 2, model.n_ctx)
     check_count("n_windows", n_windows, 1, None)
     ids = _same_ids(a, b, text)
-    windows = cut.disjoint(a, ids, n_ctx, n_windows)
+    windows = disjoint(a.tokenizer, ids, n_ctx, n_windows)
     found: dict[str, list[npt.NDArray[np.float64]]] = {"kl": [], "same_top": [], "nll": [], "reference_nll": []}
     for window in windows:
         for name, values in _compare_window(a, b, window.tokens, cancel).items():
@@ -91,8 +91,8 @@ def _same_ids(a: LLM, b: LLM, text: str) -> list[int]:
     for i, (x, y) in enumerate(zip(a.tokenizer.vocabulary.tokens, b.tokenizer.vocabulary.tokens, strict=False)):
         if x != y:
             raise OptionError(f"token {i} is {x!r} in {a.path.name}, {y!r} in {b.path.name}: expected one vocabulary")
-    ids = cut.encode(a, text)
-    if cut.encode(b, text) != ids:
+    ids = a.tokenizer.encode(text)
+    if b.tokenizer.encode(text) != ids:
         raise OptionError(f"{a.path.name} and {b.path.name} cut this text into different tokens")
     return ids
 

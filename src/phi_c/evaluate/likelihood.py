@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from phi_c._core import CancelFlag
-from phi_c.evaluate import windows as cut
 from phi_c.evaluate.distances import standard_error
 from phi_c.llm import LLM
 from phi_c.options import check_count
 from phi_c.scoring import score_pairs
+from phi_c.text.windows import disjoint, strided
 
 DEFAULT_N_CTX = 512  # of a window, as llama.cpp
 
@@ -45,11 +45,14 @@ def perplexity(
 
     Raises OptionError for a text that is too short and for options outside their range, Cancelled.
     """
-    cut.check_n_ctx(llm, n_ctx)
+    check_count("n_ctx", n_ctx, 2, llm.n_ctx)
     check_count("stride", stride, 1, n_ctx)
     check_count("n_windows", n_windows, 1, None)
-    ids = cut.encode(llm, text)
-    windows = cut.disjoint(llm, ids, n_ctx, n_windows) if stride is None else cut.strided(ids, n_ctx, stride, n_windows)
+    ids = llm.tokenizer.encode(text)
+    if stride is None:
+        windows = disjoint(llm.tokenizer, ids, n_ctx, n_windows)
+    else:
+        windows = strided(ids, n_ctx, stride, n_windows)
     sums: list[float] = []
     counts: list[int] = []
     for index, score in score_pairs(llm.engine, ((w.tokens[: w.first], w.tokens[w.first :]) for w in windows), cancel):
