@@ -118,6 +118,23 @@ def test_the_prompt_is_computed_once(llm: phi_c.LLM, monkeypatch: pytest.MonkeyP
     assert len(counts) == 2  # the first one alone, then the others together
 
 
+def test_what_differs_in_the_last_token_runs_once(llm: phi_c.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The letters of a multiple choice."""
+    alone = [llm.score([5, 6, 7], [ids])[0].logprobs for ids in ([9], [10], [11], [9, 10], [9, 12])]
+    counts: list[int] = []
+    real = engine.forward
+
+    def counting(model: Any, kv: Any, tokens: Any, *rest: Any, **options: Any) -> Any:
+        counts.append(len(tokens))
+        return real(model, kv, tokens, *rest, **options)
+
+    monkeypatch.setattr(engine, "forward", counting)
+    scores = llm.score([5, 6, 7], [[9], [10], [11], [9, 10], [9, 12]])
+    assert [s.logprobs for s in scores] == alone
+    assert [s.tokens for s in scores] == [[9], [10], [11], [9, 10], [9, 12]]
+    assert sum(counts) == 3 + 4
+
+
 def test_greedy_continuations_are_greedy(llm: phi_c.LLM) -> None:
     prompt = llm.tokenizer.encode(PROMPT)
     ban = dict.fromkeys(llm.tokenizer.eog_ids, -np.inf)

@@ -49,28 +49,30 @@ def encode_pair(tokenizer: Tokenizer, prompt: str, continuation: str, *, parse_s
 def score_pairs(engine: Engine, pairs: Iterable[Pair], cancel: CancelFlag | None = None) -> Iterator[tuple[int, Score]]:
     """Yield (number of the pair, score) as they are done; pairs in a row that have the same context share it.
 
-    Of a pair len(context) + len(continuation) - 1 positions are computed, which must fit the context.
+    Those that differ in their last token only, as the letters of a multiple choice, are one sequence. Of a pair
+    len(context) + len(continuation) - 1 positions are computed, which must fit the context.
     """
-    scored: dict[EngineSequence, _Scored] = {}
+    scored: dict[EngineSequence, list[_Scored]] = {}
 
     def groups() -> Iterator[list[EngineSequence]]:
         for _, group in itertools.groupby(enumerate(pairs), key=lambda numbered: numbered[1][0]):
-            sequences = []
+            sequences: dict[tuple[int, ...], EngineSequence] = {}
             for index, (context, continuation) in group:
-                # The last token predicts nothing that is wanted.
-                tokens = [*context, *continuation[:-1]]
-                sequence = EngineSequence(tokens, rows_from=len(context) - 1, cancel=cancel)
-                scored[sequence] = _Scored(index, continuation)
-                sequences.append(sequence)
-            yield sequences
+                known = tuple(continuation[:-1])  # the last token predicts nothing that is wanted
+                if known not in sequences:
+                    sequence = EngineSequence([*context, *known], rows_from=len(context) - 1, cancel=cancel)
+                    sequences[known] = sequence
+                    scored[sequence] = []
+                scored[sequences[known]].append(_Scored(index, continuation))
+            yield list(sequences.values())
 
     for sequence, first, rows in read(engine, groups()):
-        part = scored[sequence]
         for chunk, logits in logits_by_chunk(engine, sequence, rows):
-            part.add(first - sequence.first_row + chunk.start, logits)
+            for part in scored[sequence]:
+                part.add(first - sequence.first_row + chunk.start, logits)
         if first + len(rows) == len(sequence.tokens):
-            del scored[sequence]
-            yield part.index, part.score(sequence.n_cached)
+            for part in scored.pop(sequence):
+                yield part.index, part.score(sequence.n_cached)
 
 
 class _Scored:

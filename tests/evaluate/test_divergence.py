@@ -1,6 +1,7 @@
 """compare: a model with itself, two models against NumPy, models that cannot be compared."""
 
 import math
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,6 +86,20 @@ def test_chunks_do_not_matter(models: tuple[phi_c.LLM, phi_c.LLM], monkeypatch: 
     found = compare(*models, TEXT, n_ctx=N_CTX)
     assert found.kl == pytest.approx(expected.kl, rel=1e-12)
     assert found.same_top == expected.same_top
+
+
+def test_memory_is_a_few_rows_of_logits(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "wide.gguf", "phi3", "Q8_0", n_extra_words=20000)
+    with phi_c.load(path) as a, phi_c.load(path) as b:
+        window_bytes = 500 * a.config.n_vocab * 4
+        assert window_bytes > 40e6
+        tracemalloc.start()
+        try:
+            assert compare(a, b, TEXT * 5, n_ctx=500, n_windows=1).n_tokens == 500
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert peak < 0.5 * window_bytes
 
 
 def test_distances() -> None:

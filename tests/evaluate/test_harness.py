@@ -145,6 +145,31 @@ def test_rolling_perplexity(llm: phi_c.LLM, results: dict[str, Any]) -> None:
     assert bits == pytest.approx(-total / n_bytes / math.log(2))
 
 
+def test_pairs_are_cut_as_the_harness_cuts_them(llm: phi_c.LLM) -> None:
+    from lm_eval.api.model import TemplateLM
+
+    from phi_c.scoring import encode_pair
+
+    class Cutter(TemplateLM):  # type: ignore[misc]
+        eot_token_id = 0
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+            return llm.tokenizer.encode(string, add_bos=add_special_tokens, parse_special=True)
+
+        def _loglikelihood_tokens(self, requests: Any, **options: Any) -> Any:
+            raise NotImplementedError
+
+        generate_until = loglikelihood_rolling = _loglikelihood_tokens
+
+    cutter = Cutter()
+    words = ["The cat", "Answer: ", " Paris", "ing", "\n\n", "a \t b", "<|im_end|>", "\u00e9t\u00e9", "  two", "4"]
+    for context in words:
+        for continuation in words:
+            if context.strip():
+                expected = cutter._encode_pair(context, continuation)
+                assert encode_pair(llm.tokenizer, context, continuation, parse_special=True) == expected
+
+
 def test_requests_beyond_the_context(smollm2_path: Path) -> None:
     from lm_eval.api.instance import Instance
 

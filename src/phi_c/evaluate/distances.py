@@ -9,7 +9,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 
-_VALUES_AT_ONCE = 1 << 20  # of logits in float64
+_VALUES_AT_ONCE = 1 << 18  # of logits in float64
 
 
 def log_softmax(logits: Floats) -> Doubles:
