@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from phi_c._core import CancelFlag
     from phi_c.calibration import collect_imatrix
     from phi_c.errors import PhiError
+    from phi_c.evaluate import compare, perplexity
     from phi_c.llm import LLM, load
     from phi_c.model.quantize import quantize
     from phi_c.results import Completion, Piece, Score, Usage
@@ -25,13 +26,17 @@ __all__ = [
     "Score",
     "Usage",
     "collect_imatrix",
+    "compare",
     "load",
+    "perplexity",
     "quantize",
 ]
 
 _HOMES = {
     "CancelFlag": "phi_c._core",
     "collect_imatrix": "phi_c.calibration",
+    "compare": "phi_c.evaluate",
+    "perplexity": "phi_c.evaluate",
     "PhiError": "phi_c.errors",
     "Completion": "phi_c.results",
     "Piece": "phi_c.results",

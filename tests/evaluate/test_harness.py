@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -196,6 +197,13 @@ def test_requests_beyond_the_context(smollm2_path: Path) -> None:
     sampled = {"do_sample": True, "temperature": 1.5, "seed": 4, "max_gen_toks": 20, "until": "zq"}
     first, second = lm.generate_until([request("generate_until", "The", sampled)] * 2, disable_tqdm=True)
     assert first == second != lm.llm.generate("The", raw=True, max_tokens=20, temperature=0, repeat_penalty=1).text
+    del sampled["seed"]
+    texts = []
+    for _ in range(2):
+        random.seed(1)  # as the harness does
+        texts.append(lm.generate_until([request("generate_until", "The", sampled)] * 2, disable_tqdm=True))
+    assert texts[0] == texts[1]
+    assert texts[0][0] != texts[0][1]
     with pytest.raises(OptionError, match="n_ctx cannot be given"):
         PhiCLM(lm.llm, n_ctx=5)
     lm.llm.close()

@@ -5,6 +5,7 @@ lm_eval.simple_evaluate(model=PhiCLM("smollm2", n_ctx=2048), tasks=["hellaswag"]
 """
 
 import os
+import random
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -36,8 +37,8 @@ class PhiCLM(LM):  # type: ignore[misc]
     model: a source as phi_c.load takes it, or a loaded LLM; loading: options of phi_c.load, such as n_ctx, n_threads,
     kv. batch_size: texts that are generated together, "auto": 8; log-likelihoods run together in any case, as far as
     n_ctx has room. device: not looked at, since the harness names cuda:0 unasked. max_gen_toks: of tasks that name no
-    number. Special tokens in texts are read as such, as
-    transformers does, and a text begins with BOS if the model wants one.
+    number. Special tokens in texts are read as such, as transformers does, and a text begins with BOS if the model
+    wants one. Sampling without a seed in the task follows Python's random, which the harness seeds.
     """
 
     def __init__(
@@ -117,14 +118,16 @@ class PhiCLM(LM):  # type: ignore[misc]
         """Return what follows each context, without the stop string that ended it."""
         cancel = CancelFlag()
 
-        def run(request: Instance) -> str:
+        def run(request: Instance, seed: int) -> str:
             context, options = request.args
-            return self._generate(context, dict(options), cancel)
+            return self._generate(context, {"seed": seed} | options, cancel)
+
+        seeds = [random.getrandbits(32) for _ in requests]
 
         texts = []
         with ThreadPoolExecutor(self.batch_size) as threads:
             try:
-                found = threads.map(run, requests)
+                found = threads.map(run, requests, seeds)
                 for request, text in zip(requests, _shown(found, len(requests), "texts", disable_tqdm), strict=True):
                     self.cache_hook.add_partial("generate_until", request.args, text)
                     texts.append(text)
