@@ -97,9 +97,9 @@ def test_nothing_is_served_from_the_prefix_cache(tiny: Path, monkeypatch: pytest
     computed: list[int] = []
     forward = _core.forward
 
-    def counting(model: Any, kv: Any, tokens: Any, *rest: Any) -> Any:
+    def counting(model: Any, kv: Any, tokens: Any, *rest: Any, **options: Any) -> Any:
         computed.append(len(tokens))
-        return forward(model, kv, tokens, *rest)
+        return forward(model, kv, tokens, *rest, **options)
 
     monkeypatch.setattr("phi_c.engine.engine.forward", counting)
     report(tiny, "--prefill", "96", "--decode", "2", "--batch", "2", "--repeat", "3", "--context", "65")

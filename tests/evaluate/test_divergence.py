@@ -10,7 +10,7 @@ import pytest
 
 import phi_c
 from phi_c.engine import reading
-from phi_c.errors import Cancelled, OptionError
+from phi_c.errors import Cancelled, OptionError, PhiError
 from phi_c.evaluate import compare
 from phi_c.evaluate.distances import distances
 from reference import Reference
@@ -125,6 +125,10 @@ def test_what_compare_refuses(models: tuple[phi_c.LLM, phi_c.LLM], tmp_path: Pat
     assert data.count(b"\xe2\x96\x81ing") == 1
     renamed.write_bytes(data.replace(b"\xe2\x96\x81ing", b"\xe2\x96\x81qqq"))
     with phi_c.load(renamed) as other, pytest.raises(OptionError, match="in a.gguf, .* in renamed.gguf: expected one"):
+        compare(a, other, TEXT, n_ctx=N_CTX)
+    damaged = tmp_path / "nan.gguf"
+    damaged.write_bytes(data[:-64] + np.full(16, np.nan, np.float32).tobytes())  # of the last norm
+    with phi_c.load(damaged) as other, pytest.raises(PhiError, match="of a.gguf or nan.gguf are not finite"):
         compare(a, other, TEXT, n_ctx=N_CTX)
     flag = phi_c.CancelFlag()
     flag.set()

@@ -10,7 +10,7 @@ import pytest
 import phi_c
 from phi_c.errors import Cancelled, OptionError
 from phi_c.evaluate import Perplexity, perplexity
-from phi_c.evaluate.distances import standard_error
+from phi_c.evaluate.distances import perplexity_of, standard_error
 from phi_c.text.windows import strided
 from reference import Reference
 from tiny_gguf import write_tiny
@@ -116,6 +116,11 @@ def test_standard_error_covers_the_truth() -> None:
     assert np.mean(errors) == pytest.approx(np.std(means), rel=0.1)
     assert math.isnan(standard_error([3.0], [2]))
     assert standard_error([2.0, 4.0], [1, 2]) == 0
+
+
+def test_perplexity_of() -> None:
+    assert perplexity_of(1.5) == pytest.approx(math.e**1.5)
+    assert perplexity_of(1e4) == math.inf
 
 
 def test_progress_is_the_figure_so_far(llm: phi_c.LLM) -> None:

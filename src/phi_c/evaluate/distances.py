@@ -1,6 +1,7 @@
 """Distances between two models' logits, and errors of means. NumPy only: other engines' interpreters load this file."""
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,11 @@ def log_softmax(logits: Floats) -> Doubles:
     shifted: Doubles = logits.astype(np.float64) - logits.max(1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(1, keepdims=True))
     return shifted
+
+
+def perplexity_of(nll: float) -> float:
+    """Return exp of a mean negative log-likelihood: infinite where no float64 holds it."""
+    return math.exp(nll) if nll < math.log(sys.float_info.max) else math.inf
 
 
 def distances(expected: Floats, logits: Floats, following: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:

@@ -1,6 +1,5 @@
 """How far two models are from each other on a text, position by position."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,8 +9,8 @@ import numpy.typing as npt
 from phi_c._core import CancelFlag
 from phi_c.engine.reading import logits_by_chunk, read_all
 from phi_c.engine.sequence import Sequence
-from phi_c.errors import OptionError
-from phi_c.evaluate.distances import distances, standard_error
+from phi_c.errors import OptionError, PhiError
+from phi_c.evaluate.distances import distances, perplexity_of, standard_error
 from phi_c.evaluate.likelihood import DEFAULT_N_CTX
 from phi_c.llm import LLM
 from phi_c.options import check_count
@@ -66,7 +65,7 @@ def compare(
     windows done, all windows, and the mean KL so far. Of the logits a few rows are in memory at a time.
 
     Raises OptionError when the models' vocabularies differ, for a text that fills no window and for options outside
-    their range, Cancelled.
+    their range, PhiError for logits that are not finite, Cancelled.
     """
     for model in (a, b):
         check_count("n_ctx", n_ctx, 2, model.n_ctx)
@@ -102,14 +101,17 @@ def _compare_window(a: LLM, b: LLM, tokens: list[int], cancel: CancelFlag | None
     sequences = [Sequence(list(tokens), rows_from=0, cancel=cancel) for _ in (a, b)]
     rows = [read_all(llm.engine, sequence) for llm, sequence in zip((a, b), sequences, strict=True)]
     chunks = (logits_by_chunk(llm.engine, s, r) for llm, s, r in zip((a, b), sequences, rows, strict=True))
-    parts = [distances(p, q, following[chunk]) for (chunk, p), (_, q) in zip(*chunks, strict=True)]
+    with np.errstate(invalid="ignore"):  # seen below
+        parts = [distances(p, q, following[chunk]) for (chunk, p), (_, q) in zip(*chunks, strict=True)]
+    if not all(np.isfinite(part["kl"]).all() for part in parts):
+        raise PhiError(f"the logits of {a.path.name} or {b.path.name} are not finite: the model's weights are damaged")
     return {name: np.concatenate([part[name] for part in parts]).astype(np.float64) for name in parts[0]}
 
 
 def _summary(found: dict[str, npt.NDArray[np.float64]]) -> Comparison:
     """Return the figures of values [n_windows, n_tokens]."""
     kl, same_top = found["kl"], found["same_top"]
-    ratio = math.exp((found["nll"] - found["reference_nll"]).mean())
+    ratio = perplexity_of(float((found["nll"] - found["reference_nll"]).mean()))
     n_windows, n_tokens = kl.shape
     parts = np.array_split(np.arange(n_tokens), min(_N_BUCKETS, n_tokens))
     return Comparison(
@@ -120,8 +122,8 @@ def _summary(found: dict[str, npt.NDArray[np.float64]]) -> Comparison:
         kl_max=float(kl.max()),
         same_top=float(same_top.mean()),
         same_top_standard_error=_error(same_top),
-        perplexity_a=math.exp(found["reference_nll"].mean()),
-        perplexity_b=math.exp(found["nll"].mean()),
+        perplexity_a=perplexity_of(float(found["reference_nll"].mean())),
+        perplexity_b=perplexity_of(float(found["nll"].mean())),
         perplexity_ratio=ratio,
         perplexity_ratio_standard_error=ratio * _error(found["nll"] - found["reference_nll"]),
         by_position=tuple(

@@ -1,11 +1,10 @@
 """Perplexity: how likely a model finds a text."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from phi_c._core import CancelFlag
-from phi_c.evaluate.distances import standard_error
+from phi_c.evaluate.distances import perplexity_of, standard_error
 from phi_c.llm import LLM
 from phi_c.options import check_count
 from phi_c.scoring import score_pairs
@@ -65,5 +64,5 @@ def perplexity(
 
 def _estimate(sums: list[float], counts: list[int]) -> Perplexity:
     nll, error = sum(sums) / sum(counts), standard_error(sums, counts)
-    value = math.exp(nll)
+    value = perplexity_of(nll)
     return Perplexity(value, value * error, nll, error, sum(counts), len(sums))
