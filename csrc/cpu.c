@@ -1,5 +1,6 @@
 #define _DEFAULT_SOURCE /* syscall */
-/* CPUID leaves 1, 7.0 and 7.1 (Intel SDM volume 2A), and XCR0 for the register state that the system saves. */
+/* x86: CPUID leaves 1, 7.0 and 7.1 (Intel SDM volume 2A), and XCR0 for the register state that the system saves. ARM:
+ * what the system says. */
 #include "cpu.h"
 
 #include <stdint.h>
@@ -17,6 +18,16 @@
 #ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
+#endif
+
+#if defined(__aarch64__) || defined(_M_ARM64)
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(_WIN32)
+#include <windows.h>
 #endif
 #endif
 
@@ -72,14 +83,44 @@ static void detect(phi_cpu *cpu) {
     cpu->amx_tile = tiles && bit(leaf7.edx, 24);
     cpu->amx_int8 = tiles && bit(leaf7.edx, 25);
 }
-#else
+#elif defined(__aarch64__) || defined(_M_ARM64)
+#if defined(__linux__)
+/* Linux, Documentation/arch/arm64/elf_hwcaps.rst */
 static void detect(phi_cpu *cpu) {
-#ifdef __aarch64__
-    cpu->neon = true; /* part of the base architecture */
-#else
-    (void)cpu;
-#endif
+    const unsigned long caps = getauxval(AT_HWCAP), caps2 = getauxval(AT_HWCAP2);
+    cpu->neon = true; /* part of the base architecture, here and below */
+    cpu->fp16 = caps >> 10 & 1u;
+    cpu->dotprod = caps >> 20 & 1u;
+    cpu->i8mm = caps2 >> 13 & 1u;
 }
+#elif defined(__APPLE__)
+/* Apple, "Determining instruction set characteristics" */
+static bool has(const char *feature) {
+    int value = 0;
+    size_t n_bytes = sizeof value;
+    return sysctlbyname(feature, &value, &n_bytes, NULL, 0) == 0 && value != 0;
+}
+static void detect(phi_cpu *cpu) {
+    cpu->neon = true;
+    cpu->fp16 = has("hw.optional.arm.FEAT_FP16");
+    cpu->dotprod = has("hw.optional.arm.FEAT_DotProd");
+    cpu->i8mm = has("hw.optional.arm.FEAT_I8MM");
+}
+#elif defined(_WIN32)
+/* Numbers of winnt.h that older SDKs lack: PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE,
+ * PF_ARM_V82_I8MM_INSTRUCTIONS_AVAILABLE, PF_ARM_V82_FP16_INSTRUCTIONS_AVAILABLE. Older systems answer no. */
+static void detect(phi_cpu *cpu) {
+    enum { DOTPROD = 43, I8MM = 66, FP16 = 67 };
+    cpu->neon = true;
+    cpu->dotprod = IsProcessorFeaturePresent(DOTPROD);
+    cpu->i8mm = IsProcessorFeaturePresent(I8MM);
+    cpu->fp16 = IsProcessorFeaturePresent(FP16);
+}
+#else
+static void detect(phi_cpu *cpu) { cpu->neon = true; }
+#endif
+#else
+static void detect(phi_cpu *cpu) { (void)cpu; }
 #endif
 
 const phi_cpu *phi_cpu_detect(void) {
@@ -131,6 +172,9 @@ const char *phi_cpu_features(void) {
         {c->amx_int8, "amx_int8"},
         {c->amx_bf16, "amx_bf16"},
         {c->neon, "neon"},
+        {c->dotprod, "dotprod"},
+        {c->i8mm, "i8mm"},
+        {c->fp16, "fp16"},
     };
     size_t used = 0;
     text[0] = '\0';

@@ -8,8 +8,8 @@ typedef struct {
     bool avx2, fma, f16c, avxvnni;
     bool avx512f, avx512bw, avx512vl, avx512dq, avx512vnni, avx512vbmi, avx512bf16;
     bool amx_tile, amx_int8, amx_bf16;
-    bool neon;
-    bool amd; /* who made it */
+    bool neon, dotprod, i8mm, fp16; /* fp16: arithmetic in half precision, which no kernel takes */
+    bool amd;                       /* who made it */
 } phi_cpu;
 
 const phi_cpu *phi_cpu_detect(void);

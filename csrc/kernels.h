@@ -162,6 +162,11 @@ extern const phi_kernels phi_kernels_avx512;
 extern const phi_kernels phi_kernels_amx;
 extern const phi_kernels phi_kernels_amxbf16;
 #endif
+#ifdef PHI_HAVE_NEON
+extern const phi_kernels phi_kernels_neon;
+extern const phi_kernels phi_kernels_dotprod;
+extern const phi_kernels phi_kernels_i8mm;
+#endif
 
 /* One head in a page: keys [PHI_PAGE_TOKENS / 16, head_dim, 16], then values [PHI_PAGE_TOKENS, head_dim]. In int8 these
  * are followed by half precision scales, of keys [n_blocks, PHI_PAGE_TOKENS] and of values [PHI_PAGE_TOKENS, n_blocks].

@@ -5,7 +5,12 @@
 #include "threads.h"
 
 #include <string.h>
+
+#ifdef _WIN32
+#include <windows.h>
+#else
 #include <time.h>
+#endif
 
 typedef struct {
     const uint64_t *words;
@@ -14,11 +19,20 @@ typedef struct {
     atomic_ullong sink; /* keeps the reads from being optimised away */
 } reading;
 
+#ifdef _WIN32
+double phi_seconds(void) {
+    LARGE_INTEGER ticks, ticks_a_second;
+    QueryPerformanceCounter(&ticks);
+    QueryPerformanceFrequency(&ticks_a_second);
+    return (double)ticks.QuadPart / (double)ticks_a_second.QuadPart;
+}
+#else
 double phi_seconds(void) {
     struct timespec t;
     timespec_get(&t, TIME_UTC);
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
+#endif
 
 static void read_part(void *context, int thread) {
     reading *r = context;

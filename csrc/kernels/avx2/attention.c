@@ -10,12 +10,6 @@
 #include "avx2.h"
 #include "simd.h"
 
-#ifdef _MSC_VER
-#define UNROLL
-#else
-#define UNROLL _Pragma("GCC unroll 12")
-#endif
-
 enum { ROWS = 4, BLOCK = PHI_ATTENTION_BLOCK, LINE_BYTES = 64 };
 
 /* Into the second level: it waits for far more lines at a time than the first one does. */

@@ -4,12 +4,6 @@
 #include "simd.h"
 
 #define INLINE PHI_INLINE
-#ifdef _MSC_VER
-#define UNROLL
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-
 #define TOKENS 3
 enum { STEP = 8 };
 
@@ -50,7 +44,9 @@ INLINE vector load_some_bf16(const uint8_t *w, size_t n) {
     return load_bf16(bytes);
 }
 
-#include "float_products.h"
+#include "four.h"
+
+#include "../generic/float_products.h"
 
 void phi_matmul_f32_avx2(const phi_matmul *m) { matmul((format){4, load_f32, load_some_f32}, m); }
 void phi_matmul_f16_avx2(const phi_matmul *m) { matmul((format){2, load_f16, load_some_f16}, m); }

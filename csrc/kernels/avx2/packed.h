@@ -13,12 +13,6 @@
 #include "../generic/pack.h"
 #include "simd.h"
 
-#ifdef _MSC_VER
-#define UNROLL
-#else
-#define UNROLL _Pragma("GCC unroll 16") /* shifts need constants, tokens need registers of their own */
-#endif
-
 /* Compilers like to add up in trees, and run out of registers. */
 #ifdef __GNUC__
 #define KEEP(v) __asm__("" : "+x"(v))

@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "../generic/unroll.h"
+
 #ifdef _MSC_VER
 #define PHI_INLINE static __forceinline
 #else

@@ -82,11 +82,11 @@ PHI_INLINE void convert_values(const phi_attention *a, phi_kv_type type, int fir
 /* s = q * keys over every second dimension from `parity` on. */
 PHI_INLINE void multiply(const phi_tile *t, const float *keys, size_t head_dim, int n_rows, size_t parity,
                          __m512 s[ROWS][2]) {
-    PHI_UNROLL for (int r = 0; r < n_rows; r++) s[r][0] = s[r][1] = _mm512_setzero_ps();
+    UNROLL for (int r = 0; r < n_rows; r++) s[r][0] = s[r][1] = _mm512_setzero_ps();
     for (size_t d = parity; d < head_dim; d += 2) { /* head_dim is even */
         const __m512 k0 = _mm512_loadu_ps(keys + d * PHI_PAGE_TOKENS);
         const __m512 k1 = _mm512_loadu_ps(keys + d * PHI_PAGE_TOKENS + 16);
-        PHI_UNROLL for (int r = 0; r < n_rows; r++) {
+        UNROLL for (int r = 0; r < n_rows; r++) {
             const __m512 q = _mm512_set1_ps(t->q[d * (size_t)n_rows + (size_t)r]);
             s[r][0] = _mm512_fmadd_ps(q, k0, s[r][0]);
             s[r][1] = _mm512_fmadd_ps(q, k1, s[r][1]);
@@ -114,8 +114,8 @@ PHI_INLINE void score_rows(const phi_attention *a, const phi_tile *t, int page, 
     __m512 even[ROWS][2], odd[ROWS][2]; /* apart, as one row has them: it needs four sums side by side */
     multiply(t, keys, (size_t)a->head_dim, n_rows, 0, even);
     multiply(t, keys, (size_t)a->head_dim, n_rows, 1, odd);
-    PHI_UNROLL for (int r = 0; r < n_rows; r++) store_scores(t, r, page, _mm512_add_ps(even[r][0], odd[r][0]),
-                                                             _mm512_add_ps(even[r][1], odd[r][1]), scores + r * BLOCK);
+    UNROLL for (int r = 0; r < n_rows; r++) store_scores(t, r, page, _mm512_add_ps(even[r][0], odd[r][0]),
+                                                         _mm512_add_ps(even[r][1], odd[r][1]), scores + r * BLOCK);
 }
 
 static void score(const phi_attention *a, const phi_tile *t, int page, const float *keys, float *scores) {
@@ -164,7 +164,7 @@ static void soften(phi_tile *t, int row, float *scores, int n) {
 PHI_INLINE void weigh_rows(const phi_tile *t, const float *weights, const float *values, int n, size_t first_dim,
                            int n_rows) {
     __m512 sum[ROWS][2];
-    PHI_UNROLL for (int r = 0; r < n_rows; r++) {
+    UNROLL for (int r = 0; r < n_rows; r++) {
         const float *sums = t->sums + (size_t)r * t->sums_stride + first_dim;
         const __m512 kept = _mm512_set1_ps(t->kept[r]);
         sum[r][0] = _mm512_mul_ps(_mm512_loadu_ps(sums), kept);
@@ -172,13 +172,13 @@ PHI_INLINE void weigh_rows(const phi_tile *t, const float *weights, const float 
     }
     for (int p = 0; p < n; p++, values += PHI_VALUE_DIMS) {
         const __m512 v0 = _mm512_loadu_ps(values), v1 = _mm512_loadu_ps(values + 16);
-        PHI_UNROLL for (int r = 0; r < n_rows; r++) {
+        UNROLL for (int r = 0; r < n_rows; r++) {
             const __m512 weight = _mm512_set1_ps(weights[r * BLOCK + p]);
             sum[r][0] = _mm512_fmadd_ps(weight, v0, sum[r][0]);
             sum[r][1] = _mm512_fmadd_ps(weight, v1, sum[r][1]);
         }
     }
-    PHI_UNROLL for (int r = 0; r < n_rows; r++) {
+    UNROLL for (int r = 0; r < n_rows; r++) {
         float *sums = t->sums + (size_t)r * t->sums_stride + first_dim;
         _mm512_storeu_ps(sums, sum[r][0]);
         _mm512_storeu_ps(sums + 16, sum[r][1]);
@@ -199,7 +199,7 @@ PHI_INLINE void weigh_dims(const phi_attention *a, phi_kv_type type, const phi_t
     const size_t head_dim = (size_t)a->head_dim, element = element_bytes(type);
     float *sums = t->sums + first_dim;
     __m512 sum[6];
-    PHI_UNROLL for (int i = 0; i < n_vectors; i++) sum[i] =
+    UNROLL for (int i = 0; i < n_vectors; i++) sum[i] =
         _mm512_mul_ps(_mm512_loadu_ps(sums + 16 * i), _mm512_set1_ps(t->kept[0]));
     for (int p = first; p < end;) {
         const phi_page_head page = head_of(a, type, p);
@@ -208,7 +208,7 @@ PHI_INLINE void weigh_dims(const phi_attention *a, phi_kv_type type, const phi_t
         for (; p < page_end; p++, weights++) {
             const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
             const __m512 weight = _mm512_set1_ps(*weights);
-            PHI_UNROLL for (int i = 0; i < n_vectors; i++) {
+            UNROLL for (int i = 0; i < n_vectors; i++) {
                 const __mmask16 own = i == n_vectors - 1 ? lanes : (__mmask16)0xffff;
                 const __m512 v = load_values(type, &page, head_dim, slot, first_dim + 16 * (size_t)i, own);
                 sum[i] = _mm512_fmadd_ps(weight, v, sum[i]);
@@ -217,7 +217,7 @@ PHI_INLINE void weigh_dims(const phi_attention *a, phi_kv_type type, const phi_t
                 ask_for(ahead + (slot * head_dim + first_dim) * element + i);
         }
     }
-    PHI_UNROLL for (int i = 0; i < n_vectors; i++) _mm512_storeu_ps(sums + 16 * i, sum[i]);
+    UNROLL for (int i = 0; i < n_vectors; i++) _mm512_storeu_ps(sums + 16 * i, sum[i]);
 }
 
 PHI_INLINE void weigh_one(const phi_attention *a, phi_kv_type type, const phi_tile *t, int first, int end,

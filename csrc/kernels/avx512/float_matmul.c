@@ -6,10 +6,8 @@
 
 #ifdef _MSC_VER
 #define INLINE static __forceinline
-#define UNROLL
 #else
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
 #endif
 
 #define TOKENS 6
@@ -48,7 +46,9 @@ INLINE vector load_some_bf16(const uint8_t *w, size_t n) {
     return from_bf16(_mm256_maskz_loadu_epi16(first_of_16(n), w));
 }
 
-#include "../avx2/float_products.h"
+#include "../avx2/four.h"
+
+#include "../generic/float_products.h"
 
 void phi_matmul_f32_avx512(const phi_matmul *m) { matmul((format){4, load_f32, load_some_f32}, m); }
 void phi_matmul_f16_avx512(const phi_matmul *m) { matmul((format){2, load_f16, load_some_f16}, m); }

@@ -11,16 +11,22 @@
 #include <immintrin.h>
 
 #include "../generic/pack.h"
+#include "../generic/unroll.h"
 
 #ifdef _MSC_VER
 #define INLINE static __forceinline
-#define UNROLL
 #else
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16") /* shifts need constants, tokens need registers of their own */
 #endif
 
 enum { LINES = 8, MAX_GROUPS = 16 };
+
+/* Compilers differ in the type of a shift's count. */
+#ifdef __clang__
+typedef unsigned shift_count;
+#else
+typedef int shift_count;
+#endif
 
 /* Scales and minima of the groups of a unit, each for 16 rows. */
 typedef struct {
@@ -153,8 +159,8 @@ INLINE void lines_q5_k(const void *unit, int sub_block, __m512i *q) {
     const __m512i bit4 = _mm512_set1_epi8(16);
     for (int i = 0; i < LINES; i++) {
         const __m512i high = load_line(u->first[i].high);
-        const __m512i fifth =
-            sub_block < 4 ? _mm512_slli_epi16(high, 4 - sub_block) : _mm512_srli_epi16(high, sub_block - 4);
+        const __m512i fifth = sub_block < 4 ? _mm512_slli_epi16(high, (shift_count)(4 - sub_block))
+                                            : _mm512_srli_epi16(high, (shift_count)(sub_block - 4));
         q[i] = or_bits(nibbles_of(phi_panel_q5_k_line(u, sub_block / 2 * 8 + i), sub_block % 2), fifth, bit4);
     }
 }
@@ -174,7 +180,8 @@ INLINE void lines_q6_k(const void *unit, int sub_block, __m512i *q) {
         const __m512i high = load_line(u->halves[half].first[i].high);
         const __m512i low = load_line(quarter % 2 ? u->halves[half].second[i] : u->halves[half].first[i].low);
         const __m512i nibbles = quarter < 2 ? _mm512_slli_epi16(low, 2) : _mm512_srli_epi16(low, 2);
-        q[i] = or_bits(_mm512_and_si512(nibbles, bits25), _mm512_slli_epi16(high, 6 - 2 * quarter), bits67);
+        q[i] =
+            or_bits(_mm512_and_si512(nibbles, bits25), _mm512_slli_epi16(high, (shift_count)(6 - 2 * quarter)), bits67);
     }
 }
 

@@ -5,16 +5,16 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "../generic/unroll.h"
+
 #ifdef _MSC_VER
 #define PHI_INLINE static __forceinline
-#define PHI_UNROLL
 #else
 #define PHI_INLINE static inline __attribute__((always_inline))
-#define PHI_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 /* The first n of 16 lanes; n may be more. */
-PHI_INLINE __mmask16 phi_lanes(size_t n) { return n < 16 ? (__mmask16)((1u << n) - 1) : (__mmask16)0xffff; }
+PHI_INLINE __mmask16 phi_lanes(size_t n) { return (__mmask16)(n < 16 ? (1u << n) - 1 : 0xffffu); }
 
 PHI_INLINE __m256i phi_to_half(__m512 x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 

@@ -1,16 +1,19 @@
-/* Products of float rows with float activations: what the AVX2 and the AVX-512 tier have in common.
+/* Products of float rows with float activations: what AVX2, AVX-512 and NEON have in common.
  * Layout: rows as in the file, at any address.
  * Idea: a (row, token) pair has one vector of sums, each of every STEPth column; after BLOCK columns it is added up and
  * joins the pair's total. So a tile of ROWS x TOKENS pairs reads a weight and an activation once for all its products,
  * and gives a pair the bits that any other tile would. Few tokens take whole rows; many take BLOCK columns of all rows
  * at a time, so that the activations of a tile stay in the first-level cache and the rows in the second.
  * Bound: reading the rows for few tokens; for many the FMAs, beside which loads and adding up nearly vanish.
- * A tier defines, before it includes this: TOKENS, STEP, `vector` and the functions on it. */
-#ifndef PHI_AVX2_FLOAT_PRODUCTS_H
-#define PHI_AVX2_FLOAT_PRODUCTS_H
+ * A tier defines, before it includes this: TOKENS, STEP, `vector` and the functions on it, `four` floats, one a row,
+ * and ask_for, which has a line come to the second-level cache. */
+#ifndef PHI_GENERIC_FLOAT_PRODUCTS_H
+#define PHI_GENERIC_FLOAT_PRODUCTS_H
+
+#include "unroll.h"
 
 enum {
-    ROWS = 4,     /* add_up's vectors, and the floats of a __m128 */
+    ROWS = 4,     /* add_up's vectors, and the floats of its result */
     BLOCK = 1024, /* columns */
 };
 
@@ -23,9 +26,6 @@ typedef struct {
 
 INLINE int min_int(int a, int b) { return a < b ? a : b; }
 
-/* All ones for the first n of four floats. */
-INLINE __m128i first_of_four(int n) { return _mm_cmpgt_epi32(_mm_set1_epi32(n), _mm_setr_epi32(0, 1, 2, 3)); }
-
 /* Adds the products of columns first .. end - 1, where first is a multiple of BLOCK, to the output; n_tokens is a
  * constant where this is inlined. Rows that are missing at the end of the matrix are its last one once more. What lies
  * `ahead` bytes behind the weights is asked for, 0: nothing. */
@@ -33,14 +33,13 @@ INLINE void multiply_tile(const format f, const phi_matmul *m, int row, int toke
                           size_t end, size_t ahead) {
     const size_t stride = (size_t)m->n_cols;
     const int n_rows = min_int(m->n_rows - row, ROWS);
-    const __m128i there = first_of_four(n_rows);
     const float *x = m->x->f32 + (size_t)(m->first_token + token) * stride;
     float *out = m->out + (size_t)token * m->out_stride + row;
     const uint8_t *w[ROWS];
-    __m128 total[TOKENS];
+    four total[TOKENS];
     UNROLL for (int r = 0; r < ROWS; r++) w[r] = m->rows + (size_t)(row + min_int(r, n_rows - 1)) * m->row_bytes;
     UNROLL for (int t = 0; t < n_tokens; t++) {
-        total[t] = first ? _mm_maskload_ps(out + (size_t)t * m->out_stride, there) : _mm_setzero_ps();
+        total[t] = load_first(out + (size_t)t * m->out_stride, first ? n_rows : 0);
     }
     for (size_t i = first, block_end; i < end; i = block_end) {
         vector sum[ROWS][TOKENS], a[TOKENS];
@@ -50,7 +49,7 @@ INLINE void multiply_tile(const format f, const phi_matmul *m, int row, int toke
             UNROLL for (int t = 0; t < n_tokens; t++) a[t] = load_f32((const uint8_t *)(x + (size_t)t * stride + i));
             UNROLL for (int r = 0; r < ROWS; r++) {
                 const vector weights = f.load(w[r] + i * f.bytes);
-                if (ahead) _mm_prefetch((const char *)w[r] + i * f.bytes + ahead, _MM_HINT_T1);
+                if (ahead) ask_for(w[r] + i * f.bytes + ahead);
                 UNROLL for (int t = 0; t < n_tokens; t++) sum[r][t] = multiply_add(weights, a[t], sum[r][t]);
             }
         }
@@ -65,10 +64,10 @@ INLINE void multiply_tile(const format f, const phi_matmul *m, int row, int toke
             }
         }
         UNROLL for (int t = 0; t < n_tokens; t++) {
-            total[t] = _mm_add_ps(total[t], add_up(sum[0][t], sum[1][t], sum[2][t], sum[3][t]));
+            total[t] = add_four(total[t], add_up(sum[0][t], sum[1][t], sum[2][t], sum[3][t]));
         }
     }
-    UNROLL for (int t = 0; t < n_tokens; t++) _mm_maskstore_ps(out + (size_t)t * m->out_stride, there, total[t]);
+    UNROLL for (int t = 0; t < n_tokens; t++) store_first(out + (size_t)t * m->out_stride, n_rows, total[t]);
 }
 
 /* The same for any number of tokens up to TOKENS. */

@@ -1,0 +1,10 @@
+# Cross-compiles for aarch64 with Debian's gcc-aarch64-linux-gnu; tests run under qemu-user, on the CPU of PHI_QEMU_CPU.
+set(CMAKE_SYSTEM_NAME Linux)
+set(CMAKE_SYSTEM_PROCESSOR aarch64)
+set(CMAKE_C_COMPILER aarch64-linux-gnu-gcc)
+set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
+set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)
+set(CMAKE_FIND_ROOT_PATH_MODE_INCLUDE ONLY)
+set(CMAKE_EXE_LINKER_FLAGS_INIT -static)
+set(PHI_QEMU_CPU max CACHE STRING "The CPU that qemu-aarch64 is")
+set(CMAKE_CROSSCOMPILING_EMULATOR "qemu-aarch64;-cpu;${PHI_QEMU_CPU}")

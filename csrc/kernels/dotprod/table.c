@@ -1,0 +1,11 @@
+/* The dotprod tier's table: products with int8 activations. */
+#include "dotprod.h"
+
+#include "../generic/pack.h"
+
+#define PHI_SLOT(UPPER, lower) .matmul[PHI_TYPE_##UPPER] = phi_matmul_##lower##_dotprod,
+#define PHI_PACKED_SLOTS(UPPER, lower) \
+    .pack[PHI_TYPE_##UPPER] = phi_pack_##lower, .matmul_packed[PHI_TYPE_##UPPER] = phi_matmul_packed_##lower##_dotprod,
+
+const phi_kernels phi_kernels_dotprod = {
+    .name = "dotprod", PHI_NEON_LEGACY(PHI_SLOT) PHI_NEON_K(PHI_SLOT) PHI_NEON_PACKED(PHI_PACKED_SLOTS)};

@@ -1,0 +1,14 @@
+/* UNROLL before a loop whose count is a constant once its function is inlined. */
+#ifndef PHI_GENERIC_UNROLL_H
+#define PHI_GENERIC_UNROLL_H
+
+#if defined(__clang__)
+/* Not a number: clang would take it before it inlines, loop within loop, and not end for an hour. */
+#define UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define UNROLL _Pragma("GCC unroll 16")
+#else
+#define UNROLL
+#endif
+
+#endif

@@ -1,0 +1,413 @@
+/* Products of packed rows with int8 activations, for the tiers that differ in how they multiply integers.
+ * Layout: panels of 16 interleaved rows (kernels/generic/pack.h): a line is four columns of 16 rows, four vectors of 4.
+ * Idea: quants are signed bytes as they are (at most 63, or Q8_0's own); a line's vectors are multiplied by four
+ * activations; the integer sums are converted once a group and scaled. Types without minima take their offset off in
+ * integers: products begin with the activations' sums. A few tokens take the lines straight from the panel; for many,
+ * 256 columns of four panels are unpacked to the first-level cache once, and tiles of 8 rows x 4 tokens pass over them.
+ * A token's sum is built in the same order either way.
+ * The including file brings dot.h of a tier: phi_add_line and what belongs to it. It may define PHI_MATRIX_PRODUCTS,
+ * and what products of unpacked lines are then made of.
+ * Bound: few: reading the panel, asked for ahead; many: the multiplications. */
+#ifndef PHI_NEON_PACKED_H
+#define PHI_NEON_PACKED_H
+
+#include "../generic/pack.h"
+#include "simd.h"
+
+enum {
+    FEW_TOKENS = 4,
+    MANY_TOKENS = 4, /* in a tile */
+    VECTORS = 4,     /* of a line, four rows each */
+    TILE_VECTORS = 2,
+    LINES = 8,
+    MAX_GROUPS = 16,
+    CHUNK_BLOCKS = 8, /* sub-blocks of 32 columns unpacked at a time */
+    PANELS = 4,       /* unpacked at a time, so that all take the activations from the first-level cache */
+};
+
+/* Scales and minima of groups of columns, each for 16 rows. */
+typedef struct {
+    float32x4_t scale[MAX_GROUPS][VECTORS], min[MAX_GROUPS][VECTORS]; /* centred types have no min */
+} groups;
+
+/* What a type is made of; every field is a constant where this is inlined. */
+typedef struct {
+    size_t unit_bytes;
+    int bits;             /* of a quant */
+    int sub_blocks;       /* of 32 columns in a unit */
+    int unrolled;         /* so many of them differ in more than where they lie */
+    size_t stride;        /* bytes from those to the next ones */
+    int groups_per_block; /* scales in a sub-block: 1 or 2 */
+    bool has_min;         /* w = scale * q - min; without: w = scale * (q - 2^7 >> centre_shift) */
+    int centre_shift;     /* 8 and more: q is signed, w = scale * q */
+    void (*unpack_groups)(const void *unit, groups *g);
+    /* Sub-block j < unrolled of a unit that was moved on by i strides; j, line and v are constants, i is not. */
+    int8x16_t (*unpack_line)(const void *unit, int i, int j, int line, int v);
+} format;
+
+PHI_INLINE uint8x16_t vector_of(const uint8_t *line, int v) { return vld1q_u8(line + 16 * v); }
+PHI_INLINE int8x16_t nibbles_of(const uint8_t *line, int v, int high) {
+    const uint8x16_t q = vector_of(line, v);
+    return vreinterpretq_s8_u8(high ? vshrq_n_u8(q, 4) : vandq_u8(q, vdupq_n_u8(15)));
+}
+
+/* ---- blocks of 32 ---- */
+
+PHI_INLINE void halves_of(const uint16_t *d, float32x4_t *f) {
+    for (int v = 0; v < VECTORS; v++) f[v] = phi_load_half(d + 4 * v);
+}
+
+PHI_INLINE void groups_q4_0(const void *unit, groups *g) { halves_of(((const phi_panel_q4_0 *)unit)->d, g->scale[0]); }
+PHI_INLINE int8x16_t line_q4_0(const void *unit, int i, int j, int line, int v) {
+    (void)i, (void)j;
+    return nibbles_of(((const phi_panel_q4_0 *)unit)->lines[line % 4], v, line / 4);
+}
+
+PHI_INLINE void groups_q4_1(const void *unit, groups *g) {
+    const phi_panel_q4_1 *u = unit;
+    halves_of(u->d, g->scale[0]);
+    halves_of(u->m, g->min[0]);
+    for (int v = 0; v < VECTORS; v++) g->min[0][v] = vnegq_f32(g->min[0][v]);
+}
+PHI_INLINE int8x16_t line_q4_1(const void *unit, int i, int j, int line, int v) {
+    (void)i, (void)j;
+    return nibbles_of(((const phi_panel_q4_1 *)unit)->lines[line % 4], v, line / 4);
+}
+
+PHI_INLINE void groups_q8_0(const void *unit, groups *g) { halves_of(((const phi_panel_q8_0 *)unit)->d, g->scale[0]); }
+PHI_INLINE int8x16_t line_q8_0(const void *unit, int i, int j, int line, int v) {
+    (void)i, (void)j;
+    return vreinterpretq_s8_u8(vector_of(((const phi_panel_q8_0 *)unit)->lines[line], v));
+}
+
+/* ---- blocks of 256 ---- */
+
+PHI_INLINE void scale_u8(uint8x16_t bytes, const float32x4_t *d, float32x4_t *scaled) {
+    phi_floats_of_u8(bytes, scaled);
+    for (int v = 0; v < VECTORS; v++) scaled[v] = vmulq_f32(scaled[v], d[v]);
+}
+
+/* The 6-bit scales and minima of Q4_K and Q5_K, as phi_unpack_scales_k4, for 16 rows at a time. */
+PHI_INLINE void groups_k4(const uint8_t (*packed)[16], const uint16_t *d, const uint16_t *dmin, groups *g) {
+    const uint8x16_t low4 = vdupq_n_u8(15), low6 = vdupq_n_u8(63), bits45 = vdupq_n_u8(48);
+    float32x4_t ds[VECTORS], dmins[VECTORS];
+    halves_of(d, ds);
+    halves_of(dmin, dmins);
+    UNROLL for (int j = 0; j < 4; j++) {
+        const uint8x16_t a = vld1q_u8(packed[j]), b = vld1q_u8(packed[j + 4]), c = vld1q_u8(packed[j + 8]);
+        scale_u8(vandq_u8(a, low6), ds, g->scale[j]);
+        scale_u8(vandq_u8(b, low6), dmins, g->min[j]);
+        scale_u8(vorrq_u8(vandq_u8(c, low4), vandq_u8(vshrq_n_u8(a, 2), bits45)), ds, g->scale[j + 4]);
+        scale_u8(vorrq_u8(vshrq_n_u8(c, 4), vandq_u8(vshrq_n_u8(b, 2), bits45)), dmins, g->min[j + 4]);
+    }
+}
+
+/* Even sub-blocks are the low nibbles of their pair's lines, odd ones the high nibbles. */
+PHI_INLINE void groups_q4_k(const void *unit, groups *g) {
+    const phi_panel_q4_k *u = unit;
+    groups_k4(u->scales, u->d, u->dmin, g);
+}
+PHI_INLINE int8x16_t line_q4_k(const void *unit, int i, int j, int line, int v) {
+    (void)i;
+    return nibbles_of(((const phi_panel_q4_k *)unit)->lines[line], v, j);
+}
+
+PHI_INLINE void groups_q5_k(const void *unit, groups *g) {
+    const phi_panel_q5_k *u = unit;
+    groups_k4(u->scales, u->d, u->dmin, g);
+}
+/* The unit is not moved: its first lines lie apart from the rest. */
+PHI_INLINE int8x16_t line_q5_k(const void *unit, int i, int j, int line, int v) {
+    const phi_panel_q5_k *u = unit;
+    const uint8_t *low = i ? u->rest[8 * (i - 1)] + 64 * line : u->first[line].low;
+    const uint8x16_t high = vector_of(u->first[line].high, v);
+    const uint8x16_t fifth = vshlq_u8(high, vdupq_n_s8((int8_t)(4 - 2 * i - j)));
+    const uint8x16_t nibbles = vreinterpretq_u8_s8(nibbles_of(low, v, j));
+    return vreinterpretq_s8_u8(vbslq_u8(vdupq_n_u8(16), fifth, nibbles));
+}
+
+PHI_INLINE void groups_q6_k(const void *unit, groups *g) {
+    const phi_panel_q6_k *u = unit;
+    float32x4_t ds[VECTORS];
+    halves_of(u->d, ds);
+    for (int i = 0; i < MAX_GROUPS; i++) {
+        phi_floats_of_s8(vld1q_s8(u->scales[i]), g->scale[i]);
+        for (int v = 0; v < VECTORS; v++) g->scale[i][v] = vmulq_f32(g->scale[i][v], ds[v]);
+    }
+}
+PHI_INLINE int8x16_t line_q6_k(const void *unit, int i, int j, int line, int v) {
+    const phi_panel_q6_k *u = unit;
+    const uint8_t *low = j % 2 ? u->halves[0].second[line] : u->halves[0].first[line].low;
+    const uint8x16_t high = phi_shift(vector_of(u->halves[0].first[line].high, v), 4 - 2 * j);
+    const uint8x16_t nibbles = vreinterpretq_u8_s8(nibbles_of(low, v, j / 2));
+    (void)i;
+    return vreinterpretq_s8_u8(vbslq_u8(vdupq_n_u8(48), high, nibbles));
+}
+
+/* ---- products ---- */
+
+/* A token's sub-blocks: what they give to products with 16 rows. */
+typedef struct {
+    const int8_t *quants;   /* [n, 32] */
+    const float *scales;    /* [n] */
+    const float *sums;      /* [n, groups] */
+    const int32_t *offsets; /* [n, groups] */
+} x_blocks;
+
+/* From sub-block `block` on; the token is counted from the product's first. */
+PHI_INLINE x_blocks x_blocks_of(const format f, const phi_matmul *m, int token, size_t block) {
+    const size_t n_cols = (size_t)m->n_cols;
+    const phi_q8 q8 = phi_q8_from(m->x->q8, (size_t)(m->first_token + token) * n_cols + block * PHI_Q8_BLOCK);
+    const bool whole = f.groups_per_block == 1;
+    return (x_blocks){q8.quants, q8.scales, whole ? q8.block_sums : q8.sums, whole ? q8.block_offsets : q8.offsets};
+}
+
+PHI_INLINE bool is_centred(const format f) { return !f.has_min && f.centre_shift < 8; }
+
+/* total += a group's products: dot [n_tokens][n_vectors], of vectors first .. of a line; sub-block b of the tokens. */
+PHI_INLINE void scale_dots(const format f, const float32x4_t *scale, const float32x4_t *min, int k, const x_blocks *x,
+                           int b, int n_tokens, int first, int n_vectors, int32x4_t (*dot)[VECTORS],
+                           float32x4_t (*total)[VECTORS]) {
+    UNROLL for (int v = first; v < first + n_vectors; v++) {
+        UNROLL for (int t = 0; t < n_tokens; t++) {
+            const float32x4_t products = vmulq_f32(vcvtq_f32_s32(dot[t][v - first]), scale[v]);
+            total[t][v] = vfmaq_n_f32(total[t][v], products, x[t].scales[b]);
+            if (f.has_min) total[t][v] = vfmsq_n_f32(total[t][v], min[v], x[t].sums[b * f.groups_per_block + k]);
+        }
+    }
+}
+
+/* Where lines come from: unpacked ones, or sub-block j < unrolled of a unit moved on by i strides. */
+typedef struct {
+    const int8x16_t (*unpacked)[VECTORS];
+    const void *unit;
+    int i, j;
+} source;
+
+PHI_INLINE int8x16_t line_of(const format f, const source s, int line, int v) {
+    return s.unpacked ? s.unpacked[line][v] : f.unpack_line(s.unit, s.i, s.j, line, v);
+}
+
+/* Adds sub-block b to the totals of vectors first .. of a line. */
+PHI_INLINE void add_block(const format f, const source s, const groups *g, int b, const x_blocks *x, int n_tokens,
+                          int first, int n_vectors, float32x4_t (*total)[VECTORS]) {
+    const int group_lines = LINES / f.groups_per_block, group = b * f.groups_per_block;
+    const int sum_lines = phi_lines_a_sum(f.bits) < group_lines ? phi_lines_a_sum(f.bits) : group_lines;
+    UNROLL for (int k = 0; k < f.groups_per_block; k++) {
+        int32x4_t dot[FEW_TOKENS][VECTORS], begin[FEW_TOKENS];
+        UNROLL for (int t = 0; t < n_tokens; t++) {
+            if (is_centred(f)) begin[t] = vdupq_n_s32(x[t].offsets[group + k] >> f.centre_shift);
+        }
+        UNROLL for (int line = k * group_lines; line < (k + 1) * group_lines; line += sum_lines) {
+            phi_sums sum[FEW_TOKENS][VECTORS];
+            const bool first_lines = line == k * group_lines;
+            UNROLL for (int i = line; i < line + sum_lines; i++) {
+                UNROLL for (int v = 0; v < n_vectors; v++) {
+                    const int8x16_t q = line_of(f, s, i, first + v);
+                    UNROLL for (int t = 0; t < n_tokens; t++) {
+                        const int32x4_t *start = first_lines && is_centred(f) ? &begin[t] : NULL;
+                        const phi_sums *before = i > line ? &sum[t][v] : phi_begin_sums(start, &sum[t][v]);
+                        sum[t][v] = phi_add_line(before, q, x[t].quants + b * PHI_Q8_BLOCK, i);
+                    }
+                }
+            }
+            UNROLL for (int v = 0; v < n_vectors; v++) {
+                UNROLL for (int t = 0; t < n_tokens; t++) {
+                    const int32x4_t *start = !first_lines ? &dot[t][v] : is_centred(f) ? &begin[t] : NULL;
+                    dot[t][v] = phi_end_sums(start, sum[t][v]);
+                }
+            }
+        }
+        scale_dots(f, g->scale[group + k], g->min[group + k], k, x, b, n_tokens, first, n_vectors, dot, total);
+    }
+}
+
+PHI_INLINE void prefetch(const uint8_t *bytes, size_t n_bytes) {
+    UNROLL for (size_t i = 0; i < n_bytes; i += 64) phi_prefetch_line(bytes + i);
+}
+
+/* Tokens that see a line's vectors all at once; more see them in two halves, which their sums need registers for. */
+PHI_INLINE int vectors_at_once(int n_tokens) { return n_tokens <= 2 ? VECTORS : TILE_VECTORS; }
+
+/* n_tokens is a constant where this and what follows is inlined. */
+PHI_INLINE void multiply_few(const format f, const uint8_t *panel, const phi_matmul *m, int n_tokens, float *out) {
+    const size_t n_blocks = (size_t)m->n_cols / PHI_Q8_BLOCK, part = f.unit_bytes / (size_t)(f.sub_blocks / f.unrolled);
+    const int n_vectors = vectors_at_once(n_tokens);
+    float32x4_t total[FEW_TOKENS][VECTORS];
+    x_blocks x[FEW_TOKENS];
+    UNROLL for (int t = 0; t < n_tokens; t++) {
+        x[t] = x_blocks_of(f, m, t, 0);
+        UNROLL for (int v = 0; v < VECTORS; v++) total[t][v] = vdupq_n_f32(0.0f);
+    }
+    for (size_t b = 0; b < n_blocks; b += (size_t)f.sub_blocks, panel += f.unit_bytes) {
+        groups g;
+        f.unpack_groups(panel, &g);
+        for (int i = 0; i < f.sub_blocks / f.unrolled; i++) {
+            if (m->prefetch.into_l1_bytes) prefetch(panel + (size_t)i * part + m->prefetch.into_l1_bytes, part);
+            UNROLL for (int j = 0; j < f.unrolled; j++) {
+                const uint8_t *unit = panel + (size_t)i * f.stride;
+                PHI_KEEP_ADDRESS(unit); /* so that lines are read again, not all kept for the next sub-block */
+                const source s = {.unit = unit, .i = i, .j = j};
+                UNROLL for (int v = 0; v < VECTORS; v += n_vectors) {
+                    add_block(f, s, &g, i * f.unrolled + j, x, n_tokens, v, n_vectors, total);
+                }
+            }
+        }
+        UNROLL for (int t = 0; t < n_tokens; t++) {
+            x[t].quants += f.sub_blocks * PHI_Q8_BLOCK;
+            x[t].scales += f.sub_blocks;
+            x[t].sums += f.sub_blocks * f.groups_per_block;
+            x[t].offsets += f.sub_blocks * f.groups_per_block;
+        }
+    }
+    UNROLL for (int t = 0; t < n_tokens; t++) {
+        UNROLL for (int v = 0; v < VECTORS; v++) vst1q_f32(out + (size_t)t * m->out_stride + 4 * v, total[t][v]);
+    }
+}
+
+/* 256 columns of a panel. */
+typedef struct {
+    groups g;
+    int8x16_t lines[CHUNK_BLOCKS * LINES][VECTORS];
+} chunk;
+
+#ifndef PHI_MATRIX_PRODUCTS
+PHI_INLINE void arrange_lines(int8x16_t (*lines)[VECTORS]) { (void)lines; }
+PHI_INLINE void add_unpacked_block(const format f, const chunk *c, int b, const x_blocks *x, int n_tokens, int first,
+                                   float32x4_t (*total)[VECTORS]) {
+    const source s = {.unpacked = c->lines + b * LINES};
+    add_block(f, s, &c->g, b, x, n_tokens, first, TILE_VECTORS, total);
+}
+#else
+/* The eight lines of a sub-block in the order in which products take them. */
+PHI_INLINE void arrange_lines(int8x16_t (*lines)[VECTORS]);
+PHI_INLINE void add_unpacked_block(const format f, const chunk *c, int b, const x_blocks *x, int n_tokens, int first,
+                                   float32x4_t (*total)[VECTORS]);
+#endif
+
+PHI_INLINE void unpack_chunk(const format f, const uint8_t *panel, int n_blocks, chunk *c) {
+    for (int b = 0; b < n_blocks; b += f.sub_blocks, panel += f.unit_bytes) {
+        groups g;
+        const int first = b * f.groups_per_block;
+        f.unpack_groups(panel, &g);
+        for (int i = 0; i < f.sub_blocks * f.groups_per_block; i++) {
+            for (int v = 0; v < VECTORS; v++) {
+                c->g.scale[first + i][v] = g.scale[i][v];
+                if (f.has_min) c->g.min[first + i][v] = g.min[i][v];
+            }
+        }
+        for (int i = 0; i < f.sub_blocks / f.unrolled; i++) {
+            UNROLL for (int j = 0; j < f.unrolled; j++) {
+                int8x16_t(*lines)[VECTORS] = c->lines + (b + i * f.unrolled + j) * LINES;
+                UNROLL for (int line = 0; line < LINES; line++) {
+                    for (int v = 0; v < VECTORS; v++)
+                        lines[line][v] = f.unpack_line(panel + (size_t)i * f.stride, i, j, line, v);
+                }
+                arrange_lines(lines);
+            }
+        }
+    }
+}
+
+/* Adds a chunk's columns, from sub-block first_block on, to out, while the chunk after it comes from memory: `next`,
+ * NULL when it was fetched before. */
+PHI_INLINE void multiply_chunk(const format f, const chunk *c, size_t first_block, int n_blocks, const phi_matmul *m,
+                               int token, int n_tokens, const uint8_t *next, float *out) {
+    const size_t block_bytes = f.unit_bytes / (size_t)f.sub_blocks;
+    out += (size_t)token * m->out_stride;
+    for (int b = 0; next && b < n_blocks; b++) prefetch(next + (size_t)b * block_bytes, block_bytes);
+    x_blocks x[MANY_TOKENS];
+    UNROLL for (int t = 0; t < n_tokens; t++) x[t] = x_blocks_of(f, m, token + t, first_block);
+    UNROLL for (int first = 0; first < VECTORS; first += TILE_VECTORS) {
+        float32x4_t total[MANY_TOKENS][VECTORS];
+        UNROLL for (int t = 0; t < n_tokens; t++) {
+            UNROLL for (int v = first; v < first + TILE_VECTORS; v++) {
+                total[t][v] = first_block ? vld1q_f32(out + (size_t)t * m->out_stride + 4 * v) : vdupq_n_f32(0.0f);
+            }
+        }
+        for (int b = 0; b < n_blocks; b++) add_unpacked_block(f, c, b, x, n_tokens, first, total);
+        UNROLL for (int t = 0; t < n_tokens; t++) {
+            UNROLL for (int v = first; v < first + TILE_VECTORS; v++) {
+                vst1q_f32(out + (size_t)t * m->out_stride + 4 * v, total[t][v]);
+            }
+        }
+    }
+}
+
+PHI_INLINE void multiply_many(const format f, const uint8_t *panels, const phi_matmul *m, int n_panels, float *out) {
+    const size_t n_blocks = (size_t)m->n_cols / PHI_Q8_BLOCK, panel_bytes = PHI_PANEL_ROWS * m->row_bytes;
+    for (size_t b = 0; b < n_blocks; b += CHUNK_BLOCKS) {
+        const int n = n_blocks - b < CHUNK_BLOCKS ? (int)(n_blocks - b) : CHUNK_BLOCKS;
+        const uint8_t *part = panels + b / (size_t)f.sub_blocks * f.unit_bytes;
+        const bool last = b + CHUNK_BLOCKS >= n_blocks;
+        const uint8_t *next = last ? panels + (size_t)n_panels * panel_bytes
+                                   : part + (size_t)(CHUNK_BLOCKS / f.sub_blocks) * f.unit_bytes;
+        chunk c[PANELS];
+        for (int p = 0; p < n_panels; p++) unpack_chunk(f, part + (size_t)p * panel_bytes, n, &c[p]);
+        for (int t = 0; t < m->n_tokens;) {
+            const int n_tokens = m->n_tokens - t >= MANY_TOKENS ? MANY_TOKENS : 1;
+            for (int p = 0; p < n_panels; p++) {
+                const uint8_t *fetched = t == 0 ? next + (size_t)p * panel_bytes : NULL;
+                float *rows = out + p * PHI_PANEL_ROWS;
+                if (n_tokens == MANY_TOKENS)
+                    multiply_chunk(f, &c[p], b, n, m, t, MANY_TOKENS, fetched, rows);
+                else
+                    multiply_chunk(f, &c[p], b, n, m, t, 1, fetched, rows);
+            }
+            t += n_tokens;
+        }
+    }
+}
+
+PHI_INLINE void multiply_packed(const format f, const phi_matmul *m) {
+    for (int r = 0; r < m->n_rows;) {
+        const uint8_t *panel = m->rows + (size_t)r * m->row_bytes;
+        const int left = (m->n_rows - r) / PHI_PANEL_ROWS;
+        float *out = m->out + r;
+        int n_panels = 1;
+        switch (m->n_tokens) {
+        case 1:
+            multiply_few(f, panel, m, 1, out);
+            break;
+        case 2:
+            multiply_few(f, panel, m, 2, out);
+            break;
+        case 3:
+            multiply_few(f, panel, m, 3, out);
+            break;
+        case 4:
+            multiply_few(f, panel, m, 4, out);
+            break;
+        default:
+            n_panels = left < PANELS ? left : PANELS;
+            multiply_many(f, panel, m, n_panels, out);
+        }
+        r += n_panels * PHI_PANEL_ROWS;
+    }
+}
+
+#define PHI_DEFINE_PACKED(type, bits, n_sub_blocks, unrolled, stride, n_groups, has_min, centre_shift, tier) \
+    void phi_matmul_packed_##type##_##tier(const phi_matmul *m) {                                            \
+        const format f = {sizeof(phi_panel_##type),                                                          \
+                          bits,                                                                              \
+                          n_sub_blocks,                                                                      \
+                          unrolled,                                                                          \
+                          stride,                                                                            \
+                          n_groups,                                                                          \
+                          has_min,                                                                           \
+                          centre_shift,                                                                      \
+                          groups_##type,                                                                     \
+                          line_##type};                                                                      \
+        multiply_packed(f, m);                                                                               \
+    }
+
+/* Offsets of the activations are 128 times their sums: 8 of Q4_0 is 2^4 times less, 32 of Q6_K 2^2. */
+#define PHI_DEFINE_PACKED_PRODUCTS(tier)                                                                \
+    PHI_DEFINE_PACKED(q4_0, 4, 1, 1, 0, 1, false, 4, tier)                                              \
+    PHI_DEFINE_PACKED(q4_1, 4, 1, 1, 0, 1, true, 8, tier)                                               \
+    PHI_DEFINE_PACKED(q8_0, 8, 1, 1, 0, 1, false, 8, tier)                                              \
+    PHI_DEFINE_PACKED(q4_k, 4, 8, 2, sizeof(((phi_panel_q4_k *)0)->lines[0]) * LINES, 1, true, 8, tier) \
+    PHI_DEFINE_PACKED(q5_k, 5, 8, 2, 0, 1, true, 8, tier)                                               \
+    PHI_DEFINE_PACKED(q6_k, 6, 8, 4, sizeof(((phi_panel_q6_k *)0)->halves[0]), 2, false, 2, tier)
+
+#endif

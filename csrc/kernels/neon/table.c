@@ -1,0 +1,20 @@
+/* The NEON tier's table. Slots left out come from the scalar tier: they are not worth a kernel. */
+#include "neon.h"
+
+#include "../generic/pack.h"
+
+#define PHI_SLOT(UPPER, lower) .matmul[PHI_TYPE_##UPPER] = phi_matmul_##lower##_neon,
+#define PHI_PACKED_SLOTS(UPPER, lower) \
+    .pack[PHI_TYPE_##UPPER] = phi_pack_##lower, .matmul_packed[PHI_TYPE_##UPPER] = phi_matmul_packed_##lower##_neon,
+
+const phi_kernels phi_kernels_neon = {
+    .name = "neon",
+    PHI_NEON_FLOATS(PHI_SLOT) PHI_NEON_LEGACY(PHI_SLOT) PHI_NEON_K(PHI_SLOT) PHI_NEON_PACKED(PHI_PACKED_SLOTS)
+        .quantize_q8 = phi_quantize_q8_neon,
+    .rms_norm = phi_rms_norm_neon,
+    .rope = {phi_rope_neox_neon, phi_rope_norm_neon},
+    .silu_mul = phi_silu_mul_neon,
+    .add = phi_add_neon,
+    .store_kv = {phi_store_kv_f16_neon, phi_store_kv_q8_neon},
+    .attention = {phi_attention_f16_neon, phi_attention_q8_neon},
+};

@@ -1,0 +1,187 @@
+/* What happens to activations between the products: norm, rotation, quantisation, SiLU, residual, storing of keys and
+ * values. Four floats a step. Of two numbers FMAXNM and FMINNM take the one that is not NaN, as fmaxf and fminf do. */
+#include <float.h>
+#include <math.h>
+
+#include "neon.h"
+#include "simd.h"
+
+/* The largest magnitude of 32 floats; NaN counts for nothing. */
+PHI_INLINE float largest_of(const float32x4_t v[8]) {
+    float32x4_t largest = vdupq_n_f32(0.0f);
+    for (int i = 0; i < 8; i++) largest = vmaxnmq_f32(largest, vabsq_f32(v[i]));
+    return vmaxnmvq_f32(largest);
+}
+
+/* 16 floats times a number to the nearest integers from -127 to 127; NaN, which infinity times 0 makes, becomes 127. */
+PHI_INLINE int8x16_t to_bytes(const float32x4_t v[4], float inverse) {
+    const float32x4_t limit = vdupq_n_f32(127.0f);
+    int32x4_t q[4];
+    for (int i = 0; i < 4; i++) {
+        const float32x4_t below = vminnmq_f32(limit, vmulq_n_f32(v[i], inverse));
+        q[i] = vcvtnq_s32_f32(vmaxnmq_f32(vnegq_f32(limit), below));
+    }
+    const int16x8_t low = vcombine_s16(vmovn_s32(q[0]), vmovn_s32(q[1]));
+    const int16x8_t high = vcombine_s16(vmovn_s32(q[2]), vmovn_s32(q[3]));
+    return vcombine_s8(vmovn_s16(low), vmovn_s16(high));
+}
+
+void phi_quantize_q8_neon(const float *x, size_t n, phi_q8 q8) {
+    for (size_t b = 0; b < n / PHI_Q8_BLOCK; b++) {
+        float32x4_t v[8];
+        for (int i = 0; i < 8; i++) v[i] = vld1q_f32(x + b * PHI_Q8_BLOCK + 4 * i);
+        const float scale = largest_of(v) / 127.0f;
+        /* As the scalar kernel: below the smallest normal scale the block is zero. */
+        const float inverse = scale >= FLT_MIN ? 1.0f / scale : 0.0f;
+        int32_t sum[2];
+        for (size_t i = 0; i < 2; i++) {
+            const int8x16_t q = to_bytes(v + 4 * i, inverse);
+            vst1q_s8(q8.quants + b * PHI_Q8_BLOCK + 16 * i, q);
+            sum[i] = vaddlvq_s8(q);
+            q8.sums[2 * b + i] = scale * (float)sum[i];
+            q8.offsets[2 * b + i] = -128 * sum[i];
+        }
+        q8.scales[b] = scale;
+        q8.block_sums[b] = scale * (float)(sum[0] + sum[1]);
+        q8.block_offsets[b] = -128 * (sum[0] + sum[1]);
+    }
+}
+
+void phi_rms_norm_neon(const float *x, const float *weight, size_t n, float eps, float *y) {
+    const size_t n4 = n / 4 * 4;
+    float64x2_t squares[2] = {vdupq_n_f64(0.0), vdupq_n_f64(0.0)};
+    for (size_t i = 0; i < n4; i += 4) {
+        const float32x4_t v = vld1q_f32(x + i);
+        const float64x2_t low = vcvt_f64_f32(vget_low_f32(v)), high = vcvt_high_f64_f32(v);
+        squares[0] = vfmaq_f64(squares[0], low, low);
+        squares[1] = vfmaq_f64(squares[1], high, high);
+    }
+    double total = vaddvq_f64(vaddq_f64(squares[0], squares[1]));
+    for (size_t i = n4; i < n; i++) total += (double)x[i] * (double)x[i];
+
+    const float inverse = (float)(1.0 / sqrt(total / (double)n + (double)eps));
+    for (size_t i = 0; i < n4; i += 4)
+        vst1q_f32(y + i, vmulq_f32(vmulq_n_f32(vld1q_f32(x + i), inverse), vld1q_f32(weight + i)));
+    for (size_t i = n4; i < n; i++) y[i] = x[i] * inverse * weight[i];
+}
+
+PHI_INLINE float32x4_t silu_mul(float32x4_t gate, float32x4_t up) {
+    const float32x4_t e = phi_exp(vnegq_f32(gate));
+    return vmulq_f32(vdivq_f32(gate, vaddq_f32(vdupq_n_f32(1.0f), e)), up);
+}
+
+void phi_silu_mul_neon(const float *gate, const float *up, size_t n, float *y) {
+    const size_t n4 = n / 4 * 4;
+    for (size_t i = 0; i < n4; i += 4) vst1q_f32(y + i, silu_mul(vld1q_f32(gate + i), vld1q_f32(up + i)));
+    if (n4 < n) { /* the tail by the same arithmetic */
+        float g[4] = {0}, u[4] = {0};
+        memcpy(g, gate + n4, (n - n4) * sizeof *g);
+        memcpy(u, up + n4, (n - n4) * sizeof *u);
+        vst1q_f32(g, silu_mul(vld1q_f32(g), vld1q_f32(u)));
+        memcpy(y + n4, g, (n - n4) * sizeof *g);
+    }
+}
+
+void phi_add_neon(const float *x, size_t n, float *y) {
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) vst1q_f32(y + i, vaddq_f32(vld1q_f32(y + i), vld1q_f32(x + i)));
+    for (; i < n; i++) y[i] += x[i];
+}
+
+/* Products and sums stay apart, as in the scalar kernel: all tiers rotate to the same bits. */
+PHI_INLINE void rotate(float32x4_t *a, float32x4_t *b, float32x4_t cos, float32x4_t sin) {
+    const float32x4_t x = *a, y = *b;
+    *a = vsubq_f32(vmulq_f32(x, cos), vmulq_f32(y, sin));
+    *b = vaddq_f32(vmulq_f32(y, cos), vmulq_f32(x, sin));
+}
+
+void phi_rope_neox_neon(float *x, int rope_dims, const float *cos, const float *sin) {
+    const size_t half = (size_t)rope_dims / 2;
+    size_t i = 0;
+    for (; i + 4 <= half; i += 4) {
+        float32x4_t a = vld1q_f32(x + i), b = vld1q_f32(x + half + i);
+        rotate(&a, &b, vld1q_f32(cos + i), vld1q_f32(sin + i));
+        vst1q_f32(x + i, a);
+        vst1q_f32(x + half + i, b);
+    }
+    for (; i < half; i++) {
+        const float a = x[i], b = x[half + i];
+        x[i] = a * cos[i] - b * sin[i];
+        x[half + i] = b * cos[i] + a * sin[i];
+    }
+}
+
+void phi_rope_norm_neon(float *x, int rope_dims, const float *cos, const float *sin) {
+    const size_t half = (size_t)rope_dims / 2;
+    size_t i = 0;
+    for (; i + 4 <= half; i += 4) {
+        float32x4x2_t pairs = vld2q_f32(x + 2 * i);
+        rotate(&pairs.val[0], &pairs.val[1], vld1q_f32(cos + i), vld1q_f32(sin + i));
+        vst2q_f32(x + 2 * i, pairs);
+    }
+    for (; i < half; i++) {
+        const float a = x[2 * i], b = x[2 * i + 1];
+        x[2 * i] = a * cos[i] - b * sin[i];
+        x[2 * i + 1] = b * cos[i] + a * sin[i];
+    }
+}
+
+PHI_INLINE void to_half(const float *x, uint16_t *halves) {
+    vst1_u16(halves, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(x))));
+}
+
+void phi_store_kv_f16_neon(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head) {
+    const phi_page_head page = phi_page_head_of(PHI_KV_F16, head_dim, page_head);
+    const size_t n = (size_t)head_dim, n4 = n / 4 * 4, s = (size_t)slot;
+    uint16_t *keys = (uint16_t *)(void *)page.keys + s / PHI_KV_GROUP * n * PHI_KV_GROUP + s % PHI_KV_GROUP;
+    uint16_t *values = (uint16_t *)(void *)page.values + s * n;
+    uint16_t halves[4];
+    for (size_t d = 0; d < n4; d += 4) {
+        to_half(k + d, halves);
+        for (size_t i = 0; i < 4; i++) keys[(d + i) * PHI_KV_GROUP] = halves[i];
+        to_half(v + d, values + d);
+    }
+    if (n4 == n) return;
+    float tail[4] = {0};
+    memcpy(tail, k + n4, (n - n4) * sizeof *tail);
+    to_half(tail, halves);
+    for (size_t d = n4; d < n; d++) keys[d * PHI_KV_GROUP] = halves[d - n4];
+    memcpy(tail, v + n4, (n - n4) * sizeof *tail);
+    to_half(tail, halves);
+    memcpy(values + n4, halves, (n - n4) * sizeof *halves);
+}
+
+/* n, at most 32, dimensions to q [32], and their scale, as the scalar kernel has them. */
+static uint16_t quantize_kv(const float *x, size_t n, int8_t *q) {
+    float padded[PHI_KV_BLOCK] = {0};
+    float32x4_t v[8];
+    uint32x4_t numbers = vdupq_n_u32(UINT32_MAX);
+    memcpy(padded, x, n * sizeof *padded);
+    for (int i = 0; i < 8; i++) {
+        v[i] = vld1q_f32(padded + 4 * i);
+        numbers = vandq_u32(numbers, vceqq_f32(v[i], v[i]));
+    }
+    const float wanted = vminvq_u32(numbers) ? largest_of(v) / 127.0f : NAN;
+    const uint16_t half = vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(wanted))), 0);
+    const float scale = phi_half(&half);
+    if (!(scale > 0.0f && scale < INFINITY)) {
+        memset(q, 0, PHI_KV_BLOCK);
+        return half;
+    }
+    for (int i = 0; i < 2; i++) vst1q_s8(q + 16 * i, to_bytes(v + 4 * i, 1.0f / scale));
+    return half;
+}
+
+void phi_store_kv_q8_neon(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head) {
+    const phi_page_head page = phi_page_head_of(PHI_KV_Q8, head_dim, page_head);
+    const size_t head = (size_t)head_dim, n_blocks = phi_kv_blocks(head_dim), s = (size_t)slot;
+    uint8_t *keys = page.keys + s / PHI_KV_GROUP * head * PHI_KV_GROUP + s % PHI_KV_GROUP;
+    for (size_t b = 0; b < n_blocks; b++) {
+        const size_t d = b * PHI_KV_BLOCK, n = head - d < PHI_KV_BLOCK ? head - d : PHI_KV_BLOCK;
+        int8_t q[PHI_KV_BLOCK];
+        page.value_scales[s * n_blocks + b] = quantize_kv(v + d, n, q);
+        memcpy(page.values + s * head + d, q, n);
+        page.key_scales[b * PHI_PAGE_TOKENS + s] = quantize_kv(k + d, n, q);
+        for (size_t i = 0; i < n; i++) keys[(d + i) * PHI_KV_GROUP] = (uint8_t)q[i];
+    }
+}

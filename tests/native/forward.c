@@ -1,0 +1,223 @@
+/* Whole forward passes of a tiny model of random weights: what a token gets does not depend on what runs with it, on
+ * threads, or on the layout of weights that no tier packs; and every tier comes near the scalar one. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "weights.h"
+
+enum {
+    N_LAYERS = 2,
+    N_EMBD = 256,
+    N_FFN = 512,
+    N_HEADS = 4,
+    N_KV_HEADS = 2,
+    HEAD_DIM = 64,
+    ROPE_DIMS = 48,
+    N_VOCAB = 100, /* rows that fill no panel: the output stays in the file layout */
+    N_TOKENS = 45,
+    WINDOW = 37,
+    N_PAGES = 2 * ((N_TOKENS + PHI_PAGE_TOKENS - 1) / PHI_PAGE_TOKENS),
+    N_MATRICES = 7 * N_LAYERS + 2,
+};
+
+typedef struct {
+    phi_model model;
+    phi_layer layers[N_LAYERS];
+    phi_feed_forward ffn[N_LAYERS];
+    float norm[N_EMBD], inv_freq[ROPE_DIMS / 2];
+    void *owned[2 * N_MATRICES];
+    int n_owned;
+} tiny;
+
+static void *own(tiny *m, void *p) { return m->owned[m->n_owned++] = p; }
+
+static phi_matrix random_matrix(tiny *m, generator *g, phi_type type, int n_rows, int n_cols) {
+    const size_t n_bytes = (size_t)n_rows * phi_row_bytes(type, (size_t)n_cols);
+    uint8_t *data = own(m, memory(n_bytes));
+    fill_rows(g, type, WEIGHTS_RANDOM, (size_t)n_rows, (size_t)n_cols, data);
+    return (phi_matrix){.type = type, .n_rows = n_rows, .n_cols = n_cols, .data = data};
+}
+
+static void pack(tiny *m, phi_matrix *matrix) {
+    const size_t n_bytes = phi_packed_bytes(m->model.kernels, matrix);
+    if (n_bytes == 0) return;
+    CHECK(phi_pack(m->model.kernels, m->model.pool, matrix, own(m, memory(n_bytes))) == PHI_OK, "packing failed");
+    CHECK(matrix->layout == PHI_LAYOUT_PANELS, "a packed matrix has the layout %d", (int)matrix->layout);
+}
+
+/* The same weights whatever the tier. */
+static tiny *make_tiny(const phi_kernels *k, phi_pool *pool, phi_rope_style style, bool packed) {
+    generator g = {7};
+    tiny *m = memory(sizeof *m);
+    *m = (tiny){.n_owned = 0};
+    for (int i = 0; i < N_EMBD; i++) m->norm[i] = 0.5f + next_uniform(&g);
+    for (int i = 0; i < ROPE_DIMS / 2; i++) m->inv_freq[i] = 1.0f / (1.0f + (float)(i * i));
+    for (int l = 0; l < N_LAYERS; l++) {
+        m->layers[l] = (phi_layer){
+            .attn_norm = {.weight = m->norm},
+            .wq = random_matrix(m, &g, PHI_TYPE_Q5_K, N_HEADS * HEAD_DIM, N_EMBD),
+            .wk = random_matrix(m, &g, PHI_TYPE_Q8_0, N_KV_HEADS * HEAD_DIM, N_EMBD),
+            .wv = random_matrix(m, &g, PHI_TYPE_Q4_1, N_KV_HEADS * HEAD_DIM, N_EMBD),
+            .wo = random_matrix(m, &g, PHI_TYPE_Q4_K, N_EMBD, N_HEADS * HEAD_DIM),
+            .ffn_norm = {.weight = m->norm},
+            .ffn = &m->ffn[l],
+        };
+        m->ffn[l] = (phi_feed_forward){
+            .gate = random_matrix(m, &g, PHI_TYPE_Q4_K, N_FFN, N_EMBD),
+            .up = random_matrix(m, &g, PHI_TYPE_Q4_0, N_FFN, N_EMBD),
+            .down = random_matrix(m, &g, PHI_TYPE_Q6_K, N_EMBD, N_FFN),
+        };
+    }
+    m->model = (phi_model){
+        .n_layers = N_LAYERS,
+        .n_embd = N_EMBD,
+        .n_ffn = N_FFN,
+        .n_heads = N_HEADS,
+        .n_kv_heads = N_KV_HEADS,
+        .head_dim = HEAD_DIM,
+        .n_vocab = N_VOCAB,
+        .rope_dims = ROPE_DIMS,
+        .rope_style = style,
+        .rope_inv_freq = m->inv_freq,
+        .rope_inv_freq_long = m->inv_freq,
+        .rope_attn_factor = 1.0f,
+        .norm_eps = 1e-5f,
+        .window = WINDOW,
+        .token_embd = random_matrix(m, &g, PHI_TYPE_F16, N_VOCAB, N_EMBD),
+        .output_norm = {.weight = m->norm},
+        .output = random_matrix(m, &g, PHI_TYPE_Q6_K, N_VOCAB, N_EMBD),
+        .layers = m->layers,
+        .kernels = k,
+        .pool = pool,
+    };
+    for (int l = 0; packed && l < N_LAYERS; l++) {
+        phi_layer *layer = &m->layers[l];
+        phi_feed_forward *ffn = &m->ffn[l];
+        phi_matrix *matrices[] = {&layer->wq, &layer->wk, &layer->wv, &layer->wo, &ffn->gate, &ffn->up, &ffn->down};
+        for (int i = 0; i < 7; i++) pack(m, matrices[i]);
+    }
+    if (packed) pack(m, &m->model.output);
+    return m;
+}
+
+static void free_tiny(tiny *m) {
+    for (int i = 0; i < m->n_owned; i++) free(m->owned[i]);
+    free(m);
+}
+
+static bool always(void *context) {
+    (void)context;
+    return true;
+}
+
+/* Logits [N_TOKENS, N_VOCAB] of a text, run in chunks of so many tokens; beside it, where `company`, another one. */
+static void run(const tiny *m, phi_kv_type type, int chunk, bool company, float *logits) {
+    phi_kv *kv;
+    CHECK(phi_kv_create(&m->model, type, N_PAGES, &kv) == PHI_OK, "no cache");
+    const int32_t pages[2][2] = {{3, 0}, {2, 1}};
+    const phi_sequence seqs[2] = {{.pages = pages[0]}, {.pages = pages[1]}};
+    for (int first = 0; first < N_TOKENS; first += chunk) {
+        int32_t tokens[2 * N_TOKENS], positions[2 * N_TOKENS], sequences[2 * N_TOKENS], rows[N_TOKENS];
+        const int n = N_TOKENS - first < chunk ? N_TOKENS - first : chunk;
+        int n_tokens = 0;
+        for (int i = 0; i < n; i++) {
+            for (int s = company ? 1 : 0; s >= 0; s--) {
+                if (s == 0) rows[i] = n_tokens;
+                tokens[n_tokens] = ((first + i) * 31 + 7 * s) % N_VOCAB;
+                positions[n_tokens] = first + i;
+                sequences[n_tokens++] = s;
+            }
+        }
+        const phi_batch batch = {
+            .n_tokens = n_tokens,
+            .tokens = tokens,
+            .positions = positions,
+            .sequences = sequences,
+            .seqs = seqs,
+            .n_logit_rows = n,
+            .logit_rows = rows,
+            .logits = logits + first * N_VOCAB,
+        };
+        CHECK(phi_forward(&m->model, kv, &batch) == PHI_OK, "%s: a forward pass failed", m->model.kernels->name);
+    }
+    phi_kv_free(kv);
+}
+
+static void check_cancelling(const tiny *m) {
+    phi_kv *kv;
+    float logits[N_VOCAB];
+    const int32_t zero = 0;
+    CHECK(phi_kv_create(&m->model, PHI_KV_F16, 1, &kv) == PHI_OK, "no cache");
+    const phi_sequence seq = {.pages = &zero};
+    const phi_batch batch = {.n_tokens = 1,
+                             .tokens = &zero,
+                             .positions = &zero,
+                             .sequences = &zero,
+                             .seqs = &seq,
+                             .n_logit_rows = 1,
+                             .logit_rows = &zero,
+                             .logits = logits,
+                             .poll = always};
+    CHECK(phi_forward(&m->model, kv, &batch) == PHI_CANCELLED, "a cancelled pass went on");
+    phi_kv_free(kv);
+}
+
+/* The squared error as a share of the squared signal. */
+static double nmse(const float *got, const float *expected) {
+    double error = 0.0, signal = 0.0;
+    for (int i = 0; i < N_TOKENS * N_VOCAB; i++) {
+        const double difference = (double)got[i] - (double)expected[i];
+        error += difference * difference;
+        signal += (double)expected[i] * (double)expected[i];
+    }
+    return error / signal;
+}
+
+static void check_ways(const phi_kernels *k, phi_kv_type type, phi_rope_style style, bool packed,
+                       const float *expected) {
+    enum { N_LOGITS = N_TOKENS * N_VOCAB };
+    static const struct {
+        int n_threads, chunk;
+        bool company;
+    } ways[] = {{1, 1, false}, {1, N_TOKENS, false}, {3, N_TOKENS, true}, {2, 7, true}, {3, 1, false}};
+    float *first = floats(N_LOGITS), *logits = floats(N_LOGITS);
+    for (int i = 0; i < (int)(sizeof ways / sizeof *ways); i++) {
+        phi_pool *pool;
+        CHECK(phi_pool_create(ways[i].n_threads, &pool) == PHI_OK, "no pool");
+        tiny *m = make_tiny(k, pool, style, packed);
+        const bool rounds_anew = k->few_tokens && ways[i].chunk * (ways[i].company ? 2 : 1) > k->few_tokens;
+        run(m, type, ways[i].chunk, ways[i].company, i ? logits : first);
+        if (i == 0) check_cancelling(m);
+        if (i && !rounds_anew) {
+            const size_t at = first_difference(logits, first, N_LOGITS);
+            CHECK(at == N_LOGITS, "%s: %d threads, chunks of %d%s: logit %zu of token %zu differs from token by token",
+                  k->name, ways[i].n_threads, ways[i].chunk, ways[i].company ? " in company" : "", at % N_VOCAB,
+                  at / N_VOCAB);
+        }
+        const double error = nmse(i ? logits : first, expected);
+        CHECK(error <= (rounds_anew ? 1e-2 : 2e-3), "%s: logits are off by %g of those of the scalar tier", k->name,
+              error);
+        free_tiny(m);
+        phi_pool_free(pool);
+    }
+    free(first);
+    free(logits);
+}
+
+void test_forward(const phi_kernels *k) {
+    const phi_kernels *scalar;
+    float *expected = floats(N_TOKENS * N_VOCAB);
+    phi_pool *pool;
+    CHECK(phi_select_kernels("scalar", &scalar) == PHI_OK && phi_pool_create(1, &pool) == PHI_OK, "no scalar tier");
+    for (phi_kv_type type = 0; type < PHI_N_KV_TYPES; type++) {
+        const phi_rope_style style = type == PHI_KV_F16 ? PHI_ROPE_NEOX : PHI_ROPE_NORM;
+        tiny *m = make_tiny(scalar, pool, style, false);
+        run(m, type, N_TOKENS, false, expected);
+        free_tiny(m);
+        check_ways(k, type, style, false, expected);
+        check_ways(k, type, style, true, expected);
+    }
+    phi_pool_free(pool);
+    free(expected);
+}

@@ -1,0 +1,201 @@
+/* What happens to activations between the products. */
+#include <float.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "check.h"
+
+#define LENGTH(array) ((int)(sizeof(array) / sizeof *(array)))
+
+static const phi_kernels *scalar_tier(void) {
+    const phi_kernels *scalar;
+    CHECK(phi_select_kernels("scalar", &scalar) == PHI_OK, "the scalar tier is missing");
+    return scalar;
+}
+
+/* ---- quantisation ---- */
+
+static void check_q8_is_that_of_scalar(const phi_kernels *k, const float *x, size_t n, const char *what) {
+    const phi_q8 got = allot_q8(n), expected = allot_q8(n);
+    k->quantize_q8(x, n, got);
+    scalar_tier()->quantize_q8(x, n, expected);
+    for (size_t i = 0; i < n; i++) {
+        const size_t b = i / PHI_Q8_BLOCK, s = i / PHI_SUM_BLOCK;
+        CHECK(got.quants[i] == expected.quants[i], "%s: q8 of %s: quant %zu is %d, scalar %d", k->name, what, i,
+              got.quants[i], expected.quants[i]);
+        CHECK(same_float(got.scales[b], expected.scales[b]) && same_float(got.sums[s], expected.sums[s]) &&
+                  same_float(got.block_sums[b], expected.block_sums[b]),
+              "%s: q8 of %s: scale or sums of block %zu differ from scalar", k->name, what, b);
+        CHECK(got.offsets[s] == expected.offsets[s] && got.block_offsets[b] == expected.block_offsets[b],
+              "%s: q8 of %s: offsets of block %zu differ from scalar", k->name, what, b);
+    }
+    free_q8(got);
+    free_q8(expected);
+}
+
+/* Against what the words say: the largest magnitude is 127, the rest is rounded to the nearest. */
+static void check_q8_is_near(const phi_kernels *k, const float *x, size_t n) {
+    const phi_q8 q8 = allot_q8(n);
+    k->quantize_q8(x, n, q8);
+    for (size_t b = 0; b < n / PHI_Q8_BLOCK; b++) {
+        int sum = 0;
+        float largest = 0.0f;
+        for (size_t i = b * PHI_Q8_BLOCK; i < (b + 1) * PHI_Q8_BLOCK; i++) {
+            const double error = fabs((double)q8.scales[b] * q8.quants[i] - (double)x[i]);
+            CHECK(error <= 0.5001 * (double)q8.scales[b] + 1e-40, "%s: q8: %g became %d * %g", k->name, (double)x[i],
+                  q8.quants[i], (double)q8.scales[b]);
+            largest = fmaxf(largest, fabsf(x[i]));
+            sum += q8.quants[i];
+        }
+        CHECK(q8.scales[b] == largest / 127.0f, "%s: q8: the scale of block %zu is %g", k->name, b,
+              (double)q8.scales[b]);
+        CHECK(q8.block_offsets[b] == -128 * sum && q8.block_sums[b] == q8.scales[b] * (float)sum,
+              "%s: q8: the sums of block %zu", k->name, b);
+    }
+    free_q8(q8);
+}
+
+static void test_quantize_q8(const phi_kernels *k) {
+    enum { N = 512 };
+    generator g = {5};
+    float *x = floats(N);
+    fill_spiky(&g, 1, N, x);
+    check_q8_is_near(k, x, N);
+    check_q8_is_that_of_scalar(k, x, N, "spiky numbers");
+    const float fills[] = {0.0f, -0.0f, 1e-42f, 1e-36f, 1e37f, -FLT_MAX, FLT_MIN, INFINITY, NAN};
+    for (int i = 0; i < LENGTH(fills); i++) {
+        for (int j = 0; j < N; j++) x[j] = j % 3 ? fills[i] : -fills[i];
+        check_q8_is_that_of_scalar(k, x, N, "the same number");
+        fill_spiky(&g, 1, N, x);
+        for (int j = 0; j < N; j += 37) x[j] = fills[i];
+        check_q8_is_that_of_scalar(k, x, N, "numbers with an extreme among them");
+    }
+    for (int i = 0; i < N; i++) x[i] = i % 32 ? ((float)(i % 32) + 0.5f) / 127.0f : 1.0f; /* ties: to even */
+    check_q8_is_that_of_scalar(k, x, N, "ties");
+    free(x);
+}
+
+/* ---- norm, SiLU, residual ---- */
+
+static void test_rms_norm(const phi_kernels *k) {
+    const int sizes[] = {2, 7, 8, 15, 17, 64, 100, 3072};
+    for (int i = 0; i < LENGTH(sizes); i++) {
+        const size_t n = (size_t)sizes[i];
+        generator g = {n};
+        float *x = floats(n), *weight = floats(n), *y = floats(n);
+        fill_spiky(&g, 1, n, x);
+        fill_normal(&g, n, weight);
+        k->rms_norm(x, weight, n, 1e-5f, y);
+        double squares = 0.0;
+        for (size_t j = 0; j < n; j++) squares += (double)x[j] * (double)x[j];
+        const double inverse = 1.0 / sqrt(squares / (double)n + (double)1e-5f);
+        for (size_t j = 0; j < n; j++) {
+            const double exact = (double)x[j] * inverse * (double)weight[j];
+            CHECK(near(y[j], exact, 1e-6, 0.0), "%s: rms_norm of %zu: %zu is %.9g, expected %.9g", k->name, n, j,
+                  (double)y[j], exact);
+        }
+        free(x);
+        free(weight);
+        free(y);
+    }
+}
+
+static void test_silu_mul(const phi_kernels *k) {
+    const int sizes[] = {1, 3, 4, 8, 13, 100};
+    for (int i = 0; i < LENGTH(sizes); i++) {
+        const size_t n = (size_t)sizes[i];
+        generator g = {n};
+        float *gate = floats(n), *up = floats(n), *y = floats(n);
+        fill_normal(&g, n, up);
+        for (size_t j = 0; j < n; j++) gate[j] = j ? 20.0f * next_normal(&g) : -85.0f;
+        k->silu_mul(gate, up, n, y);
+        for (size_t j = 0; j < n; j++) {
+            const double exact = (double)gate[j] / (1.0 + exp(-(double)gate[j])) * (double)up[j];
+            CHECK(near(y[j], exact, 2e-6, 0.0), "%s: silu_mul of %zu: %zu is %.9g, expected %.9g", k->name, n, j,
+                  (double)y[j], exact);
+        }
+        k->silu_mul(gate, up, n, gate); /* in place */
+        CHECK(first_difference(gate, y, n) == n, "%s: silu_mul of %zu in place differs", k->name, n);
+        free(gate);
+        free(up);
+        free(y);
+    }
+    const float gate[] = {0.0f, -0.0f, 1e-42f, 200.0f, -200.0f, 3e38f, INFINITY, NAN}, up[] = {1, 1, 1, 1, 1, 1, 1, 1};
+    float y[8];
+    k->silu_mul(gate, up, 8, y);
+    CHECK(y[0] == 0.0f && y[1] == 0.0f && y[3] == 200.0f && y[5] == 3e38f && y[6] == INFINITY && isnan(y[7]) &&
+              fabsf(y[4]) <= 1e-30f && fabsf(y[2]) <= 1e-42f,
+          "%s: silu_mul of extremes: %g %g %g %g %g %g %g %g", k->name, (double)y[0], (double)y[1], (double)y[2],
+          (double)y[3], (double)y[4], (double)y[5], (double)y[6], (double)y[7]);
+}
+
+static void test_add(const phi_kernels *k) {
+    const int sizes[] = {1, 3, 4, 7, 8, 15, 16, 17, 33, 100};
+    for (int i = 0; i < LENGTH(sizes); i++) {
+        const size_t n = (size_t)sizes[i];
+        generator g = {n};
+        float *x = floats(n), *y = floats(n), *expected = floats(n);
+        fill_normal(&g, n, x);
+        fill_normal(&g, n, y);
+        x[0] = 1e-42f;
+        x[n / 2] = INFINITY;
+        y[n - 1] = NAN;
+        for (size_t j = 0; j < n; j++) expected[j] = x[j] + y[j];
+        k->add(x, n, y);
+        CHECK(first_difference(y, expected, n) == n, "%s: add of %zu differs at %zu", k->name, n,
+              first_difference(y, expected, n));
+        free(x);
+        free(y);
+        free(expected);
+    }
+}
+
+/* ---- rotation: the bits of the scalar tier ---- */
+
+static void check_rope(const phi_kernels *k, phi_rope_style style, int head_dim, int rope_dims) {
+    generator g = {(uint64_t)(head_dim * 1000 + rope_dims)};
+    const size_t n = (size_t)head_dim, n_freqs = (size_t)rope_dims / 2;
+    float *x = floats(n), *before = floats(n), *expected = floats(n), *cos = floats(n_freqs), *sin = floats(n_freqs);
+    fill_normal(&g, n, x);
+    fill_normal(&g, n_freqs, cos);
+    fill_normal(&g, n_freqs, sin);
+    for (int special = 0; special < 2; special++) {
+        memcpy(before, x, n * sizeof *x);
+        memcpy(expected, x, n * sizeof *x);
+        k->rope[style](x, rope_dims, cos, sin);
+        scalar_tier()->rope[style](expected, rope_dims, cos, sin);
+        CHECK(first_difference(x, expected, n) == n, "%s: rope of style %d, %d of %d, differs at %zu", k->name,
+              (int)style, rope_dims, head_dim, first_difference(x, expected, n));
+        for (size_t i = 0; special == 0 && i < n_freqs; i++) {
+            const size_t a = style == PHI_ROPE_NEOX ? i : 2 * i, b = style == PHI_ROPE_NEOX ? i + n_freqs : 2 * i + 1;
+            const double exact_a = (double)before[a] * (double)cos[i] - (double)before[b] * (double)sin[i];
+            const double exact_b = (double)before[b] * (double)cos[i] + (double)before[a] * (double)sin[i];
+            CHECK(near(x[a], exact_a, 1e-5, 2e-6) && near(x[b], exact_b, 1e-5, 2e-6),
+                  "%s: rope of style %d, %d of %d: pair %zu", k->name, (int)style, rope_dims, head_dim, i);
+        }
+        x[0] = NAN;
+        x[rope_dims - 1] = INFINITY;
+    }
+    free(x);
+    free(before);
+    free(expected);
+    free(cos);
+    free(sin);
+}
+
+static void test_rope(const phi_kernels *k) {
+    const int shapes[][2] = {{2, 2}, {20, 14}, {64, 64}, {80, 32}, {80, 40}, {96, 96}, {128, 98}};
+    for (int i = 0; i < LENGTH(shapes); i++) {
+        check_rope(k, PHI_ROPE_NEOX, shapes[i][0], shapes[i][1]);
+        check_rope(k, PHI_ROPE_NORM, shapes[i][0], shapes[i][1]);
+    }
+}
+
+void test_vectors(const phi_kernels *k) {
+    test_quantize_q8(k);
+    test_rms_norm(k);
+    test_silu_mul(k);
+    test_add(k);
+    test_rope(k);
+}
