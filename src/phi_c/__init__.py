@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from phi_c._core import CancelFlag
     from phi_c.calibration import collect_imatrix
+    from phi_c.engine.saved_state import StateSummary
     from phi_c.errors import PhiError
     from phi_c.evaluate import compare, perplexity
     from phi_c.llm import LLM, load
@@ -24,6 +25,7 @@ __all__ = [
     "PhiError",
     "Piece",
     "Score",
+    "StateSummary",
     "Usage",
     "collect_imatrix",
     "compare",
@@ -41,6 +43,7 @@ _HOMES = {
     "Completion": "phi_c.results",
     "Piece": "phi_c.results",
     "Score": "phi_c.results",
+    "StateSummary": "phi_c.engine.saved_state",
     "Usage": "phi_c.results",
     "quantize": "phi_c.model.quantize",
 }

