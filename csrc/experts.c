@@ -61,9 +61,7 @@ static void assign_rows(forward *f) {
         x->first_row[e] = first;
         x->n_rows[e] = row - first;
         if (row > first) x->active[x->n_active++] = e;
-        for (; row % PHI_TILE_TOKENS != 0; row++) x->token[row] = -1;
     }
-    x->n_all_rows = row;
 }
 
 static void gather(worker *w, const phi_activations *normed) {
@@ -72,11 +70,9 @@ static void gather(worker *w, const phi_activations *normed) {
     const size_t n_embd = (size_t)f->model->n_embd;
     FOR_EACH_TASK(w, task, 1) assign_rows(f);
     end_phase(w);
-    FOR_EACH_TASK(w, row, x->n_all_rows) {
-        if (x->token[row] < 0) continue;
+    FOR_EACH_TASK(w, row, f->batch->n_tokens * PHI_EXPERTS_USED) {
         memcpy(x->in.f32 + (size_t)row * n_embd, normed->f32 + (size_t)x->token[row] * n_embd, n_embd * sizeof(float));
         quantize(f->model->kernels, &x->in, row, 0, n_embd);
-        quantize_wide(f->model->kernels, &x->in, row);
     }
     end_phase(w);
 }
@@ -100,11 +96,6 @@ static void project_inner(worker *w, const phi_feed_forward *experts) {
             kernels->silu_mul(gates + at, ups + at, (size_t)n_rows, y);
             quantize(kernels, &x->inner, first_row + t, (size_t)first, (size_t)n_rows);
         }
-    }
-    end_phase(w);
-    if (!x->inner.wide) return;
-    FOR_EACH_TASK(w, row, x->n_all_rows) {
-        if (x->token[row] >= 0) quantize_wide(kernels, &x->inner, row);
     }
     end_phase(w);
 }

@@ -291,9 +291,8 @@ static void *allot(arena *a, size_t n_bytes) {
     return p;
 }
 
-static phi_activations allot_activations(arena *a, const phi_kernels *k, size_t n_tokens, int n_cols) {
+static phi_activations allot_narrow(arena *a, size_t n_tokens, int n_cols) {
     const size_t n = n_tokens * (size_t)n_cols;
-    const bool wide = k->quantize_wide && n_tokens > (size_t)k->few_tokens && n_cols % PHI_WIDE_BLOCK == 0;
     return (phi_activations){
         .n_cols = n_cols,
         .f32 = allot(a, n * sizeof(float)),
@@ -303,16 +302,22 @@ static phi_activations allot_activations(arena *a, const phi_kernels *k, size_t 
                .block_sums = allot(a, n / PHI_Q8_BLOCK * sizeof(float)),
                .offsets = allot(a, n / PHI_SUM_BLOCK * sizeof(int32_t)),
                .block_offsets = allot(a, n / PHI_Q8_BLOCK * sizeof(int32_t))},
-        .wide = wide ? allot(a, phi_wide_bytes(n_tokens, (size_t)n_cols)) : NULL,
-        .wide_scales = wide ? allot(a, n / PHI_WIDE_BLOCK * sizeof(float)) : NULL,
     };
+}
+
+/* With wide ones, where products of so many tokens take them. */
+static phi_activations allot_activations(arena *a, const phi_kernels *k, size_t n_tokens, int n_cols) {
+    phi_activations x = allot_narrow(a, n_tokens, n_cols);
+    if (k->quantize_wide && n_tokens > (size_t)k->few_tokens && n_cols % PHI_WIDE_BLOCK == 0) {
+        x.wide = allot(a, phi_wide_bytes(n_tokens, (size_t)n_cols));
+        x.wide_scales = allot(a, n_tokens * (size_t)n_cols / PHI_WIDE_BLOCK * sizeof(float));
+    }
+    return x;
 }
 
 static void lay_out_experts(forward *f, arena *a, size_t n_tokens) {
     const phi_model *model = f->model;
     const size_t n_experts = (size_t)model->n_experts, n_chosen = n_tokens * PHI_EXPERTS_USED;
-    /* Each expert's rows are filled up to whole tiles. */
-    const size_t n_rows = round_up(n_chosen + n_experts * (PHI_TILE_TOKENS - 1), PHI_TILE_TOKENS);
     f->experts = (expert_rows){
         .scores = allot(a, n_tokens * n_experts * sizeof(float)),
         .chosen = allot(a, n_chosen * sizeof(int)),
@@ -320,10 +325,10 @@ static void lay_out_experts(forward *f, arena *a, size_t n_tokens) {
         .first_row = allot(a, n_experts * sizeof(int)),
         .n_rows = allot(a, n_experts * sizeof(int)),
         .active = allot(a, n_experts * sizeof(int)),
-        .token = allot(a, n_rows * sizeof(int)),
-        .slot = allot(a, n_rows * sizeof(int)),
-        .in = allot_activations(a, model->kernels, n_rows, model->n_embd),
-        .inner = allot_activations(a, model->kernels, n_rows, model->n_ffn),
+        .token = allot(a, n_chosen * sizeof(int)),
+        .slot = allot(a, n_chosen * sizeof(int)),
+        .in = allot_narrow(a, n_chosen, model->n_embd),
+        .inner = allot_narrow(a, n_chosen, model->n_ffn),
     };
 }
 

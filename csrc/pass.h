@@ -13,18 +13,17 @@ typedef struct {
     int first, n_tokens; /* in the batch */
 } token_run;
 
-/* Which experts run for which tokens, and their activations: an expert's rows lie together, from a multiple of
- * PHI_TILE_TOKENS on, its tokens in ascending order. */
+/* Which experts run for which tokens, and their activations: an expert's rows lie together, its tokens in ascending
+ * order. They are never wide: how many tokens share an expert must not decide how its products round. */
 typedef struct {
-    float *scores;            /* [n_tokens, n_experts] of the router */
-    int *chosen;              /* [n_tokens, PHI_EXPERTS_USED] */
-    float *weights;           /* [n_tokens, PHI_EXPERTS_USED] of the chosen ones */
-    int *first_row, *n_rows;  /* [n_experts] */
-    int *active;              /* [n_active] experts that have rows */
-    int *token, *slot;        /* [rows]: whose row it is, and which of its chosen experts; token -1: nobody's */
-    int n_active, n_all_rows; /* the rows up to the last one in use */
-    phi_activations in;       /* [rows, n_embd] */
-    phi_activations inner;    /* [rows, n_ffn] */
+    float *scores;           /* [n_tokens, n_experts] of the router */
+    int *chosen;             /* [n_tokens, PHI_EXPERTS_USED] */
+    float *weights;          /* [n_tokens, PHI_EXPERTS_USED] of the chosen ones */
+    int *first_row, *n_rows; /* [n_experts] */
+    int *active, n_active;   /* [n_active] experts that have rows */
+    int *token, *slot;       /* [n_rows]: whose row it is, and which of its chosen experts */
+    phi_activations in;      /* [n_rows, n_embd]; there are n_tokens * PHI_EXPERTS_USED rows */
+    phi_activations inner;   /* [n_rows, n_ffn] */
 } expert_rows;
 
 typedef struct {

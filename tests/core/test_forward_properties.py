@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from closeness import nmse, rounds_anew
+from closeness import nmse, rounds_anew, typical_nmse
 from forward_helper import Floats, Runner
 
 from phi_c import _core
@@ -48,7 +48,9 @@ def in_chunks(runner: Runner, size: int, table_seed: int = 0) -> Floats:
 def assert_same(runner: Runner, got: Floats, expected: Floats, largest_batch: int) -> None:
     """Compare bit for bit unless one of the two was computed in batches whose products round otherwise."""
     if rounds_anew(runner.model.tier, largest_batch):
-        assert nmse(got, expected) <= 1e-3
+        # Of experts a near tie may be settled otherwise, in some rows.
+        error = typical_nmse if runner.config.n_experts else nmse
+        assert error(got, expected) <= 1e-3
     else:
         assert np.array_equal(got, expected)
 

@@ -73,8 +73,8 @@ def test_past_the_original_context(long: Converted) -> None:
         tokens = random_tokens(n_tokens, long.n_tokens)
         expected = long.expected(tokens)
         assert worst_nmse(ours(long, tokens), expected) <= SAME
-    with llm.load(long.gguf, n_ctx=8192) as engine:
-        other = engine.engine.logits(tokens, False, engine.n_batch)
+    with llm.load(long.gguf, n_ctx=8192, rope="short") as engine:
+        other = engine.logits(tokens)
     error = worst_nmse(other, expected)
     print(f"short factors beyond the original context: {error:.1e}")
     assert error > DRIFTED
