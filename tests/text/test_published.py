@@ -230,7 +230,10 @@ def test_llama_cpps_file_of_phi3(case: Case, phi3_vocab: Path) -> None:
 
 
 def test_a_long_text_takes_linear_time(case: Case) -> None:
-    """A million characters take at most twice what the library takes, and about ten times what a tenth takes."""
+    """Four times the characters take far from sixteen times the time, and at most twice what the library takes.
+
+    Both lengths are beyond the caches, where a character costs about twice what it does in a short text.
+    """
     paragraph = (Path(__file__).parents[1] / "english.txt").read_text("utf-8")
     long = (paragraph * (1 + 1_000_000 // len(paragraph)))[:1_000_000]
 
@@ -242,10 +245,10 @@ def test_a_long_text_takes_linear_time(case: Case) -> None:
     def ours(text: str) -> list[int]:
         return case.ours["gguf"].encode(text, parse_special=True)
 
-    tenth = seconds(ours, long[:100_000])
-    whole = seconds(ours, long)
-    assert whole < 25 * tenth + 0.1
-    assert whole < 2 * seconds(case.theirs[True].encode, long) + 0.1
+    quarter = min(seconds(ours, long[:250_000]) for _ in range(3))
+    whole = min(seconds(ours, long) for _ in range(3))
+    assert whole < 10 * quarter
+    assert whole < 2 * min(seconds(case.theirs[True].encode, long) for _ in range(3))
 
 
 def judge(name: str) -> ModuleType:
