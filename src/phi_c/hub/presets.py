@@ -51,6 +51,11 @@ PRESETS = {
             "3.8 B parameters, 2.5 GB, context 128k",
         ),
         Preset(
+            "phi-3.5-moe",
+            "hf:bartowski/Phi-3.5-MoE-instruct-GGUF/Phi-3.5-MoE-instruct-Q4_K_M.gguf",
+            "42 B parameters of which 6.6 B run, 25.3 GB, context 128k",
+        ),
+        Preset(
             "phi-2",
             "hf:TheBloke/phi-2-GGUF/phi-2.Q4_K_M.gguf",
             "2.8 B parameters, 1.8 GB, context 2k, a base model: raw prompts",
