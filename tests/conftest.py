@@ -1,11 +1,16 @@
 """Files that several tests need: the real vocabulary of Phi-3, and a small model with real weights."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from phi_c.errors import DownloadError
+
+# A shell starts background jobs with Ctrl-C ignored, and so would the processes be that the tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
