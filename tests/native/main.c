@@ -3,12 +3,15 @@
  *   phi_tests                              everything, on every tier that this machine has
  *   phi_tests products attention           these groups
  *   phi_tests --tiers scalar,neon [GROUP]  and the machine must have exactly these tiers
+ *   phi_tests --types                      no test: a line for each type and tier, `own` for a product of the tier's
+ * own, on rows as in the file, then on packed ones
  *
  * One line a group and tier; the first mismatch is printed and ends the program with status 1. */
 #include <stdio.h>
 #include <string.h>
 
 #include "check.h"
+#include "dispatch.h"
 
 static const struct {
     const char *name;
@@ -48,6 +51,16 @@ static void list_tiers(char *text, size_t n_bytes) {
     }
 }
 
+static void list_types(void) {
+    for (int type = 0; type < PHI_N_TYPES; type++) {
+        for (const char *const *tier = phi_tier_names(); *tier; tier++) {
+            const phi_kernels *own = phi_own_kernels(*tier);
+            printf("%s %s %s %s\n", phi_types[type].name, *tier, own->matmul[type] ? "own" : "-",
+                   own->matmul_packed[type] ? "own" : "-");
+        }
+    }
+}
+
 static int find_group(const char *name) {
     for (int i = 0; i < N_GROUPS; i++) {
         if (strcmp(groups[i].name, name) == 0) return i;
@@ -58,6 +71,10 @@ static int find_group(const char *name) {
 int main(int n_arguments, char **arguments) {
     char tiers[256];
     int first = 1;
+    if (n_arguments == 2 && strcmp(arguments[1], "--types") == 0) {
+        list_types();
+        return 0;
+    }
     list_tiers(tiers, sizeof tiers);
     printf("tiers %s; cpu %s\n", tiers, phi_cpu_features());
     if (n_arguments > 2 && strcmp(arguments[1], "--tiers") == 0) {
