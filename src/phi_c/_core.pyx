@@ -1,7 +1,6 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, auto_pickle=False, freethreading_compatible=False
 """The only boundary to C: buffers and sizes are checked here, then the engine in csrc/ trusts them."""
 
-import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
 from phi_c.errors import Cancelled, ModelClosedError, OptionError
+from phi_c.locks import MODEL, new_lock
 
 
 # ---- tensor types ----
@@ -258,7 +258,7 @@ cdef class Model:
             raise OptionError(f"n_threads is {n_threads}, expected at least 1")
         if layout not in ("packed", "file"):
             raise OptionError(f"layout is {layout!r}, expected 'packed' or 'file'")
-        self.lock = threading.Lock()
+        self.lock = new_lock(MODEL)
         self.keep = []
         m.kernels = _kernels(tier)
         self.tier = m.kernels.name.decode()

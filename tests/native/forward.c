@@ -35,7 +35,7 @@ static void *own(tiny *m, void *p) { return m->owned[m->n_owned++] = p; }
 static phi_matrix random_matrix(tiny *m, generator *g, phi_type type, int n_rows, int n_cols) {
     const size_t n_bytes = (size_t)n_rows * phi_row_bytes(type, (size_t)n_cols);
     uint8_t *data = own(m, memory(n_bytes));
-    fill_rows(g, type, WEIGHTS_RANDOM, (size_t)n_rows, (size_t)n_cols, data);
+    fill_rows(g, type, WEIGHTS_TRAINED, (size_t)n_rows, (size_t)n_cols, data);
     return (phi_matrix){.type = type, .n_rows = n_rows, .n_cols = n_cols, .data = data};
 }
 

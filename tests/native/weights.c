@@ -4,16 +4,18 @@
 
 #include "half.h"
 
-const char *const weight_kind_names[N_WEIGHT_KINDS] = {"random", "extreme", "of any size"};
+const char *const weight_kind_names[N_WEIGHT_KINDS] = {"random", "extreme", "of any size", "as trained"};
 
-/* Where the half precision scales of a block lie, in bytes from its start; -1: there is no second one. */
+/* Where the half precision scales of a block lie, in bytes from its start; -1: there is no second one. usual: the size
+ * of a random quant, times that of its sub-block's scale. */
 static const struct {
     int first, second;
-} scale_offsets[PHI_N_TYPES] = {
-    [PHI_TYPE_F32] = {-1, -1},   [PHI_TYPE_F16] = {-1, -1},   [PHI_TYPE_BF16] = {-1, -1}, [PHI_TYPE_Q4_0] = {0, -1},
-    [PHI_TYPE_Q4_1] = {0, 2},    [PHI_TYPE_Q5_0] = {0, -1},   [PHI_TYPE_Q5_1] = {0, 2},   [PHI_TYPE_Q8_0] = {0, -1},
-    [PHI_TYPE_Q2_K] = {80, 82},  [PHI_TYPE_Q3_K] = {108, -1}, [PHI_TYPE_Q4_K] = {0, 2},   [PHI_TYPE_Q5_K] = {0, 2},
-    [PHI_TYPE_Q6_K] = {208, -1},
+    float usual;
+} scales[PHI_N_TYPES] = {
+    [PHI_TYPE_Q4_0] = {0, -1, 5},      [PHI_TYPE_Q4_1] = {0, 2, 9},   [PHI_TYPE_Q5_0] = {0, -1, 9},
+    [PHI_TYPE_Q5_1] = {0, 2, 18},      [PHI_TYPE_Q8_0] = {0, -1, 74}, [PHI_TYPE_Q2_K] = {80, 82, 15},
+    [PHI_TYPE_Q3_K] = {108, -1, 42},   [PHI_TYPE_Q4_K] = {0, 2, 320}, [PHI_TYPE_Q5_K] = {0, 2, 660},
+    [PHI_TYPE_Q6_K] = {208, -1, 1370},
 };
 
 static void put_half(uint8_t *at, float value) {
@@ -21,13 +23,15 @@ static void put_half(uint8_t *at, float value) {
     memcpy(at, &half, sizeof half);
 }
 
-static float block_scale(generator *g, weight_kind kind, size_t row) {
+static float block_scale(generator *g, phi_type type, weight_kind kind, size_t row) {
     static const float sizes[] = {0x1p-24f, -0x1p-15f, 0x1p-14f, 0.0f, -0.0f, 1.0f, -3.0f, 65504.0f};
     switch (kind) {
     case WEIGHTS_EXTREME:
         return row % 2 ? -0.5f : 0.5f;
     case WEIGHTS_ANY_SIZE:
         return sizes[next_below(g, sizeof sizes / sizeof *sizes)];
+    case WEIGHTS_TRAINED:
+        return next_normal(g) / scales[type].usual / 16.0f;
     default:
         return 0.01f * next_normal(g);
     }
@@ -40,15 +44,15 @@ static void fill_quantised_row(generator *g, phi_type type, weight_kind kind, si
     for (size_t b = 0; b < n_blocks; b++, block += block_bytes) {
         for (size_t i = 0; i < block_bytes; i++)
             block[i] = kind == WEIGHTS_EXTREME ? patterns[row % sizeof patterns] : (uint8_t)next_bits(g);
-        put_half(block + scale_offsets[type].first, block_scale(g, kind, row));
-        if (scale_offsets[type].second >= 0) put_half(block + scale_offsets[type].second, block_scale(g, kind, row));
+        put_half(block + scales[type].first, block_scale(g, type, kind, row));
+        if (scales[type].second >= 0) put_half(block + scales[type].second, block_scale(g, type, kind, row));
     }
 }
 
 /* Floats as they come, or of any exponent that leaves sums finite. */
 static void fill_float_row(generator *g, phi_type type, weight_kind kind, size_t n_cols, uint8_t *row) {
     for (size_t i = 0; i < n_cols; i++) {
-        const float size = kind == WEIGHTS_RANDOM ? 1.0f : block_scale(g, WEIGHTS_ANY_SIZE, 0) / 8.0f;
+        const float size = kind == WEIGHTS_RANDOM ? 1.0f : block_scale(g, type, WEIGHTS_ANY_SIZE, 0) / 8.0f;
         const float value = next_normal(g) * size;
         const uint16_t upper = (uint16_t)(phi_bits_from_float(value) >> 16);
         if (type == PHI_TYPE_F32) memcpy(row + 4 * i, &value, sizeof value);

@@ -8,6 +8,7 @@ typedef enum {
     WEIGHTS_RANDOM,   /* any quants and sub-block scales, block scales of a sane size */
     WEIGHTS_EXTREME,  /* every byte of a row the same, scales of both signs */
     WEIGHTS_ANY_SIZE, /* block scales from the smallest subnormal number to the largest half */
+    WEIGHTS_TRAINED,  /* about 1/16 each: a product with 256 columns gives about what it is given */
     N_WEIGHT_KINDS
 } weight_kind;
 

@@ -1,7 +1,5 @@
 """One step at a time: schedule, forward, sample, emit."""
 
-import threading
-
 import numpy as np
 import numpy.typing as npt
 
@@ -10,6 +8,7 @@ from phi_c.engine.pages import PagePool
 from phi_c.engine.scheduler import Scheduler, Work, pages_for
 from phi_c.engine.sequence import Finish, Sequence
 from phi_c.errors import Cancelled, ModelClosedError
+from phi_c.locks import ENGINE, new_lock
 from phi_c.sampling.sampler import logprob
 
 Floats = npt.NDArray[np.float32]
@@ -34,7 +33,7 @@ class Engine:
         self.model = model
         self.kv = KvCache(model, pages_for(n_cache), kv)
         self.scheduler = Scheduler(PagePool(self.kv.n_pages), n_batch, n_ctx_orig, window)
-        self._lock = threading.Lock()
+        self._lock = new_lock(ENGINE)
         self._closed = False
 
     def add(self, sequence: Sequence) -> None:
