@@ -1,10 +1,15 @@
-"""Processes that begin after a model has run here: by each start method, and by a fork in the middle of a step."""
+"""Processes that begin after a model has run here: by each start method, and by a fork in the middle of a step; and in
+a control group that grants one core.
+"""
 
 import multiprocessing
 import os
+import subprocess
 import sys
+import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -93,3 +98,42 @@ def test_fork_in_the_middle_of_a_step(path: Path, tmp_path: Path) -> None:
         finally:
             stop.set()
             thread.join()
+
+
+@pytest.fixture
+def one_core() -> Iterator[Path]:
+    """Return the `cgroup.procs` of a new control group whose quota is one core; skip where none can be made."""
+    quotas = {"cpu.cfs_period_us": "50000", "cpu.cfs_quota_us": "50000"}  # version 1
+    root = Path("/sys/fs/cgroup/cpu")
+    if not root.exists():
+        root, quotas = Path("/sys/fs/cgroup"), {"cpu.max": "50000 50000"}  # version 2
+    group = root / f"phi-c-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        for name, value in quotas.items():
+            if not (group / name).exists():
+                pytest.skip(f"{root} has no CPU controller")
+            (group / name).write_text(value)
+        yield group / "cgroup.procs"
+    finally:
+        group.rmdir()
+
+
+def test_a_quota_of_one_core_gives_one_thread(one_core: Path, path: Path) -> None:
+    code = """
+        import os, sys
+        with open(sys.argv[1], "w") as file:
+            file.write(str(os.getpid()))
+        import phi_c
+        with phi_c.load(sys.argv[2]) as llm:
+            llm.generate([5, 6, 7], max_tokens=2)
+            print(llm.n_threads, len(os.listdir("/proc/self/task")))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(one_core), str(path)]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1", "1"]
