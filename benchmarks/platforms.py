@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 BUILDS = ROOT / "build/native"
 TIERS = ("scalar", "avx2", "avxvnni", "avx512", "amx", "amxbf16", "neon", "dotprod", "i8mm")
 WORDS = ("", "built", "emulated", "qemu", "wine", "run")  # from no evidence to the best
+_FOOTER = "tensor types with kernels of the tier's own"
 BEGIN, END = "<!-- {}: made by benchmarks/platforms.py -->", "<!-- end of {} -->"
 
 
@@ -101,12 +102,9 @@ def platform_table(stated: dict[tuple[str, str], str], keep_lower: bool) -> str:
             kept = (worse and is_missing(platform, tier, old)) or (keep_lower and not worse and old != "")
             cells.append(old if kept else new)
         rows.append([platform.name, *cells])
-    types = type_kernels()
-    own = [str(sum(kernels[tier] != "" for kernels in types.values())) for tier in TIERS] if types else []
-    footer = ["tensor types with kernels of its own", *own] if own else None
-    stated_footer = [stated.get(("tensor types with kernels of its own", tier), "") for tier in TIERS]
-    rows.append(footer or ["tensor types with kernels of its own", *stated_footer])
-    return markdown(("", *TIERS), rows)
+    kernels = type_kernels().values()
+    rows.append([_FOOTER, *(str(sum(tiers[tier] != "" for tiers in kernels)) for tier in TIERS)])
+    return markdown(("platform", *TIERS), rows)
 
 
 def type_kernels() -> dict[str, dict[str, str]]:
