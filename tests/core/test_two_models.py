@@ -1,6 +1,9 @@
-"""Models side by side: two in a process, several threads, a process that forks."""
+"""Models side by side: two in a process, several threads, a process that forks, an interpreter without its lock."""
 
 import os
+import subprocess
+import sys
+import sysconfig
 import threading
 from pathlib import Path
 
@@ -40,6 +43,16 @@ def test_calls_from_several_threads(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this interpreter has its lock always")
+def test_free_threaded_python_turns_its_lock_on() -> None:
+    """Nothing in _core was checked without it; the kernels run without it anyway."""
+    code = "import sys, phi_c._core; print(sys._is_gil_enabled())"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHON_GIL"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "True"
+    assert "phi_c._core" in done.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
