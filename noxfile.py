@@ -8,9 +8,9 @@ from pathlib import Path
 
 import nox
 
-nox.options.sessions = ["lint", "types", "tests", "sanitize", "emulate_amx", "reference"]
+nox.options.sessions = ["lint", "types", "tests", "sanitize", "emulate_amx", "reference", "native", "qemu"]
 nox.options.default_venv_backend = "venv"
-C_SOURCES = sorted(str(p) for folder in ("csrc", "tests/native", "benchmarks") for p in Path(folder).rglob("*.[ch]"))
+C_SOURCES = sorted(str(p) for folder in ("csrc", "tests", "benchmarks") for p in Path(folder).rglob("*.[ch]"))
 # Those that hold our numbers against other libraries, as far as these are installed.
 REFERENCE_TESTS = [
     "tests/transformers_reference",
@@ -19,6 +19,10 @@ REFERENCE_TESTS = [
     "tests/evaluate/test_harness.py",
     "tests/quantize",
     "tests/text",
+]
+SANITIZED = [
+    *(f"tests/core/test_{name}.py" for name in ("forward_properties", "head", "kv_pages", "observer", "two_models")),
+    *("tests/model", "tests/fuzz", "tests/quantize/test_quant_rows.py"),
 ]
 PYTHON = ["src", "tests", "benchmarks", "noxfile.py"]
 
@@ -50,15 +54,19 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def sanitize(session: nox.Session) -> None:
-    """Kernels, forward passes and damaged files under ASan and UBSan (gcc)."""
-    session.install("-C", "cmake.define.PHI_SANITIZE=ON", "-C", "cmake.build-type=RelWithDebInfo", ".[test]")
+    """What Python hands to C, forward passes and damaged files under ASan and UBSan (gcc); `native` has the kernels."""
+    # A build folder of its own, here and below: CMake would remember the option for the next build.
+    session.install(
+        *("-C", "cmake.define.PHI_SANITIZE=ON", "-C", "cmake.build-type=RelWithDebInfo"),
+        *("-C", "build-dir=build/sanitize", ".[test]"),
+    )
     libraries = [
         subprocess.run(["gcc", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
     ]
     session.run(
         "pytest",
-        *(session.posargs or ["tests/core", "tests/model", "tests/quantize/test_quant_rows.py", "-k", "not smollm2"]),
+        *(session.posargs or [*SANITIZED, "-k", "not smollm2"]),
         env={
             "LD_PRELOAD": " ".join(libraries),
             # The interpreter keeps memory until it exits: leaks are not ours to report.
@@ -73,7 +81,6 @@ def sanitize(session: nox.Session) -> None:
 @nox.session
 def emulate_amx(session: nox.Session) -> None:
     """Kernels and forward passes of amx and amxbf16, tiles emulated in C, and avxvnni, by AVX-512's instruction."""
-    # A build folder of its own: CMake would remember the option for the next build.
     session.install(
         *("-C", "cmake.define.PHI_EMULATE_AMX=ON", "-C", "cmake.define.PHI_AVXVNNI_BY_AVX512=ON"),
         *("-C", "cmake.define.PHI_WARNINGS_AS_ERRORS=ON"),
@@ -89,7 +96,7 @@ def emulate_amx(session: nox.Session) -> None:
 @nox.session
 def reference(session: nox.Session) -> None:
     """Converted models against transformers and llama.cpp, and docs/models.md against what the code gives."""
-    session.install("-C", "cmake.define.PHI_WARNINGS_AS_ERRORS=ON", ".[reference]")
+    session.install(".[reference]")
     # Without these the tests would be left out, and nobody would see it.
     needed = "libgguf, lm_eval, safetensors, sentencepiece, tiktoken, torch, transformers, xllamacpp"
     session.run("python", "-c", f"import {needed}")
@@ -141,6 +148,12 @@ def need(session: nox.Session, *programs: str, packages: str) -> None:
     if missing:
         stop = session.error if os.environ.get("CI") else session.skip
         stop(f"needs {', '.join(missing)} (Debian: {packages})")
+
+
+def newest_clang() -> str:
+    """Return the name of a clang, whether there is one or not."""
+    names = ["clang", *(f"clang-{number}" for number in range(25, 13, -1))]
+    return next((name for name in names if shutil.which(name)), "clang")
 
 
 @nox.session
@@ -281,3 +294,22 @@ def arm_wheel(session: nox.Session, zig: str) -> None:
     for cpu, tiers in (("max", "scalar,neon,dotprod,i8mm"), ("cortex-a72", "scalar,neon")):
         check = ("tests/wheels/check_wheel.py", "--tiers", tiers)
         session.run("qemu-aarch64", "-cpu", cpu, str(python), *check, env=environment, external=True)
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Mutated headers into the loader (atheris), and rows of any bytes into the kernels (libFuzzer): a minute each."""
+    clang = newest_clang()
+    need(session, clang, packages="clang, libclang-rt-dev")
+    session.install("cmake", "ninja", ".[fuzz,test]")
+    folder = build_c(session, "fuzz", f"-DCMAKE_C_COMPILER={clang}", "-DPHI_BUILD_FUZZERS=ON", target="fuzz_weights")
+    fuzzers = {
+        "weights": [str(folder / "tests/fuzz/fuzz_weights")],
+        "header": ["python", "tests/fuzz/fuzz_header.py"],
+    }
+    for name, command in fuzzers.items():
+        found = BUILDS / f"fuzz-{name}"  # new inputs, and below them those that fail
+        (found / "failing").mkdir(parents=True, exist_ok=True)
+        limits = [f"-max_total_time={os.environ.get('PHI_FUZZ_SECONDS', '60')}", "-timeout=20", "-rss_limit_mb=4096"]
+        options = [*limits, "-max_len=16384", "-print_final_stats=1", f"-artifact_prefix={found}/failing/"]
+        session.run(*command, str(found), f"tests/fuzz/corpus/{name}", *options, external=True)

@@ -135,7 +135,7 @@ class LLM:
             check_memory(self.config, n_cache, kv, 0 if is_mapped else self._file.n_bytes)
             if is_mapped:
                 _touch_meanwhile(self._file.all_data() if panels is None else panels)
-            self.tokenizer = load_tokenizer(self._file.metadata, tokenizer_json)
+            self.tokenizer = load_tokenizer(self._file.metadata, tokenizer_json, path)
             self.template = load_chat_template(self._file.metadata, self.tokenizer)
             model = Model(
                 self.config,

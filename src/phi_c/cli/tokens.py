@@ -46,8 +46,9 @@ def command(
             text = sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError as error:
             raise OptionError(f"stdin is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    with GGUFFile(hub.resolve(model, progress=sys.stderr.isatty())) as file:
-        encoder = load_tokenizer(file.metadata, Path(tokenizer) if tokenizer else hub.resolve_tokenizer(model))
+    path = hub.resolve(model, progress=sys.stderr.isatty())
+    with GGUFFile(path) as file:
+        encoder = load_tokenizer(file.metadata, Path(tokenizer) if tokenizer else hub.resolve_tokenizer(model), path)
     tokens = encoder.encode(text, add_bos=False if no_bos else None, parse_special=parse_special)
     if count:
         click.echo(len(tokens))

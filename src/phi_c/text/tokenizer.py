@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers.pre_tokenizers import Metaspace
 
-from phi_c.errors import OptionError
+from phi_c.errors import ModelFileError, OptionError, UnsupportedModelError
 from phi_c.text.backend import SPACE, build_backend, load_backend
 from phi_c.text.vocabulary import BYTE, UNUSED, USER_DEFINED, Vocabulary, read_vocabulary
 
@@ -20,15 +20,22 @@ REPLACEMENT = "\ufffd"
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 
 
-def load_tokenizer(metadata: Mapping[str, Any], tokenizer_json: Path | None = None) -> "Tokenizer":
+def load_tokenizer(
+    metadata: Mapping[str, Any], tokenizer_json: Path | None = None, path: Path | None = None
+) -> "Tokenizer":
     """Return the tokenizer of a GGUF file: from tokenizer.json when one is given, else from the vocabulary itself.
 
-    Raises ModelFileError for a damaged vocabulary or another model's tokenizer.json, UnsupportedModelError for
-    a kind of tokenizer that phi-c does not run.
+    path: of the GGUF file, for its errors. Raises ModelFileError for a damaged vocabulary or another model's
+    tokenizer.json, UnsupportedModelError for a kind of tokenizer that phi-c does not run.
     """
-    vocabulary = read_vocabulary(metadata)
-    if tokenizer_json is None:
-        return Tokenizer(vocabulary, build_backend(vocabulary))
+    try:
+        vocabulary = read_vocabulary(metadata)
+        if tokenizer_json is None:
+            return Tokenizer(vocabulary, build_backend(vocabulary))
+    except (ModelFileError, UnsupportedModelError) as error:
+        if path is None:
+            raise
+        raise type(error)(f"{path}: {error}") from None
     backend, vocabulary = load_backend(tokenizer_json, vocabulary)
     return Tokenizer(vocabulary, backend)
 
