@@ -76,7 +76,7 @@ static void test_quantize_q8(const phi_kernels *k) {
     free(x);
 }
 
-/* ---- norm, SiLU, residual ---- */
+/* ---- norms, SiLU, GELU, residual ---- */
 
 static void test_rms_norm(const phi_kernels *k) {
     const int sizes[] = {2, 7, 8, 15, 17, 64, 100, 3072};
@@ -99,6 +99,72 @@ static void test_rms_norm(const phi_kernels *k) {
         free(weight);
         free(y);
     }
+}
+
+/* mean: what is added to all; a large one must take no digits from what is left without it. */
+static void check_layer_norm(const phi_kernels *k, size_t n, float mean) {
+    generator g = {n};
+    float *x = floats(n), *weight = floats(n), *bias = floats(n), *y = floats(n);
+    double sum = 0.0, squares = 0.0;
+    fill_spiky(&g, 1, n, x);
+    fill_normal(&g, n, weight);
+    fill_normal(&g, n, bias);
+    for (size_t j = 0; j < n; j++) sum += (double)(x[j] += mean);
+    for (size_t j = 0; j < n; j++) squares += ((double)x[j] - sum / (double)n) * ((double)x[j] - sum / (double)n);
+    const double inverse = 1.0 / sqrt(squares / (double)n + (double)1e-5f);
+    /* The mean is rounded to a float before it is taken off. */
+    const double off = fabs(sum / (double)n) * (double)FLT_EPSILON * inverse;
+    k->layer_norm(x, weight, bias, n, 1e-5f, y);
+    for (size_t j = 0; j < n; j++) {
+        const double scaled = ((double)x[j] - sum / (double)n) * inverse, w = fabs((double)weight[j]);
+        const double exact = scaled * (double)weight[j] + (double)bias[j];
+        const double limit = 1e-6 * (fabs(scaled) * w + fabs((double)bias[j])) + off * w;
+        CHECK(near(y[j], exact, 0.0, limit), "%s: layer_norm of %zu around %g: %zu is %.9g, expected %.9g", k->name, n,
+              (double)mean, j, (double)y[j], exact);
+    }
+    free(x);
+    free(weight);
+    free(bias);
+    free(y);
+}
+
+static void test_layer_norm(const phi_kernels *k) {
+    const int sizes[] = {1, 2, 3, 4, 7, 8, 15, 17, 64, 100, 2560};
+    for (int i = 0; i < LENGTH(sizes); i++) {
+        check_layer_norm(k, (size_t)sizes[i], 3.0f);
+        check_layer_norm(k, (size_t)sizes[i], 1000.0f);
+    }
+    const float zeros[9] = {0}, bias[9] = {1, 2, 3, 4, 5, 6, 7, 8, 9};
+    float y[9];
+    k->layer_norm(zeros, bias, bias, 9, 1e-5f, y);
+    CHECK(first_difference(y, bias, 9) == 9, "%s: layer_norm of zeros", k->name);
+}
+
+static void test_gelu(const phi_kernels *k) {
+    const int sizes[] = {1, 3, 4, 8, 13, 1000};
+    for (int i = 0; i < LENGTH(sizes); i++) {
+        const size_t n = (size_t)sizes[i];
+        generator g = {n};
+        float *x = floats(n), *y = floats(n);
+        for (size_t j = 0; j < n; j++) x[j] = 3.0f * next_normal(&g);
+        k->gelu(x, n, y);
+        for (size_t j = 0; j < n; j++) {
+            const double v = (double)x[j], u = 0.7978845608028654 * (v + 0.044715 * v * v * v);
+            CHECK(near(y[j], v / (1.0 + exp(-2.0 * u)), 2e-5, 1e-30), "%s: gelu of %zu: %.9g became %.9g", k->name, n,
+                  v, (double)y[j]);
+        }
+        k->gelu(x, n, x); /* in place */
+        CHECK(first_difference(x, y, n) == n, "%s: gelu of %zu in place differs", k->name, n);
+        free(x);
+        free(y);
+    }
+    const float x[] = {0.0f, -0.0f, 1e-42f, 200.0f, -200.0f, 3e38f, -3e38f, INFINITY, NAN};
+    float y[9];
+    k->gelu(x, 9, y);
+    CHECK(y[0] == 0.0f && y[1] == 0.0f && y[3] == 200.0f && y[5] == 3e38f && y[7] == INFINITY && isnan(y[8]) &&
+              fabsf(y[4]) <= 1e-30f && fabsf(y[2]) <= 1e-42f && fabsf(y[6]) <= 1e-30f,
+          "%s: gelu of extremes: %g %g %g %g %g %g %g %g %g", k->name, (double)y[0], (double)y[1], (double)y[2],
+          (double)y[3], (double)y[4], (double)y[5], (double)y[6], (double)y[7], (double)y[8]);
 }
 
 static void test_silu_mul(const phi_kernels *k) {
@@ -195,7 +261,9 @@ static void test_rope(const phi_kernels *k) {
 void test_vectors(const phi_kernels *k) {
     test_quantize_q8(k);
     test_rms_norm(k);
+    test_layer_norm(k);
     test_silu_mul(k);
+    test_gelu(k);
     test_add(k);
     test_rope(k);
 }

@@ -1,4 +1,4 @@
-/* The NEON tier's table. Slots left out come from the scalar tier: they are not worth a kernel. */
+/* The NEON tier's table. Dequantisation of single rows comes from the scalar tier: it is not worth a kernel. */
 #include "neon.h"
 
 #include "../generic/pack.h"
@@ -12,8 +12,10 @@ const phi_kernels phi_kernels_neon = {
     PHI_NEON_FLOATS(PHI_SLOT) PHI_NEON_LEGACY(PHI_SLOT) PHI_NEON_K(PHI_SLOT) PHI_NEON_PACKED(PHI_PACKED_SLOTS)
         .quantize_q8 = phi_quantize_q8_neon,
     .rms_norm = phi_rms_norm_neon,
+    .layer_norm = phi_layer_norm_neon,
     .rope = {phi_rope_neox_neon, phi_rope_norm_neon},
     .silu_mul = phi_silu_mul_neon,
+    .gelu = phi_gelu_neon,
     .add = phi_add_neon,
     .store_kv = {phi_store_kv_f16_neon, phi_store_kv_q8_neon},
     .attention = {phi_attention_f16_neon, phi_attention_q8_neon},

@@ -65,6 +65,40 @@ void phi_rms_norm_neon(const float *x, const float *weight, size_t n, float eps,
     for (size_t i = n4; i < n; i++) y[i] = x[i] * inverse * weight[i];
 }
 
+/* 4 floats less a double, as doubles. */
+PHI_INLINE void apart_from(const float *x, double mean, float64x2_t apart[2]) {
+    const float32x4_t v = vld1q_f32(x);
+    apart[0] = vsubq_f64(vcvt_f64_f32(vget_low_f32(v)), vdupq_n_f64(mean));
+    apart[1] = vsubq_f64(vcvt_high_f64_f32(v), vdupq_n_f64(mean));
+}
+
+void phi_layer_norm_neon(const float *x, const float *weight, const float *bias, size_t n, float eps, float *y) {
+    const size_t n4 = n / 4 * 4;
+    float64x2_t apart[2], sums[2] = {vdupq_n_f64(0.0), vdupq_n_f64(0.0)}, squares[2] = {sums[0], sums[0]};
+    for (size_t i = 0; i < n4; i += 4) {
+        apart_from(x + i, 0.0, apart);
+        for (int j = 0; j < 2; j++) sums[j] = vaddq_f64(sums[j], apart[j]);
+    }
+    double total = vaddvq_f64(vaddq_f64(sums[0], sums[1]));
+    for (size_t i = n4; i < n; i++) total += (double)x[i];
+    const double mean = total / (double)n;
+
+    for (size_t i = 0; i < n4; i += 4) {
+        apart_from(x + i, mean, apart);
+        for (int j = 0; j < 2; j++) squares[j] = vfmaq_f64(squares[j], apart[j], apart[j]);
+    }
+    total = vaddvq_f64(vaddq_f64(squares[0], squares[1]));
+    for (size_t i = n4; i < n; i++) total += ((double)x[i] - mean) * ((double)x[i] - mean);
+
+    const float inverse = (float)(1.0 / sqrt(total / (double)n + (double)eps));
+    const float32x4_t means = vdupq_n_f32((float)mean);
+    for (size_t i = 0; i < n4; i += 4) {
+        const float32x4_t scaled = vmulq_n_f32(vsubq_f32(vld1q_f32(x + i), means), inverse);
+        vst1q_f32(y + i, vaddq_f32(vmulq_f32(scaled, vld1q_f32(weight + i)), vld1q_f32(bias + i)));
+    }
+    for (size_t i = n4; i < n; i++) y[i] = (x[i] - (float)mean) * inverse * weight[i] + bias[i];
+}
+
 PHI_INLINE float32x4_t silu_mul(float32x4_t gate, float32x4_t up) {
     const float32x4_t e = phi_exp(vnegq_f32(gate));
     return vmulq_f32(vdivq_f32(gate, vaddq_f32(vdupq_n_f32(1.0f), e)), up);
@@ -79,6 +113,24 @@ void phi_silu_mul_neon(const float *gate, const float *up, size_t n, float *y) {
         memcpy(u, up + n4, (n - n4) * sizeof *u);
         vst1q_f32(g, silu_mul(vld1q_f32(g), vld1q_f32(u)));
         memcpy(y + n4, g, (n - n4) * sizeof *g);
+    }
+}
+
+PHI_INLINE float32x4_t gelu(float32x4_t x) {
+    const float32x4_t u = vfmaq_n_f32(x, vmulq_f32(vmulq_f32(x, x), x), 0.044715f);
+    const float32x4_t e = phi_exp(vmulq_n_f32(u, -2.0f * 0.7978845608f));
+    const float32x4_t bounded = vmaxq_f32(vdupq_n_f32(-1e6f), x); /* e is bounded too: 0 must be the limit */
+    return vdivq_f32(bounded, vaddq_f32(vdupq_n_f32(1.0f), e));
+}
+
+void phi_gelu_neon(const float *x, size_t n, float *y) {
+    const size_t n4 = n / 4 * 4;
+    for (size_t i = 0; i < n4; i += 4) vst1q_f32(y + i, gelu(vld1q_f32(x + i)));
+    if (n4 < n) { /* the tail by the same arithmetic */
+        float tail[4] = {0};
+        memcpy(tail, x + n4, (n - n4) * sizeof *tail);
+        vst1q_f32(tail, gelu(vld1q_f32(tail)));
+        memcpy(y + n4, tail, (n - n4) * sizeof *tail);
     }
 }
 
