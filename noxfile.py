@@ -159,9 +159,7 @@ def newest_clang() -> str:
 @nox.session
 def native(session: nox.Session) -> None:
     """The C tests: gcc, clang, ASan with UBSan, TSan, and with AMX tiles and AVX-VNNI emulated."""
-    clang = next(
-        (name for name in ("clang", *(f"clang-{n}" for n in range(25, 13, -1))) if shutil.which(name)), "clang"
-    )
+    clang = newest_clang()
     need(session, "gcc", clang, packages="gcc, clang")
     session.install("cmake", "ninja")
     with_debug = "-DCMAKE_BUILD_TYPE=RelWithDebInfo"
@@ -192,7 +190,14 @@ def qemu(session: nox.Session) -> None:
 @nox.session
 def platforms(session: nox.Session) -> None:
     """What takes longer: every C file by zig for each platform, the C tests with musl and under wine, wheels."""
-    need(session, "qemu-aarch64", "x86_64-w64-mingw32-gcc", "wine", packages="qemu-user, gcc-mingw-w64-x86-64, wine64")
+    need(
+        session,
+        "qemu-aarch64",
+        "qemu-x86_64",
+        "x86_64-w64-mingw32-gcc",
+        "wine",
+        packages="qemu-user, gcc-mingw-w64-x86-64, wine64",
+    )
     session.install("cmake", "ninja", "ziglang==0.15.2")
     where = "import ziglang, pathlib; print(pathlib.Path(ziglang.__file__).with_name('zig'))"
     zig = str(session.run("python", "-c", where, silent=True)).strip()
@@ -207,12 +212,8 @@ def platforms(session: nox.Session) -> None:
             run_native(session, folder, "musl-x86_64")
         elif target == "aarch64-linux-musl":
             run_native(session, folder, "musl-aarch64", "qemu-aarch64", "-cpu", "max")
-    run_native(
-        session,
-        build_c(session, "windows", "-DCMAKE_TOOLCHAIN_FILE=cmake/x86_64-w64-mingw32.cmake"),
-        "windows-x86_64",
-        "wine",
-    )
+    windows = build_c(session, "windows", "-DCMAKE_TOOLCHAIN_FILE=cmake/x86_64-w64-mingw32.cmake")
+    run_native(session, windows, "windows-x86_64", "wine")
     x86_wheel(session, zig)
     arm_wheel(session, zig)
 
@@ -249,7 +250,7 @@ def build_wheel(session: nox.Session, zig: str, target: str, *options: str, **en
 
 
 def x86_wheel(session: nox.Session, zig: str) -> None:
-    """A wheel for x86_64, installed and run under every tier where there is no compiler."""
+    """A wheel for x86_64, installed and run under every tier where there is no compiler, then without AVX."""
     wheel = build_wheel(session, zig, "x86_64-linux-gnu.2.28")
     fresh = BUILDS / "wheel-fresh"
     session.run("python", "-m", "venv", "--clear", str(fresh))
@@ -257,7 +258,10 @@ def x86_wheel(session: nox.Session, zig: str) -> None:
     python = str(fresh / "bin/python")
     session.run(python, "-m", "pip", "install", "-q", "--only-binary=:all:", str(wheel), env=alone, external=True)
     session.run(python, "-c", "import shutil; assert not shutil.which('cc')", env=alone, external=True)
-    session.run(python, "tests/wheels/check_wheel.py", env=alone, external=True)
+    check = "tests/wheels/check_wheel.py"
+    session.run(python, check, env=alone, external=True)
+    emulator = ("qemu-x86_64", "-cpu", "Nehalem")
+    session.run(*emulator, python, check, "--tiers", "scalar", external=True)
     session.run(str(fresh / "bin/phi-c"), "doctor", env=alone, external=True)
 
 
@@ -276,18 +280,7 @@ def arm_wheel(session: nox.Session, zig: str) -> None:
     session.run(
         *("python", "-m", "pip", "install", "-q", "--only-binary=:all:", "--target", str(packages), str(wheel)),
         *(argument for name in manylinux for argument in ("--platform", name)),
-        *(
-            "--implementation",
-            "cp",
-            "--python-version",
-            abi.removeprefix("cp"),
-            "--abi",
-            abi,
-            "--abi",
-            "abi3",
-            "--abi",
-            "none",
-        ),
+        *f"--implementation cp --python-version {abi.removeprefix('cp')} --abi {abi} --abi abi3 --abi none".split(),
     )
     python = next((system / "usr/bin").glob("python3.*[0-9]"))
     environment = {"QEMU_LD_PREFIX": str(system), "PYTHONPATH": str(packages)}
