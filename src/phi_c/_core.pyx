@@ -12,8 +12,8 @@ from libc.stdint cimport int8_t, int32_t, uint8_t, uint16_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
+from phi_c import locks
 from phi_c.errors import Cancelled, ModelClosedError, OptionError
-from phi_c.locks import MODEL, new_lock
 
 
 # ---- tensor types ----
@@ -258,7 +258,7 @@ cdef class Model:
             raise OptionError(f"n_threads is {n_threads}, expected at least 1")
         if layout not in ("packed", "file"):
             raise OptionError(f"layout is {layout!r}, expected 'packed' or 'file'")
-        self.lock = new_lock(MODEL)
+        self.lock = locks.new_lock(locks.MODEL)
         self.keep = []
         m.kernels = _kernels(tier)
         self.tier = m.kernels.name.decode()
