@@ -24,6 +24,7 @@ SANITIZED = [
     *(f"tests/core/test_{name}.py" for name in ("forward_properties", "head", "kv_pages", "observer", "two_models")),
     *("tests/model", "tests/fuzz", "tests/quantize/test_quant_rows.py"),
 ]
+EMULATED = [f"tests/core/test_{name}.py" for name in ("kernels", "logits", "forward_properties", "head", "observer")]
 PYTHON = ["src", "tests", "benchmarks", "noxfile.py"]
 
 
@@ -80,7 +81,10 @@ def sanitize(session: nox.Session) -> None:
 
 @nox.session
 def emulate_amx(session: nox.Session) -> None:
-    """Kernels and forward passes of amx and amxbf16, tiles emulated in C, and avxvnni, by AVX-512's instruction."""
+    """Wide products and passes of amx and amxbf16, tiles emulated in C, and of avxvnni, by AVX-512's instruction.
+
+    `native` has the other products.
+    """
     session.install(
         *("-C", "cmake.define.PHI_EMULATE_AMX=ON", "-C", "cmake.define.PHI_AVXVNNI_BY_AVX512=ON"),
         *("-C", "cmake.define.PHI_WARNINGS_AS_ERRORS=ON"),
@@ -90,7 +94,7 @@ def emulate_amx(session: nox.Session) -> None:
     if "amx" not in str(tiers).split():
         session.skip("all need AVX-512 VNNI, which this machine lacks")
     # "amx" means amxbf16 too, which is there where the machine has AVX512-BF16.
-    session.run("pytest", *(session.posargs or ["tests/core", "-k", "amx or avxvnni"]))
+    session.run("pytest", *(session.posargs or [*EMULATED, "-k", "(amx or avxvnni) and (wide or not test_kernels)"]))
 
 
 @nox.session
@@ -170,20 +174,22 @@ def native(session: nox.Session) -> None:
         session.run("ctest", "--test-dir", str(folder), "--output-on-failure", *groups)
     folder = build_c(session, "clang", f"-DCMAKE_C_COMPILER={clang}")
     session.run("ctest", "--test-dir", str(folder), "--output-on-failure")
-    run_native(session, build_c(session, "gcc", "-DCMAKE_C_COMPILER=gcc"), "linux-x86_64")
-    emulated = ("-DPHI_EMULATE_AMX=ON", "-DPHI_AVXVNNI_BY_AVX512=ON")
-    run_native(session, build_c(session, "emulated", *emulated), "linux-x86_64-emulated")
+    run_native(session, folder, "linux-x86_64")
+    emulated = ("-DCMAKE_C_COMPILER=gcc", "-DPHI_EMULATE_AMX=ON", "-DPHI_AVXVNNI_BY_AVX512=ON")
+    run_native(session, build_c(session, "gcc-emulated", *emulated), "linux-x86_64-emulated")
 
 
 @nox.session
 def qemu(session: nox.Session) -> None:
     """The C tests on emulated CPUs: ARM with everything and without dot products, x86 without AVX."""
-    need(session, "aarch64-linux-gnu-gcc", "qemu-aarch64", "qemu-x86_64", packages="gcc-aarch64-linux-gnu, qemu-user")
+    clang = newest_clang()
+    packages = "gcc-aarch64-linux-gnu, qemu-user, clang"
+    need(session, "aarch64-linux-gnu-gcc", "qemu-aarch64", "qemu-x86_64", clang, packages=packages)
     session.install("cmake", "ninja")
     arm = build_c(session, "aarch64", "-DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake")
     run_native(session, arm, "linux-aarch64", "qemu-aarch64", "-cpu", "max", tiers="scalar,neon,dotprod,i8mm")
     run_native(session, arm, "linux-aarch64-old", "qemu-aarch64", "-cpu", "cortex-a72", tiers="scalar,neon")
-    old = build_c(session, "gcc", "-DCMAKE_C_COMPILER=gcc")
+    old = build_c(session, "clang", f"-DCMAKE_C_COMPILER={clang}")
     run_native(session, old, "linux-x86_64-old", "qemu-x86_64", "-cpu", "Nehalem", tiers="scalar")
 
 
