@@ -219,7 +219,7 @@ def test_a_stream_that_is_collected_in_the_middle_of_a_step(path: Path, monkeypa
     gc.disable()  # but there
     try:
         del stream, cycle
-        caller = threading.Thread(target=llm.generate, args=("and",), kwargs={"max_tokens": 3, "raw": True}, daemon=True)
+        caller = threading.Thread(target=lambda: llm.generate("and", raw=True, max_tokens=3), daemon=True)
         caller.start()
         caller.join(60)
     finally:
@@ -330,7 +330,7 @@ def test_bad_ways_to_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"n_threads": 0}, "n_threads is 0"),
         ({"n_batch": 0}, "n_batch is 0"),
         ({"layout": "rows"}, "layout is 'rows', expected one of packed, cached, file"),
-        ({"tier": "avx9"}, "tier is 'avx9', expected one that this machine has: scalar"),
+        ({"tier": "avx9"}, "tier is 'avx9', expected one that this machine runs: scalar"),
     ):
         with pytest.raises(OptionError, match=message):
             phi_c.load(path, **options)

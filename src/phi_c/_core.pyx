@@ -54,12 +54,15 @@ cdef int _type_index(int type_id) except -1:
 # ---- machine ----
 
 
-def tiers():
-    """Return the names of the instruction-set tiers that this machine runs, slowest first; default_tier is among them."""
+def tiers(*, known=False):
+    """Return the names of the instruction-set tiers that this machine runs, slowest first; default_tier is among them.
+
+    known: of all that this build has kernels for.
+    """
     names = []
     cdef const char *const *name = phi_tier_names()
     while name[0] != NULL:
-        if phi_tier_available(name[0]):
+        if known or phi_tier_available(name[0]):
             names.append(name[0].decode())
         name += 1
     return names
