@@ -13,6 +13,9 @@ class TensorType(NamedTuple):
     quantised_activations: bool
 
 TENSOR_TYPES: Final[dict[int, TensorType]]
+ENGINE: Final[int]
+DISK_CACHE: Final[int]
+MODEL: Final[int]
 PAGE_TOKENS: Final[int]
 KV_PAGE_VERSION: Final[int]
 PANEL_VERSION: Final[int]
@@ -79,6 +82,15 @@ def attention(
     tier: str | None = None,
     kv: str = "f16",
 ) -> npt.NDArray[np.float32]: ...
+
+@disjoint_base
+class ForkLock:
+    def __init__(self, rank: int) -> None: ...
+    def __enter__(self) -> None: ...
+    def __exit__(self, *exception: object) -> None: ...
+    def locked(self) -> bool: ...
+    @property
+    def place(self) -> tuple[int, int]: ...
 
 @disjoint_base
 class Matrix:

@@ -5,12 +5,11 @@ from collections import deque
 import numpy as np
 import numpy.typing as npt
 
-from phi_c._core import KvCache, Model, forward, head
+from phi_c._core import ENGINE, ForkLock, KvCache, Model, forward, head
 from phi_c.engine.pages import PagePool
 from phi_c.engine.scheduler import Scheduler, Work, pages_for
 from phi_c.engine.sequence import Finish, Sequence
 from phi_c.errors import Cancelled, ModelClosedError
-from phi_c.locks import ENGINE, new_lock
 from phi_c.sampling.sampler import logprob
 
 Floats = npt.NDArray[np.float32]
@@ -35,7 +34,7 @@ class Engine:
         self.model = model
         self.kv = KvCache(model, pages_for(n_cache), kv)
         self.scheduler = Scheduler(PagePool(self.kv.n_pages), n_batch, n_ctx_orig, window)
-        self._lock = new_lock(ENGINE)
+        self._lock = ForkLock(ENGINE)
         self._leaving: deque[Sequence] = deque()  # removed while the lock was held
         self._closed = False
 
