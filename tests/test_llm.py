@@ -199,6 +199,36 @@ def test_an_abandoned_stream_gives_its_pages_back(llm: phi_c.LLM) -> None:
     assert n_free(llm) == before
 
 
+def test_a_stream_that_is_collected_in_the_middle_of_a_step(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collector closes it in the thread that holds the engine's lock."""
+    from phi_c.engine import engine
+
+    llm, real = phi_c.load(path, n_threads=2), engine.forward
+    before = n_free(llm)
+    stream = llm.stream("the", raw=True)
+    next(stream)
+    assert n_free(llm) < before
+    cycle: list[Any] = [stream]
+    cycle.append(cycle)
+
+    def collecting(*arguments: Any) -> Any:
+        gc.collect()
+        return real(*arguments)
+
+    monkeypatch.setattr(engine, "forward", collecting)
+    gc.disable()  # but there
+    try:
+        del stream, cycle
+        caller = threading.Thread(target=lambda: llm.generate("and", raw=True, max_tokens=3), daemon=True)
+        caller.start()
+        caller.join(60)
+    finally:
+        gc.enable()
+    assert not caller.is_alive(), "it waits for itself"  # and the model cannot be closed
+    assert n_free(llm) == before
+    llm.close()
+
+
 def test_an_interrupt_leaves_the_model_usable(llm: phi_c.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     from phi_c.engine import engine
 
@@ -300,7 +330,7 @@ def test_bad_ways_to_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"n_threads": 0}, "n_threads is 0"),
         ({"n_batch": 0}, "n_batch is 0"),
         ({"layout": "rows"}, "layout is 'rows', expected one of packed, cached, file"),
-        ({"tier": "avx9"}, "tier is 'avx9', expected one that this machine has: scalar"),
+        ({"tier": "avx9"}, "tier is 'avx9', expected one that this machine runs: scalar"),
     ):
         with pytest.raises(OptionError, match=message):
             phi_c.load(path, **options)

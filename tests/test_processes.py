@@ -1,5 +1,5 @@
-"""Processes that begin after a model has run here: by each start method, and by a fork in the middle of a step; and in
-a control group that grants one core.
+"""Processes that begin after a model has run here: by each start method, and by a fork in the middle of a step, of
+another thread's or of its own; and in a control group that grants one core.
 """
 
 import multiprocessing
@@ -98,6 +98,73 @@ def test_fork_in_the_middle_of_a_step(path: Path, tmp_path: Path) -> None:
         finally:
             stop.set()
             thread.join()
+
+
+SIGNALS = """
+    import os, signal, sys, threading
+    import phi_c
+    from phi_c.engine import engine
+
+    def fork(*_):
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        said.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    def call(*_):
+        try:
+            llm.generate([5, 6], max_tokens=1)
+        except phi_c.PhiError as error:
+            said.append(str(error))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def signalled(*arguments):
+        if threading.current_thread() is threading.main_thread():
+            signal.raise_signal(signal.SIGUSR1)
+        return real(*arguments)
+
+    def generate():
+        return llm.generate([5, 6, 7], max_tokens=4, temperature=0).tokens
+
+    said = []
+    with phi_c.load(sys.argv[1], n_threads=2) as idle, phi_c.load(sys.argv[1], n_threads=2) as llm:
+        expected, real = generate(), engine.forward
+        engine.forward = signalled
+        for handler in (fork, call):
+            signal.signal(signal.SIGUSR1, handler)
+            assert generate() == expected
+        print(len(said), *dict.fromkeys(said), sep="; ")
+
+        # Ctrl-C while a fork waits for a step of another thread: it goes on, and so do both models.
+        engine.forward = lambda *a: (entered.set(), leave.wait(), real(*a))[-1]
+        entered, leave = threading.Event(), threading.Event()
+        other = threading.Thread(target=generate)
+        other.start()
+        entered.wait()
+        signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        sys.unraisablehook = lambda unraisable: print(unraisable.exc_type.__name__)
+        said.clear()
+        fork()
+        print(*said)
+        leave.set()
+        other.join()
+        engine.forward = real
+        assert generate() == expected
+        assert idle.generate([5, 6, 7], max_tokens=4, temperature=0).tokens == expected
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="forks beside a running thread")
+def test_signals_in_the_middle_of_a_step(path: Path) -> None:
+    """A handler may fork while its own thread is in a step; one that calls the model is told so."""
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(SIGNALS), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 0, done.stderr
+    told = "a model was called in the middle of a call by the same thread, from a signal handler maybe"
+    assert done.stdout.splitlines() == [f"8; 0; {told}", "KeyboardInterrupt", "0"]
 
 
 @pytest.fixture

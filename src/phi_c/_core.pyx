@@ -1,19 +1,23 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, auto_pickle=False, freethreading_compatible=False
 """The only boundary to C: buffers and sizes are checked here, then the engine in csrc/ trusts them."""
 
+import itertools
+import os
+import threading
+import weakref
 from typing import NamedTuple
 
 import numpy as np
 
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.pythread cimport PyThread_get_thread_ident
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.stddef cimport size_t
 from libc.stdint cimport int8_t, int32_t, uint8_t, uint16_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
-from phi_c import locks
-from phi_c.errors import Cancelled, ModelClosedError, OptionError
+from phi_c.errors import Cancelled, ModelClosedError, OptionError, PhiError
 
 
 # ---- tensor types ----
@@ -54,12 +58,15 @@ cdef int _type_index(int type_id) except -1:
 # ---- machine ----
 
 
-def tiers():
-    """Return the names of the instruction-set tiers that this machine runs, slowest first; default_tier is among them."""
+def tiers(*, known=False):
+    """Return the names of the instruction-set tiers that this machine runs, slowest first; default_tier is among them.
+
+    known: of all that this build has kernels for.
+    """
     names = []
     cdef const char *const *name = phi_tier_names()
     while name[0] != NULL:
-        if phi_tier_available(name[0]):
+        if known or phi_tier_available(name[0]):
             names.append(name[0].decode())
         name += 1
     return names
@@ -161,6 +168,7 @@ def read_strings(const uint8_t[::1] buffer not None, size_t offset, size_t count
     return strings, offset
 
 
+include "_locks.pxi"
 include "_kernels.pxi"
 
 
@@ -248,7 +256,7 @@ cdef class Model:
     cdef uint8_t *panels  # our own; NULL where they are borrowed
     cdef readonly size_t packed_bytes
     cdef list keep  # what the C structs point into
-    cdef object lock
+    cdef ForkLock lock
     cdef readonly str tier
     cdef readonly int n_threads
 
@@ -258,7 +266,7 @@ cdef class Model:
             raise OptionError(f"n_threads is {n_threads}, expected at least 1")
         if layout not in ("packed", "file"):
             raise OptionError(f"layout is {layout!r}, expected 'packed' or 'file'")
-        self.lock = locks.new_lock(locks.MODEL)
+        self.lock = ForkLock(MODEL)
         self.keep = []
         m.kernels = _kernels(tier)
         self.tier = m.kernels.name.decode()

@@ -3,13 +3,16 @@
 import os
 
 from phi_c import machine
-from phi_c._core import PAGE_TOKENS, kv_page_bytes, tiers
+from phi_c._core import PAGE_TOKENS, cpu_features, kv_page_bytes, tiers
 from phi_c.engine.scheduler import pages_at_once, pages_for
 from phi_c.errors import MemoryLimitError, OptionError
 from phi_c.model.config import ModelConfig
 
 DEFAULT_N_CTX = 4096
 ROPES = ("auto", "long", "short")
+TIER_VARIABLE = "PHI_C_ISA"
+# What tiers need of the CPU, besides avx512, whose use the system may yet refuse (csrc/dispatch.c).
+_TILES = {"amx": {"amx_tile", "amx_int8"}, "amxbf16": {"amx_tile", "amx_bf16", "avx512bf16"}}
 _MOST_CACHE = 1 << 26
 
 
@@ -24,11 +27,19 @@ def check_count(name: str, value: int | None, least: int, most: int | None) -> N
 
 def choose_tier(tier: str | None) -> str | None:
     """Return the tier asked for, by the caller or PHI_C_ISA; None: the best. Raises OptionError for one not there."""
-    name = tier or os.environ.get("PHI_C_ISA") or None
+    name = tier or os.environ.get(TIER_VARIABLE) or None
     if name is not None and name not in tiers():
-        where = "tier" if tier else "PHI_C_ISA"
-        raise OptionError(f"{where} is {name!r}, expected one that this machine has: {', '.join(tiers())}")
+        where = "tier" if tier else TIER_VARIABLE
+        raise OptionError(f"{where} is {name!r}{_why(name)}, expected one that this machine runs: {', '.join(tiers())}")
     return name
+
+
+def _why(name: str) -> str:
+    """Return the reason why a tier is not there, where it is not the CPU that lacks it."""
+    needed = _TILES.get(name)
+    if needed is None or name not in tiers(known=True) or "avx512" not in tiers() or not needed <= set(cpu_features()):
+        return ""
+    return ", for which the system refuses this process AMX tiles"
 
 
 def choose_n_ctx(n_ctx: int | None, config: ModelConfig) -> int:

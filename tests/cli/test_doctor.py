@@ -89,7 +89,8 @@ def test_tier_that_the_machine_lacks(flags: list[str]) -> None:
 
 
 def test_empty_variable_forces_nothing() -> None:
-    assert doctor.chosen_tier({"PHI_C_ISA": ""}) == doctor.chosen_tier({}) == _core.default_tier()
+    cpu = report({"PHI_C_ISA": ""})["cpu"]
+    assert (cpu["tier"], cpu["forced"]) == (_core.default_tier(), False)
 
 
 def test_broken_cache(monkeypatch: pytest.MonkeyPatch) -> None:

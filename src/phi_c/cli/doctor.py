@@ -16,9 +16,8 @@ from rich.text import Text
 from phi_c import _core, hub, machine
 from phi_c.bench.memory import read_rate
 from phi_c.engine import disk_cache
-from phi_c.errors import OptionError, PhiError
-
-TIER_VARIABLE = "PHI_C_ISA"
+from phi_c.errors import PhiError
+from phi_c.options import TIER_VARIABLE, choose_tier
 
 _EPILOG = """\b
 Examples:
@@ -50,7 +49,7 @@ def examine() -> tuple[dict[str, Any], list[PhiError]]:
     tier: str | None = None
     cache: dict[str, Any] = {"folder": None, "models": [], "prefix_bytes": None}
     try:
-        tier = chosen_tier(os.environ)
+        tier = choose_tier(None) or _core.default_tier()
     except PhiError as error:
         faults.append(error)
     try:
@@ -88,18 +87,6 @@ def examine() -> tuple[dict[str, Any], list[PhiError]]:
         "errors": [str(fault) for fault in faults],
     }
     return report, faults
-
-
-def chosen_tier(environment: Mapping[str, str]) -> str:
-    """Return the tier that models run on: the default one, or the one that PHI_C_ISA names.
-
-    Raises OptionError when this machine lacks it.
-    """
-    tiers = _core.tiers()
-    wanted = environment.get(TIER_VARIABLE) or _core.default_tier()
-    if wanted not in tiers:
-        raise OptionError(f"{TIER_VARIABLE} is {wanted!r}, expected one that this machine runs: {', '.join(tiers)}")
-    return wanted
 
 
 def _version() -> str:

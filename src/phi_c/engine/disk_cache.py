@@ -15,12 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from phi_c._core import KvCache
+from phi_c._core import DISK_CACHE, ForkLock, KvCache
 from phi_c.engine.engine import Engine
 from phi_c.engine.page_file import Origin, PageFile, UnreadableError, file_bytes, write_pages
 from phi_c.errors import CacheError, ModelClosedError, OptionError, StateError
 from phi_c.hub.cache import cache_dir, remove_abandoned, written_whole
-from phi_c.locks import DISK_CACHE, new_lock
 
 LIMIT_VARIABLE = "PHI_C_PREFIX_CACHE_GIB"
 _DEFAULT_LIMIT_GIB = 8.0
@@ -39,7 +38,7 @@ class DiskCache:
         self._origin = origin
         self._kv = kv
         self._limit_bytes = limit_bytes
-        self._lock = new_lock(DISK_CACHE)
+        self._lock = ForkLock(DISK_CACHE)
         self._keys: dict[str, list[bytes]] = {}  # of each file, by its name
         self._place: dict[bytes, tuple[str, int]] = {}  # the same by key: file name, number of the page in it
         self._changed_ns = -1  # of the folder, when it was read

@@ -1,14 +1,15 @@
 """One step at a time: schedule, forward, sample, emit."""
 
+from collections import deque
+
 import numpy as np
 import numpy.typing as npt
 
-from phi_c._core import KvCache, Model, forward, head
+from phi_c._core import ENGINE, ForkLock, KvCache, Model, forward, head
 from phi_c.engine.pages import PagePool
 from phi_c.engine.scheduler import Scheduler, Work, pages_for
 from phi_c.engine.sequence import Finish, Sequence
 from phi_c.errors import Cancelled, ModelClosedError
-from phi_c.locks import ENGINE, new_lock
 from phi_c.sampling.sampler import logprob
 
 Floats = npt.NDArray[np.float32]
@@ -33,19 +34,26 @@ class Engine:
         self.model = model
         self.kv = KvCache(model, pages_for(n_cache), kv)
         self.scheduler = Scheduler(PagePool(self.kv.n_pages), n_batch, n_ctx_orig, window)
-        self._lock = new_lock(ENGINE)
+        self._lock = ForkLock(ENGINE)
+        self._leaving: deque[Sequence] = deque()  # removed while the lock was held
         self._closed = False
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; raises ModelClosedError."""
         with self._lock:
-            self._check_open()
+            self._begin()
             self.scheduler.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Let a sequence go; harmless when it is gone."""
-        with self._lock:
-            self.scheduler.remove(sequence)
+        """Let a sequence go, now or before the next call does its work; harmless when it is gone.
+
+        A stream that nobody refers to any more is closed by the garbage collector, which may run in the middle of a
+        step, in the very thread that holds the lock: then this must not wait for it.
+        """
+        self._leaving.append(sequence)
+        if not self._lock.locked():
+            with self._lock:
+                self._let_go()
 
     def step(self, watched: Sequence) -> None:
         """Run one step for every sequence, unless another thread has just finished the watched one.
@@ -53,7 +61,7 @@ class Engine:
         Whoever waits for a sequence drives all of them. Raises what made the watched one fail, and KeyboardInterrupt.
         """
         with self._lock:
-            self._check_open()
+            self._begin()
             if not watched.is_done:
                 self._step(watched)
         if watched.error is not None:
@@ -65,33 +73,33 @@ class Engine:
         Between two calls the sequences that run get their steps, so a few rows at a time keep nobody waiting.
         """
         with self._lock:
-            self._check_open()
+            self._begin()
             return head(self.model, self.kv, rows)
 
     def known_keys(self) -> list[bytes]:
         """Return the keys of the pages that can be found, the longest unused first; raises ModelClosedError."""
         with self._lock:
-            self._check_open()
+            self._begin()
             return self.scheduler.pool.known()
 
     @property
     def n_pages_free(self) -> int:
         """Pages that no running sequence may come to need; raises ModelClosedError."""
         with self._lock:
-            self._check_open()
+            self._begin()
             return self.scheduler.n_unpromised
 
     def read_page(self, key: bytes) -> Bytes | None:
         """Return a copy of the page that a key stands for, uint8 [page_bytes], or None where it is not known."""
         with self._lock:
-            self._check_open()
+            self._begin()
             page = self.scheduler.pool.find(key)
             return None if page is None else self.kv.read_page(page)
 
     def insert_page(self, key: bytes, data: Bytes) -> bool:
         """Make what `read_page` gave findable, as the one used last; False where running sequences need the room."""
         with self._lock:
-            self._check_open()
+            self._begin()
             pool = self.scheduler.pool
             page = pool.find(key)
             if page is not None:
@@ -118,9 +126,14 @@ class Engine:
                 self._fail(sequence, ModelClosedError("the model was closed"))
         self.model.close()
 
-    def _check_open(self) -> None:
+    def _begin(self) -> None:
         if self._closed:
             raise ModelClosedError("the model was closed")
+        self._let_go()
+
+    def _let_go(self) -> None:
+        while self._leaving:
+            self.scheduler.remove(self._leaving.popleft())
 
     def _step(self, watched: Sequence) -> None:
         for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
