@@ -167,5 +167,7 @@ def _token_id(metadata: Mapping[str, Any], name: str, n_tokens: int) -> int | No
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < n_tokens:
-        raise ModelFileError(f"{key} is {value!r}, expected a token id from 0 to {n_tokens - 1}")
+        # An array is named, not shown: it has several lines.
+        found = repr(value) if isinstance(value, int | float | str) else f"a {type(value).__name__}"
+        raise ModelFileError(f"{key} is {found}, expected a token id from 0 to {n_tokens - 1}")
     return value
