@@ -159,6 +159,7 @@ DAMAGED = {
     "merges: entry 0 is 'ab'": {"merges": ["ab"]},
     "are not in the vocabulary": {"merges": ["a c"]},
     "token_type has 1 entries, expected 4": {"token_type": np.asarray([1])},
+    "token_type holds an infinite value": {"token_type": np.asarray([1, 1, 1, np.inf])},
     "bos_token_id is 4, expected a token id from 0 to 3": {"bos_token_id": 4},
     "eos_token_id is a ndarray, expected a token id from 0 to 3": {"eos_token_id": np.zeros(9, np.float32)},
     "add_bos_token is a int, expected a bool": {"add_bos_token": 1},

@@ -70,7 +70,10 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     tokens = _strings(metadata, "tokens")
     if not tokens:
         raise ModelFileError("tokenizer.ggml.tokens is empty")
-    kinds = [int(k) for k in _numbers(metadata, "token_type", len(tokens), default=NORMAL)]
+    token_types = _numbers(metadata, "token_type", len(tokens), default=NORMAL)
+    if any(map(math.isinf, token_types)):
+        raise ModelFileError("tokenizer.ggml.token_type holds an infinite value")
+    kinds = [int(k) for k in token_types]
     is_spm = model == "llama"
     merges = [] if is_spm else _merges(metadata)
     end_ids = {i for key in _END_KEYS if (i := _token_id(metadata, key, len(tokens))) is not None}
