@@ -116,6 +116,18 @@ static cache make_cache(const phi_kernels *k, generator *g, phi_kv_type type, in
     return c;
 }
 
+/* As a value that half precision cannot hold is stored: infinite. */
+static void break_value(cache *c, int position) {
+    const size_t n = (size_t)c->head_dim, slot = (size_t)(position % PHI_PAGE_TOKENS),
+                 n_blocks = phi_kv_blocks(c->head_dim);
+    uint8_t *bytes =
+        c->pages + (size_t)c->page_table[position / PHI_PAGE_TOKENS] * phi_page_head_bytes(c->type, c->head_dim);
+    const phi_page_head page = phi_page_head_of(c->type, c->head_dim, bytes);
+    uint16_t *halves =
+        c->type == PHI_KV_F16 ? (uint16_t *)(void *)page.values + slot * n : page.value_scales + slot * n_blocks;
+    for (size_t i = 0; i < (c->type == PHI_KV_F16 ? n : n_blocks); i++) halves[i] = 0x7c00;
+}
+
 static void free_cache(cache *c) {
     free(c->pages);
     free(c->page_table);
@@ -143,7 +155,9 @@ static void attend_exactly(const cache *c, const float *q, int position, int win
     free(scores);
 }
 
-static void check_attention(const phi_kernels *k, phi_kv_type type, int head_dim, int last, int n_tokens, int window) {
+/* Tokens at positions from last on, together and alone. After position `broken` values are infinite. */
+static void check_attention(const phi_kernels *k, phi_kv_type type, int head_dim, int last, int n_tokens, int window,
+                            int broken) {
     generator g = {(uint64_t)(last * 1000 + head_dim)};
     const size_t n = (size_t)head_dim, stride = N_QUERIES * n + 4, n_floats = (size_t)n_tokens * stride;
     cache c = make_cache(k, &g, type, head_dim, last + n_tokens);
@@ -151,6 +165,7 @@ static void check_attention(const phi_kernels *k, phi_kv_type type, int head_dim
     float *scratch = floats(phi_attention_scratch_floats(head_dim));
     double *exact = memory(n * sizeof *exact);
     fill_normal(&g, n_floats, q);
+    for (int p = broken + 1; p < c.n_positions; p++) break_value(&c, p);
     memset(scratch, 0xff, phi_attention_scratch_floats(head_dim) * sizeof *scratch);
     phi_attention a = {
         .q = q,
@@ -177,7 +192,7 @@ static void check_attention(const phi_kernels *k, phi_kv_type type, int head_dim
         for (size_t i = 0; i < N_QUERIES; i++) {
             const size_t at = (size_t)t * stride + i * n;
             attend_exactly(&c, q + at, last + t, window, (double)a.scale, exact);
-            for (size_t d = 0; d < n; d++) {
+            for (size_t d = 0; d < n && last + t <= broken; d++) {
                 CHECK(near(out[at + d], exact[d], 2e-5, 6e-6),
                       "%s: attention %s, head_dim %d, window %d, token %d of %d at %d, query %zu, dimension %zu is "
                       "%.9g, expected %.9g",
@@ -204,8 +219,11 @@ void test_attention(const phi_kernels *k) {
         test_store(k, type);
         for (int d = 0; d < LENGTH(head_dims); d++) {
             for (int w = 0; w < LENGTH(windows); w++) {
-                for (int t = 0; t < LENGTH(tokens); t++)
-                    check_attention(k, type, head_dims[d], tokens[t][0], tokens[t][1], windows[w]);
+                for (int t = 0; t < LENGTH(tokens); t++) {
+                    const int last = tokens[t][0], n_tokens = tokens[t][1];
+                    check_attention(k, type, head_dims[d], last, n_tokens, windows[w], last + n_tokens);
+                    check_attention(k, type, head_dims[d], last, n_tokens, windows[w], last + n_tokens / 2);
+                }
             }
         }
     }

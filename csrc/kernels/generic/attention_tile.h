@@ -4,6 +4,8 @@
  * score, by which what earlier blocks gave is scaled down. A row alone skips the detour through converted floats.
  * Blocks begin at multiples of their size wherever a row begins to see, positions that a row does not see weigh exactly
  * 0, and a block of which it sees nothing leaves its sums as they are: what a row gets does not depend on the others.
+ * Only where a value is infinite or NaN would it: 0 times that is NaN. So a row of which no number came is done anew,
+ * alone.
  */
 #ifndef PHI_GENERIC_ATTENTION_TILE_H
 #define PHI_GENERIC_ATTENTION_TILE_H
@@ -85,13 +87,22 @@ static inline void phi_start_tile(const phi_attention *a, int first_row, int n_r
     }
 }
 
-static inline void phi_finish_tile(const phi_attention *a, const phi_tile *t) {
-    for (int r = 0; r < t->n_real; r++) {
-        float total = 0.0f;
-        for (int i = 0; i < 16; i++) total += t->totals[r][i];
-        const float *sums = t->sums + (size_t)r * t->sums_stride, inverse = 1.0f / total;
-        for (int d = 0; d < a->head_dim; d++) t->out[r][d] = sums[d] * inverse;
+static inline bool phi_all_finite(const float *x, int n) {
+    uint32_t largest = 0; /* of the magnitudes, which are ordered as their bits are */
+    for (int i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, &x[i], sizeof bits);
+        bits &= 0x7fffffff;
+        largest = bits > largest ? bits : largest;
     }
+    return largest < 0x7f800000;
+}
+
+static inline void phi_finish_row(const phi_attention *a, const phi_tile *t, int r) {
+    float total = 0.0f;
+    for (int i = 0; i < 16; i++) total += t->totals[r][i];
+    const float *sums = t->sums + (size_t)r * t->sums_stride, inverse = 1.0f / total;
+    for (int d = 0; d < a->head_dim; d++) t->out[r][d] = sums[d] * inverse;
 }
 
 /* Scores of positions from first_page on are there, up to those of the page that holds end - 1. */
@@ -111,6 +122,19 @@ static inline void phi_attend_one(const phi_attention *a, const phi_attention_st
         phi_soften_tile(steps, t, block, first_page, end);
         steps->weigh_one(a, t, first, end, t->weights + (first - block));
         first = end;
+    }
+}
+
+/* Rows first_row .. first_row + n_real - 1 of the call. */
+static inline void phi_finish_tile(const phi_attention *a, const phi_attention_steps *steps, const phi_tile *t,
+                                   int first_row) {
+    for (int r = 0; r < t->n_real; r++) phi_finish_row(a, t, r);
+    for (int r = 0; t->n_rows > 1 && r < t->n_real; r++) {
+        phi_tile alone;
+        if (phi_all_finite(t->out[r], a->head_dim)) continue;
+        phi_start_tile(a, first_row + r, 1, 1, t->weights, &alone);
+        phi_attend_one(a, steps, &alone);
+        phi_finish_row(a, &alone, 0);
     }
 }
 
@@ -145,7 +169,7 @@ static inline void phi_attend(const phi_attention *a, const phi_attention_steps 
     float *floats = a->scratch, *memory = floats + phi_attention_converted_floats(a->head_dim);
     for (int row = 0; row < n_rows;) {
         phi_tile tiles[PHI_MAX_TILES];
-        const int end_row = phi_min(n_rows, row + PHI_ATTENTION_ROWS);
+        const int first_row = row, end_row = phi_min(n_rows, row + PHI_ATTENTION_ROWS);
         int n_tiles = 0, first = a->last + a->n_tokens, end = 0;
         for (float *free = memory; row < end_row; n_tiles++) {
             const int left = end_row - row, n_real = phi_min(left, steps->most_rows);
@@ -165,7 +189,7 @@ static inline void phi_attend(const phi_attention *a, const phi_attention_steps 
                 phi_attend_block(a, steps, tiles, n_tiles, first, next, floats);
             }
         }
-        for (int i = 0; i < n_tiles; i++) phi_finish_tile(a, &tiles[i]);
+        for (int i = 0; i < n_tiles; i++) phi_finish_tile(a, steps, &tiles[i], first_row + i * steps->most_rows);
     }
 }
 
