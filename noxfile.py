@@ -295,18 +295,29 @@ def arm_wheel(session: nox.Session, zig: str) -> None:
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
-    """Mutated headers into the loader (atheris), and rows of any bytes into the kernels (libFuzzer): a minute each."""
+    """The loader under atheris, what C reads of a file under libFuzzer: PHI_FUZZ_SECONDS (60) each."""
     clang = newest_clang()
     need(session, clang, packages="clang, libclang-rt-dev")
+    # Not editable: atheris cannot count the coverage of modules that a loader of another kind finds.
     session.install("cmake", "ninja", ".[fuzz,test]")
-    folder = build_c(session, "fuzz", f"-DCMAKE_C_COMPILER={clang}", "-DPHI_BUILD_FUZZERS=ON", target="fuzz_weights")
-    fuzzers = {
-        "weights": [str(folder / "tests/fuzz/fuzz_weights")],
-        "header": ["python", "tests/fuzz/fuzz_header.py"],
-    }
-    for name, command in fuzzers.items():
-        found = BUILDS / f"fuzz-{name}"  # new inputs, and below them those that fail
-        (found / "failing").mkdir(parents=True, exist_ok=True)
-        limits = [f"-max_total_time={os.environ.get('PHI_FUZZ_SECONDS', '60')}", "-timeout=20", "-rss_limit_mb=4096"]
-        options = [*limits, "-max_len=16384", "-print_final_stats=1", f"-artifact_prefix={found}/failing/"]
-        session.run(*command, str(found), f"tests/fuzz/corpus/{name}", *options, external=True)
+    folder = build_c(
+        *(session, "fuzz", f"-DCMAKE_C_COMPILER={clang}", "-DCMAKE_BUILD_TYPE=RelWithDebInfo"),
+        *("-DPHI_BUILD_TESTS=OFF", "-DPHI_BUILD_FUZZERS=ON"),
+        "-DPHI_AVXVNNI_BY_AVX512=ON",  # one tier more; tiles emulated under sanitizers take too long
+    )
+    found = Path("build/fuzz").resolve()
+    targets = {name: [str(folder / f"tests/fuzz/fuzz_{name}")] for name in ("weights", "forward")}
+    targets["loader"] = ["python", "tests/fuzz/fuzz_loader.py"]
+    for name, command in targets.items():
+        # What is new goes to the first folder, which is emptied: to run what earlier ones left takes longer than asked.
+        grown = found / "corpus" / name
+        shutil.rmtree(grown, ignore_errors=True)
+        grown.mkdir(parents=True)
+        session.run(
+            *(*command, str(grown), *sorted(map(str, Path("tests/fuzz/corpus").glob(f"{name}*")))),
+            *(f"-max_total_time={os.environ.get('PHI_FUZZ_SECONDS', '60')}", f"-artifact_prefix={found}/{name}-"),
+            *("-timeout=20", "-rss_limit_mb=4096", f"-max_len={12000 if name == 'loader' else 4096}"),
+            *("-print_final_stats=1", *session.posargs),
+            external=True,
+            env={"PYTHONPATH": os.pathsep.join(("tests", "tests/model", "tests/fuzz"))},
+        )

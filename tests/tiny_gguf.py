@@ -50,7 +50,7 @@ class Shape:
     n_ctx_orig: int | None = None  # with it come LongRoPE's factors
     tied: bool = False
     chat_template: bool = True
-    vocabulary: str = "spm"
+    vocabulary: str = "spm"  # or bpe; few-spm, few-bpe: a dozen tokens
     n_experts: int = 8  # of phimoe
     fused_qkv: bool = True  # of phi2
     n_extra_words: int = 0  # in an spm vocabulary
@@ -171,7 +171,31 @@ def _add_sizes(writer: gguf.GGUFWriter, architecture: str, s: Shape) -> None:
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, s: Shape) -> list[str]:
-    return _add_spm(writer, s) if s.vocabulary == "spm" else _add_bpe(writer, s)
+    return {"spm": _add_spm, "bpe": _add_bpe, "few-spm": _add_few_spm, "few-bpe": _add_few_bpe}[s.vocabulary](writer, s)
+
+
+def _add_few_spm(writer: gguf.GGUFWriter, s: Shape) -> list[str]:
+    """Each kind of token, and little else."""
+    tokens = ["<unk>", "<s>", "</s>", "<0x0A>", "\u2581", "a", "b", "ab", "\u2581ab", "<|end|>", "<|so|>", ""]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * 7 + [-1.0, -2.0] + [0.0] * 3)
+    writer.add_token_types([2, 3, 3, 6, 1, 1, 1, 1, 1, 3, 4, 5])
+    _add_ids(writer, {"bos": 1, "eos": 2, "unk": 0})
+    writer.add_add_bos_token(True)
+    return tokens
+
+
+def _add_few_bpe(writer: gguf.GGUFWriter, s: Shape) -> list[str]:
+    tokens = ["<|endoftext|>", "<|so|>", "a", "b", "\u0120", "ab", "\u0120ab"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 4, 1, 1, 1, 1, 1])
+    writer.add_token_merges(["a b", "\u0120 ab"])
+    _add_ids(writer, {"bos": 0, "eos": 0})
+    writer.add_add_bos_token(False)
+    return tokens
 
 
 def _add_spm(writer: gguf.GGUFWriter, s: Shape) -> list[str]:

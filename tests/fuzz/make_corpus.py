@@ -1,44 +1,41 @@
-"""Writes what fuzzing begins with: headers of small models of each architecture, and rows of weights of each type.
+"""Writes the fuzzers' first inputs: `python tests/fuzz/make_corpus.py` (PYTHONPATH=tests), the same bytes each time."""
 
-python tests/fuzz/make_corpus.py
-"""
-
-import random
-import sys
-import tempfile
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import numpy as np
 
-from phi_c import _core
-from phi_c.model.gguf_file import GGUFFile
 from tiny_gguf import write_tiny
 
 CORPUS = Path(__file__).with_name("corpus")
-SMALL = {"n_layers": 1, "n_embd": 32, "n_ffn": 32, "n_heads": 1, "n_kv_heads": 1, "head_dim": 32, "rope_dims": 32}
-HEADERS = {
-    "phi3": ("phi3", {"window": 20, "chat_template": False}),
-    "phi3-longrope": ("phi3", {"n_ctx": 64, "n_ctx_orig": 16, "vocabulary": "bpe"}),
-    "llama": ("llama", {"tied": True, "vocabulary": "bpe"}),
-    "phi2": ("phi2", {"vocabulary": "bpe", "chat_template": False}),
-    "phimoe": ("phimoe", {"n_experts": 2, "vocabulary": "bpe"}),
+SMALL = {"n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "chat_template": False}
+EIGHT = {**SMALL, "n_embd": 8, "n_ffn": 8, "head_dim": 4, "rope_dims": 4}
+BLOCKS = {**SMALL, "n_embd": 32, "n_ffn": 32, "head_dim": 16, "rope_dims": 16}
+
+N_TYPES = 13  # rows of csrc/tensor_types.def
+
+# name -> architecture, type, fields of tiny_gguf.Shape
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "phi3-f32": ("phi3", "F32", {**EIGHT, "vocabulary": "few-spm", "n_ctx_orig": 64, "window": 16}),
+    "phi3-q4_0": ("phi3", "Q4_0", {**BLOCKS, "vocabulary": "few-spm", "tied": True}),
+    "llama-f16": ("llama", "F16", {**EIGHT, "vocabulary": "few-bpe"}),
+    "llama-q8_0": ("llama", "Q8_0", {**BLOCKS, "vocabulary": "few-bpe", "tied": True}),
+    "phi2-bf16": ("phi2", "BF16", {**EIGHT, "vocabulary": "few-bpe", "fused_qkv": False}),
+    "phimoe-f32": ("phimoe", "F32", {**EIGHT, "vocabulary": "few-spm", "n_experts": 2}),
 }
 
 
 def main() -> None:
-    """Write the files; the same ones each time."""
-    for folder in ("header", "weights"):
-        (CORPUS / folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as work:
-        for name, (architecture, shape) in HEADERS.items():
-            path = write_tiny(Path(work) / "tiny.gguf", architecture, "Q8_0", **SMALL, **shape)
-            with GGUFFile(path) as file:
-                header_bytes = file.data_offset
-            (CORPUS / "header" / name).write_bytes(path.read_bytes()[:header_bytes])
-    rng = random.Random(1)
-    for i, traits in enumerate(_core.TENSOR_TYPES.values()):
-        fields = bytes([i, (15, 47, 16)[i % 3], i % 2, (0, 16, 4)[i % 3], i])  # see fuzz_weights.c
-        (CORPUS / "weights" / traits.name).write_bytes(fields + rng.randbytes(211))
+    """Write every file."""
+    for name, (architecture, weight_type, fields) in MODELS.items():
+        write_tiny(CORPUS / "loader" / name, architecture, weight_type, **fields)
+    rng = np.random.default_rng(0)
+    for i in range(N_TYPES):
+        # All tiers, quantised to a type; of type i, 16 rows, columns of one block or more, 17 tokens, aligned.
+        head = bytes([0, 0, (i + 5) % N_TYPES, i, 15, i % 3, 16, 0])
+        (CORPUS / "weights" / f"type-{i}").write_bytes(head + rng.bytes(240))
+    for i in range(8):
+        (CORPUS / "forward" / f"random-{i}").write_bytes(rng.bytes(200))
 
 
 if __name__ == "__main__":

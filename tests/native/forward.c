@@ -17,6 +17,7 @@ enum {
     N_VOCAB = 100, /* rows that fill no panel: the output stays in the file layout */
     N_TOKENS = 45,
     WINDOW = 37,
+    BROKEN = 5, /* the token whose embedding check_broken breaks */
     N_PAGES = 2 * ((N_TOKENS + PHI_PAGE_TOKENS - 1) / PHI_PAGE_TOKENS),
     N_MATRICES = 7 * N_LAYERS + 2,
 };
@@ -26,6 +27,7 @@ typedef struct {
     phi_layer layers[N_LAYERS];
     phi_feed_forward ffn[N_LAYERS];
     float norm[N_EMBD], inv_freq[ROPE_DIMS / 2];
+    uint16_t *embeddings; /* [N_VOCAB, N_EMBD] in half precision */
     void *owned[2 * N_MATRICES];
     int n_owned;
 } tiny;
@@ -91,6 +93,7 @@ static tiny *make_tiny(const phi_kernels *k, phi_pool *pool, phi_rope_style styl
         .kernels = k,
         .pool = pool,
     };
+    m->embeddings = (uint16_t *)(void *)m->model.token_embd.data;
     for (int l = 0; packed && l < N_LAYERS; l++) {
         phi_layer *layer = &m->layers[l];
         phi_feed_forward *ffn = &m->ffn[l];
@@ -174,6 +177,19 @@ static double nmse(const float *got, const float *expected) {
     return error / signal;
 }
 
+/* One number of a token's embedding is NaN: every logit from that token on has to show it, and none before it. */
+static void check_broken(const tiny *m, phi_kv_type type, int chunk, bool company) {
+    float *logits = floats(N_TOKENS * N_VOCAB);
+    const int row = BROKEN * 31 % N_VOCAB;
+    uint16_t *embedding = m->embeddings + row * N_EMBD;
+    embedding[9] = 0x7e00;
+    run(m, type, chunk, company, logits);
+    for (int i = 0; i < N_TOKENS * N_VOCAB; i++)
+        CHECK(isfinite(logits[i]) == (i / N_VOCAB < BROKEN), "%s: token %d is NaN: logit %d of token %d is %g",
+              m->model.kernels->name, BROKEN, i % N_VOCAB, i / N_VOCAB, (double)logits[i]);
+    free(logits);
+}
+
 static void check_ways(const phi_kernels *k, phi_kv_type type, phi_rope_style style, bool packed,
                        const float *expected) {
     enum { N_LOGITS = N_TOKENS * N_VOCAB };
@@ -198,6 +214,7 @@ static void check_ways(const phi_kernels *k, phi_kv_type type, phi_rope_style st
         const double error = nmse(i ? logits : first, expected);
         CHECK(error <= (rounds_anew ? 1e-2 : 2e-3), "%s: logits are off by %g of those of the scalar tier", k->name,
               error);
+        check_broken(m, type, ways[i].chunk, ways[i].company);
         free_tiny(m);
         phi_pool_free(pool);
     }

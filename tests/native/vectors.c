@@ -71,6 +71,16 @@ static void test_quantize_q8(const phi_kernels *k) {
         for (int j = 0; j < N; j += 37) x[j] = fills[i];
         check_q8_is_that_of_scalar(k, x, N, "numbers with an extreme among them");
     }
+    for (int i = 0; i < 2; i++) { /* one that is no number: what is multiplied with the block is none */
+        const phi_q8 q8 = allot_q8(N);
+        fill_spiky(&g, 1, N, x);
+        x[70] = i ? NAN : -INFINITY;
+        k->quantize_q8(x, N, q8);
+        for (int b = 0; b < N / PHI_Q8_BLOCK; b++)
+            CHECK(isfinite(q8.scales[b]) == (b != 2), "%s: q8: the scale of block %d is %g", k->name, b,
+                  (double)q8.scales[b]);
+        free_q8(q8);
+    }
     for (int i = 0; i < N; i++) x[i] = i % 32 ? ((float)(i % 32) + 0.5f) / 127.0f : 1.0f; /* ties: to even */
     check_q8_is_that_of_scalar(k, x, N, "ties");
     free(x);

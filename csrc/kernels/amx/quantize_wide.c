@@ -8,6 +8,8 @@
 #include <float.h>
 #include <immintrin.h>
 
+#include "../../half.h"
+
 static void store_16(int8_t *bytes, __m512i dwords) {
     _mm_storeu_si128((__m128i *)(void *)bytes, _mm512_cvtsepi32_epi8(dwords));
 }
@@ -16,11 +18,11 @@ void phi_quantize_wide_amx(const float *x, size_t n_cols, int8_t *wide, float *s
     const __m512 limit = _mm512_set1_ps(127.0f), least = _mm512_set1_ps(-127.0f);
     for (size_t b = 0; b < n_cols / PHI_WIDE_BLOCK; b++) {
         const float *block = x + b * PHI_WIDE_BLOCK;
-        __m512 largest = _mm512_setzero_ps();
+        __m512i largest = _mm512_setzero_si512(); /* as bits: NaN is above all numbers */
         for (size_t i = 0; i < PHI_WIDE_BLOCK; i += 16) {
-            largest = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(block + i)), largest);
+            largest = _mm512_max_epu32(_mm512_castps_si512(_mm512_abs_ps(_mm512_loadu_ps(block + i))), largest);
         }
-        const float scale = _mm512_reduce_max_ps(largest) / 127.0f;
+        const float scale = phi_float_from_bits(_mm512_reduce_max_epu32(largest)) / 127.0f;
         /* As phi_quantize_q8_scalar: below the smallest normal scale the block is zero. */
         const __m512 inverse = _mm512_set1_ps(scale >= FLT_MIN ? 1.0f / scale : 0.0f);
         for (size_t i = 0; i < PHI_WIDE_BLOCK; i += 16) {

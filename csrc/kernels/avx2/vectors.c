@@ -3,8 +3,15 @@
 #include <float.h>
 #include <math.h>
 
+#include "../../half.h"
 #include "avx2.h"
 #include "simd.h"
+
+static uint32_t hmax_u32(__m256i v) {
+    __m128i m = _mm_max_epu32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
+    return (uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1)));
+}
 
 void phi_quantize_q8_avx2(const float *x, size_t n, phi_q8 q8) {
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
@@ -12,12 +19,13 @@ void phi_quantize_q8_avx2(const float *x, size_t n, phi_q8 q8) {
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     for (size_t b = 0; b < n / PHI_Q8_BLOCK; b++) {
         const float *block = x + b * PHI_Q8_BLOCK;
-        __m256 v[4], largest = _mm256_setzero_ps();
+        __m256 v[4];
+        __m256i largest = _mm256_setzero_si256(); /* as bits: NaN is above all numbers */
         for (int i = 0; i < 4; i++) {
             v[i] = _mm256_loadu_ps(block + 8 * i);
-            largest = _mm256_max_ps(_mm256_and_ps(v[i], magnitude), largest);
+            largest = _mm256_max_epu32(_mm256_castps_si256(_mm256_and_ps(v[i], magnitude)), largest);
         }
-        const float scale = phi_hmax(largest) / 127.0f;
+        const float scale = phi_float_from_bits(hmax_u32(largest)) / 127.0f;
         /* As the scalar kernel: below the smallest normal scale the block is zero. */
         const __m256 inverse = _mm256_set1_ps(scale >= FLT_MIN ? 1.0f / scale : 0.0f);
         __m256i q[4];

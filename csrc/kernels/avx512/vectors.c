@@ -5,6 +5,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "../../half.h"
 #include "avx512.h"
 #include "simd.h"
 
@@ -19,10 +20,11 @@ void phi_quantize_q8_avx512(const float *x, size_t n, phi_q8 q8) {
     const __m256i ones = _mm256_set1_epi8(1);
     for (size_t b = 0; b < n / PHI_Q8_BLOCK; b++) {
         const __m512 low = _mm512_loadu_ps(x + b * PHI_Q8_BLOCK), high = _mm512_loadu_ps(x + b * PHI_Q8_BLOCK + 16);
-        /* The second operand where one is NaN: as in the scalar kernel the largest is a number. */
-        const __m512 numbers = _mm512_max_ps(_mm512_abs_ps(low), _mm512_setzero_ps());
-        const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(high), numbers));
-        const float scale = largest / 127.0f;
+        /* As bits: NaN is above all numbers. */
+        const __m512i magnitudes[] = {_mm512_castps_si512(_mm512_abs_ps(low)),
+                                      _mm512_castps_si512(_mm512_abs_ps(high))};
+        const uint32_t largest = _mm512_reduce_max_epu32(_mm512_max_epu32(magnitudes[0], magnitudes[1]));
+        const float scale = phi_float_from_bits(largest) / 127.0f;
         /* As the scalar kernel: below the smallest normal scale the block is zero. */
         const __m512 inverse = _mm512_set1_ps(scale >= FLT_MIN ? 1.0f / scale : 0.0f);
         const __m256i quants =

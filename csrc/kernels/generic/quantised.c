@@ -55,9 +55,14 @@ PHI_QUANTISED_TYPES(PHI_DEFINE)
 void phi_quantize_q8_scalar(const float *x, size_t n, phi_q8 q8) {
     for (size_t b = 0; b < n / PHI_Q8_BLOCK; b++) {
         const float *block = x + b * PHI_Q8_BLOCK;
-        float largest = 0.0f;
-        for (size_t i = 0; i < PHI_Q8_BLOCK; i++) largest = fmaxf(largest, fabsf(block[i]));
-        const float scale = largest / 127.0f;
+        /* Bits of magnitudes are in their order, infinity and NaN above all numbers: the scale of a block that holds
+         * one is none, and what is multiplied with it cannot pass for a number. */
+        uint32_t largest = 0;
+        for (size_t i = 0; i < PHI_Q8_BLOCK; i++) {
+            const uint32_t magnitude = phi_bits_from_float(fabsf(block[i]));
+            largest = magnitude > largest ? magnitude : largest;
+        }
+        const float scale = phi_float_from_bits(largest) / 127.0f;
         /* Below the smallest normal scale the inverse overflows: the block is zero for every purpose. */
         const float inverse = scale >= FLT_MIN ? 1.0f / scale : 0.0f;
         int sum[2] = {0, 0};

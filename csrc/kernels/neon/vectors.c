@@ -3,14 +3,15 @@
 #include <float.h>
 #include <math.h>
 
+#include "../../half.h"
 #include "neon.h"
 #include "simd.h"
 
-/* The largest magnitude of 32 floats; NaN counts for nothing. */
+/* The largest magnitude of 32 floats, as bits: NaN is above all numbers. */
 PHI_INLINE float largest_of(const float32x4_t v[8]) {
-    float32x4_t largest = vdupq_n_f32(0.0f);
-    for (int i = 0; i < 8; i++) largest = vmaxnmq_f32(largest, vabsq_f32(v[i]));
-    return vmaxnmvq_f32(largest);
+    uint32x4_t largest = vdupq_n_u32(0);
+    for (int i = 0; i < 8; i++) largest = vmaxq_u32(largest, vreinterpretq_u32_f32(vabsq_f32(v[i])));
+    return phi_float_from_bits(vmaxvq_u32(largest));
 }
 
 /* 16 floats times a number to the nearest integers from -127 to 127; NaN, which infinity times 0 makes, becomes 127. */

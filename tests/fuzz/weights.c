@@ -1,0 +1,227 @@
+/* One matrix of any bytes, on one tier or all that this machine has: dequantised, packed, multiplied, quantised anew.
+ *
+ * Held: dequantised values have the scalar tier's bits; a product of many tokens has the bits of one at a time; where
+ * weights are finite a product is the exact one within float's rounding, and where the exact one is no number it is
+ * none; what is quantised from finite numbers is finite. Infinite and NaN scales are part of the input. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "dispatch.h"
+#include "input.h"
+#include "kernels/generic/unpack.h"
+
+enum { MOST_TOKENS = 20 };
+
+typedef struct {
+    phi_type type;
+    int n_rows, n_cols, n_tokens;
+    size_t row_bytes;
+    uint8_t *memory, *rows; /* rows [n_rows, row_bytes], at any even address */
+    float *x;               /* [n_tokens, n_cols], finite */
+    float *values;          /* [n_rows, n_cols]: dequantised */
+    double *sizes;          /* [n_rows, n_cols]: how large what a weight is computed from is */
+} matrix;
+
+typedef void (*unpack_fn)(const void *block, phi_unpacked *u);
+
+/* With the range of the quants before an offset is taken off. */
+static const struct {
+    unpack_fn unpack;
+    double range;
+} unpackers[PHI_N_TYPES] = {
+    [PHI_TYPE_Q4_0] = {phi_unpack_q4_0, 16},  [PHI_TYPE_Q4_1] = {phi_unpack_q4_1, 16},
+    [PHI_TYPE_Q5_0] = {phi_unpack_q5_0, 32},  [PHI_TYPE_Q5_1] = {phi_unpack_q5_1, 32},
+    [PHI_TYPE_Q8_0] = {phi_unpack_q8_0, 256}, [PHI_TYPE_Q2_K] = {phi_unpack_q2_k, 4},
+    [PHI_TYPE_Q3_K] = {phi_unpack_q3_k, 8},   [PHI_TYPE_Q4_K] = {phi_unpack_q4_k, 16},
+    [PHI_TYPE_Q5_K] = {phi_unpack_q5_k, 32},  [PHI_TYPE_Q6_K] = {phi_unpack_q6_k, 64},
+};
+
+static void measure(const matrix *m) {
+    const size_t n = (size_t)m->n_rows * (size_t)m->n_cols, block = (size_t)phi_types[m->type].block_elements;
+    phi_unpacked u;
+    for (size_t i = 0; i < n; i++) {
+        if (!unpackers[m->type].unpack) {
+            m->sizes[i] = fabs((double)m->values[i]);
+            continue;
+        }
+        if (i % block == 0) unpackers[m->type].unpack(m->rows + i / block * (size_t)phi_types[m->type].block_bytes, &u);
+        const size_t group = i % block / PHI_SUM_BLOCK;
+        m->sizes[i] = unpackers[m->type].range * fabs((double)u.scale[group]) + fabs((double)u.min[group]);
+    }
+}
+
+static matrix read_matrix(input *in, const phi_kernels *scalar) {
+    static const float steps[] = {0.0f, 1.0f, -1.0f, 0.5f, 1e-20f, 1e-38f, 100.0f, -3e4f};
+    matrix m = {.type = (phi_type)pick(in, 0, PHI_N_TYPES - 1)};
+    const int block = phi_types[m.type].block_elements;
+    m.n_rows = pick(in, 1, 33);
+    m.n_cols = block * pick(in, 1, block == 1 ? 256 : block == 32 ? 9 : 3);
+    m.n_tokens = pick(in, 1, MOST_TOKENS);
+    const size_t offset = 2 * (size_t)pick(in, 0, 3), first = in->at;
+    const size_t n_rows = (size_t)m.n_rows, n_cols = (size_t)m.n_cols, n_tokens = (size_t)m.n_tokens;
+    m.row_bytes = phi_row_bytes(m.type, n_cols);
+    m.memory = memory(n_rows * m.row_bytes + offset);
+    m.rows = m.memory + offset;
+    fill(in, first, n_rows * m.row_bytes, m.rows);
+    generator g = {(uint64_t)m.n_rows};
+    m.x = floats(n_tokens * n_cols);
+    fill_spiky(&g, n_tokens, n_cols, m.x);
+    for (size_t i = 0; i < n_tokens * n_cols; i++) {
+        uint8_t byte;
+        fill(in, first, 1, &byte);
+        if (byte < 128) m.x[i] *= steps[byte % 8];
+    }
+    m.values = floats(n_rows * n_cols);
+    m.sizes = memory(n_rows * n_cols * sizeof *m.sizes);
+    for (size_t r = 0; r < n_rows; r++)
+        scalar->dequantize[m.type](m.rows + r * m.row_bytes, n_cols, m.values + r * n_cols);
+    measure(&m);
+    return m;
+}
+
+static void check_dequantized(const phi_kernels *k, const matrix *m) {
+    float *y = floats((size_t)m->n_cols);
+    for (size_t r = 0; r < (size_t)m->n_rows; r++) {
+        k->dequantize[m->type](m->rows + r * m->row_bytes, (size_t)m->n_cols, y);
+        const size_t at = first_difference(y, m->values + r * (size_t)m->n_cols, (size_t)m->n_cols);
+        CHECK(at == (size_t)m->n_cols, "%s: dequantised %s: row %zu, column %zu is not the scalar tier's", k->name,
+              phi_types[m->type].name, r, at);
+    }
+    free(y);
+}
+
+/* What a product may be: the exact one, and how far from it float's rounding may lead. */
+static void check_product(const phi_kernels *k, const matrix *m, const phi_activations *x, bool packed, size_t r,
+                          size_t t, float got) {
+    const bool quantised = phi_types[m->type].activation == PHI_ACT_Q8;
+    double sum = 0.0, size = 0.0;
+    for (size_t i = 0; i < (size_t)m->n_cols; i++) {
+        const size_t at = t * (size_t)m->n_cols + i, w = r * (size_t)m->n_cols + i;
+        const double value =
+            quantised ? (double)x->q8.scales[at / PHI_Q8_BLOCK] * x->q8.quants[at] : (double)x->f32[at];
+        sum += (double)m->values[w] * value;
+        /* Sums of quants, which minima and offsets are multiplied with, are rounded as wholes. */
+        size += m->sizes[w] * (quantised ? 127.0 * (double)x->q8.scales[at / PHI_Q8_BLOCK] : fabs(value));
+    }
+    if (!isfinite(size)) {
+        CHECK(isfinite(sum) || !isfinite(got), "%s: %s %s: row %zu, token %zu is %g, expected %g", k->name,
+              packed ? "packed" : "file", phi_types[m->type].name, r, t, (double)got, sum);
+    } else if (size < 1e37) { /* else a part of the sum may be infinite */
+        CHECK(fabs((double)got - sum) <= 2e-6 * size + 1e-12,
+              "%s: %s %s: row %zu, token %zu is %.9g, expected %.9g within %.3g", k->name, packed ? "packed" : "file",
+              phi_types[m->type].name, r, t, (double)got, sum, 2e-6 * size + 1e-12);
+    }
+}
+
+static void check_products(const phi_kernels *k, const matrix *m, const phi_activations *x, const uint8_t *panels) {
+    const bool packed = panels != NULL;
+    const bool wide = packed && x->wide && strcmp(phi_matmul_tier(k->name, m->type), k->name) == 0;
+    const size_t n_rows = (size_t)m->n_rows, n_tokens = (size_t)m->n_tokens;
+    float *together = floats(n_tokens * n_rows), *alone = floats(n_rows);
+    phi_matmul product = {.rows = packed ? panels : m->rows,
+                          .row_bytes = m->row_bytes,
+                          .n_rows = m->n_rows,
+                          .n_cols = m->n_cols,
+                          .x = x,
+                          .n_tokens = m->n_tokens,
+                          .out = together,
+                          .out_stride = n_rows,
+                          .prefetch = k->prefetch};
+    void (*multiply)(const phi_matmul *) = (packed ? k->matmul_packed : k->matmul)[m->type];
+    multiply(&product);
+    product.n_tokens = 1;
+    product.out = alone;
+    for (size_t t = 0; t < n_tokens; t++) {
+        product.first_token = (int)t;
+        multiply(&product);
+        for (size_t r = 0; r < n_rows; r++) {
+            check_product(k, m, x, packed, r, t, alone[r]);
+            if (wide) continue; /* rounds anew */
+            CHECK(same_float(together[t * n_rows + r], alone[r]),
+                  "%s: %s %s: row %zu, token %zu is %.9g among %zu, and alone %.9g", k->name,
+                  packed ? "packed" : "file", phi_types[m->type].name, r, t, (double)together[t * n_rows + r], n_tokens,
+                  (double)alone[r]);
+        }
+    }
+    free(together);
+    free(alone);
+}
+
+static void check_tier(const phi_kernels *k, const matrix *m) {
+    const size_t n_tokens = (size_t)m->n_tokens, n_cols = (size_t)m->n_cols, n = n_tokens * n_cols;
+    phi_activations x = {.n_cols = m->n_cols, .f32 = m->x};
+    if (n_cols % PHI_Q8_BLOCK == 0) {
+        x.q8 = allot_q8(n);
+        k->quantize_q8(m->x, n, x.q8);
+    }
+    if (k->quantize_wide && n_cols % PHI_WIDE_BLOCK == 0 && m->n_tokens > k->few_tokens) {
+        x.wide = memory(phi_wide_bytes(n_tokens, n_cols));
+        x.wide_scales = floats(n / PHI_WIDE_BLOCK);
+        memset(x.wide, 127, phi_wide_bytes(n_tokens, n_cols));
+        for (size_t t = 0; t < n_tokens; t++)
+            k->quantize_wide(m->x + t * n_cols, n_cols, phi_wide_of(&x, (int)t),
+                             x.wide_scales + t * n_cols / PHI_WIDE_BLOCK);
+    }
+    check_dequantized(k, m);
+    check_products(k, m, &x, NULL);
+    if (k->pack[m->type] && m->n_rows % PHI_PANEL_ROWS == 0) {
+        uint8_t *panels = memory((size_t)m->n_rows * m->row_bytes);
+        for (size_t r = 0; r < (size_t)m->n_rows; r += PHI_PANEL_ROWS)
+            k->pack[m->type](m->rows + r * m->row_bytes, m->row_bytes, panels + r * m->row_bytes);
+        check_products(k, m, &x, panels);
+        free(panels);
+    }
+    if (x.q8.quants) free_q8(x.q8);
+    free(x.wide);
+    free(x.wide_scales);
+}
+
+/* As `phi-c quantize` does with a file: rows that are not finite are refused before. Two rows: it takes long. */
+static void check_quantized(const phi_kernels *scalar, const matrix *m, phi_pool *pool, phi_type target) {
+    const size_t n_rows = m->n_rows < 2 ? 1 : 2, n_cols = (size_t)m->n_cols;
+    if (n_cols % (size_t)phi_types[target].block_elements != 0) return;
+    for (size_t i = 0; i < n_rows * n_cols; i++) {
+        if (!isfinite(m->values[i])) return;
+    }
+    uint8_t *rows = memory(n_rows * phi_row_bytes(target, n_cols));
+    float *importance = floats(n_cols), *y = floats(n_cols);
+    for (size_t i = 0; i < n_cols; i++) importance[i] = fabsf(m->x[i]);
+    for (int weighted = 0; weighted < 2; weighted++) {
+        CHECK(phi_quantize_rows(pool, target, m->values, n_rows, n_cols, weighted ? importance : NULL, rows) == PHI_OK,
+              "quantising failed");
+        for (size_t r = 0; r < n_rows; r++) {
+            scalar->dequantize[target](rows + r * phi_row_bytes(target, n_cols), n_cols, y);
+            for (size_t i = 0; i < n_cols; i++)
+                CHECK(isfinite(y[i]), "%g of %s is %g as %s", (double)m->values[r * n_cols + i],
+                      phi_types[m->type].name, (double)y[i], phi_types[target].name);
+        }
+    }
+    free(rows);
+    free(importance);
+    free(y);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n_bytes) {
+    static phi_pool *pool;
+    const phi_kernels *scalar, *k;
+    if (!pool) CHECK(phi_pool_create(1, &pool) == PHI_OK, "no pool");
+    CHECK(phi_select_kernels("scalar", &scalar) == PHI_OK, "the scalar tier is missing");
+    input in = {bytes, n_bytes, 0};
+    const int only = pick(&in, 0, 11); /* of the tiers; 0, or one that is not there: all */
+    const bool quantises = pick(&in, 0, 3) == 0;
+    const phi_type target = (phi_type)pick(&in, 0, PHI_N_TYPES - 1);
+    matrix m = read_matrix(&in, scalar);
+    int n_tiers = 0;
+    while (phi_tier_names()[n_tiers]) n_tiers++;
+    for (int i = 0; i < n_tiers; i++) {
+        const bool wanted = only == 0 || only > n_tiers || only == i + 1;
+        if (wanted && phi_select_kernels(phi_tier_names()[i], &k) == PHI_OK) check_tier(k, &m);
+    }
+    if (quantises) check_quantized(scalar, &m, pool, target);
+    free(m.memory);
+    free(m.x);
+    free(m.values);
+    free(m.sizes);
+    return 0;
+}
