@@ -98,11 +98,11 @@ def command(
     imatrix.datasets.append("stdin" if text_file == "-" else str(text_file))
     n_before = imatrix.n_chunks
     with load(model, n_ctx=n_ctx, n_threads=n_threads, n_batch=n_batch, tokenizer=tokenizer) as llm:
-        done = of = 0
+        of = 0
 
         def progress(n: int, n_all: int) -> None:
-            nonlocal done, of
-            done, of = n, n_all
+            nonlocal of
+            of = n_all
             show(n, n_all)
             if n and n < n_all and n % output_frequency == 0:
                 imatrix.save(target)
@@ -123,6 +123,7 @@ def command(
                     progress=progress,
                 )
         except KeyboardInterrupt:
+            done = imatrix.n_chunks - n_before  # progress may not have been told of the last one
             if not done:
                 click.echo("phi-c: interrupted before the first chunk was done: nothing was written", err=True)
                 return 130
