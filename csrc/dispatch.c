@@ -107,9 +107,10 @@ bool phi_tier_available(const char *name) {
 #define INHERIT(slot) \
     if (own->slot) table->slot = own->slot
 
-/* Intel's cores stop at each page unless they are asked for the next. AMD's stop reading when products take longer than
- * the memory, while for one token asking costs a quarter of the rate (docs/performance.md). ARM's were not measured:
- * asking costs one instruction in twelve. */
+/* Intel's cores stop at each page unless they are asked for the next. AMD's are content with its first lines, which x86
+ * products of one token ask for anyhow: asking for all costs a quarter of their rate. With more tokens they stop
+ * reading when products take longer than the memory (docs/performance.md). ARM's were not measured: asking costs one
+ * instruction in twelve. */
 static phi_prefetch prefetch_for_cpu(void) {
     return phi_cpu_detect()->amd ? (phi_prefetch){.into_l2_bytes = 16384} : (phi_prefetch){.into_l1_bytes = 2048};
 }

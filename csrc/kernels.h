@@ -18,7 +18,7 @@ enum {
     PHI_TILE_COLS = 64,
     PHI_KV_BLOCK = 32,        /* dimensions that share a scale in an int8 page */
     PHI_KV_GROUP = 16,        /* positions that lie side by side in a key page */
-    PHI_ATTENTION_ROWS = 32,  /* (token, query head) pairs that share a walk through the pages; tokens a call */
+    PHI_ATTENTION_ROWS = 64,  /* (token, query head) pairs that share a walk through the pages; tokens a call */
     PHI_ATTENTION_BLOCK = 64, /* positions between two looks at the largest score; a multiple of PHI_PAGE_TOKENS */
     PHI_ALIGN_BYTES = 64,
 };
@@ -71,7 +71,7 @@ static inline int8_t *phi_wide_of(const phi_activations *x, int token) {
 /* How far ahead of the weights being multiplied those to come are asked for, in bytes; 0: not at all. */
 typedef struct {
     size_t into_l1_bytes;
-    size_t into_l2_bytes; /* by products that take about as long as reading does */
+    size_t into_l2_bytes; /* by products of several tokens */
 } phi_prefetch;
 
 /* out[t, r] = dot(row r of the weights, activations of token t) */

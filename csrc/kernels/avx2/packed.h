@@ -11,6 +11,7 @@
 #define PHI_AVX2_PACKED_H
 
 #include "../generic/pack.h"
+#include "prefetch.h"
 #include "simd.h"
 
 /* Compilers like to add up in trees, and run out of registers. */
@@ -193,13 +194,6 @@ PHI_INLINE __m256i broadcast_4(const int8_t *x) {
     return _mm256_set1_epi32(four);
 }
 
-PHI_INLINE void prefetch(const uint8_t *bytes, size_t n_bytes) {
-    for (size_t i = 0; i < n_bytes; i += 64) _mm_prefetch((const char *)bytes + i, _MM_HINT_T0);
-}
-PHI_INLINE void prefetch_to_second_level(const uint8_t *bytes, size_t n_bytes) {
-    for (size_t i = 0; i < n_bytes; i += 64) _mm_prefetch((const char *)bytes + i, _MM_HINT_T1);
-}
-
 /* Adds sub-block j of a unit, or of unpacked lines, to the totals; it is sub-block `block` of the row. */
 PHI_INLINE void add_block(const format f, const void *unit, const __m256i (*lines)[HALVES], const groups *g, int j,
                           const tokens *a, size_t block, int n_tokens, __m256 (*total)[HALVES]) {
@@ -254,11 +248,13 @@ PHI_INLINE void multiply_few(const format f, const uint8_t *panel, const phi_mat
     }
     for (size_t b = 0; b < a.n_blocks; b += (size_t)f.sub_blocks, panel += f.unit_bytes) {
         groups g;
+        if (n_tokens == 1) prefetch_next_page(panel + f.unit_bytes);
         f.unpack_groups(panel, &g);
         UNROLL for (int j = 0; j < f.sub_blocks; j++) {
             const uint8_t *here = panel + (size_t)j * block_bytes;
             if (m->prefetch.into_l1_bytes) prefetch(here + m->prefetch.into_l1_bytes, block_bytes);
-            if (m->prefetch.into_l2_bytes) prefetch_to_second_level(here + m->prefetch.into_l2_bytes, block_bytes);
+            if (m->prefetch.into_l2_bytes && n_tokens > 1)
+                prefetch_to_second_level(here + m->prefetch.into_l2_bytes, block_bytes);
             add_block(f, panel, NULL, &g, j, &a, b + (size_t)j, n_tokens, total);
         }
     }

@@ -8,12 +8,6 @@
 
 #include "../generic/unroll.h"
 
-#ifdef _MSC_VER
-#define PHI_INLINE static __forceinline
-#else
-#define PHI_INLINE static inline __attribute__((always_inline))
-#endif
-
 PHI_INLINE float phi_hsum(__m256 v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));

@@ -4,11 +4,9 @@
 
 #include <immintrin.h>
 
-#ifdef _MSC_VER
-#define INLINE static __forceinline
-#else
-#define INLINE static inline __attribute__((always_inline))
-#endif
+#include "../generic/unroll.h"
+
+#define INLINE PHI_INLINE
 
 #define TOKENS 6
 enum { STEP = 16 };

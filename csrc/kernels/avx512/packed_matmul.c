@@ -67,6 +67,7 @@ INLINE void multiply_few(const format f, const uint8_t *panel, const phi_matmul 
     for (int t = 0; t < n_tokens; t++) total[t] = _mm512_setzero_ps();
     for (size_t b = 0; b < n_blocks; b += (size_t)f.sub_blocks, panel += f.unit_bytes) {
         groups g;
+        if (n_tokens == 1) prefetch_next_page(panel + f.unit_bytes);
         f.unpack_groups(panel, &g);
         UNROLL for (int j = 0; j < f.sub_blocks; j++) {
             __m512i q[LINES];

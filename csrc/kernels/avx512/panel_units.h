@@ -10,14 +10,11 @@
 
 #include <immintrin.h>
 
+#include "../avx2/prefetch.h"
 #include "../generic/pack.h"
 #include "../generic/unroll.h"
 
-#ifdef _MSC_VER
-#define INLINE static __forceinline
-#else
-#define INLINE static inline __attribute__((always_inline))
-#endif
+#define INLINE PHI_INLINE
 
 enum { LINES = 8, MAX_GROUPS = 16 };
 
@@ -51,13 +48,6 @@ INLINE __m512i load_line(const uint8_t *line) { return _mm512_loadu_si512((const
 INLINE __m512 from_u8(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)); }
 INLINE __m512 from_i8(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); }
 INLINE __m128i load_16_bytes(const void *bytes) { return _mm_loadu_si128((const __m128i *)bytes); }
-
-INLINE void prefetch(const uint8_t *bytes, size_t n_bytes) {
-    for (size_t i = 0; i < n_bytes; i += 64) _mm_prefetch((const char *)bytes + i, _MM_HINT_T0);
-}
-INLINE void prefetch_to_second_level(const uint8_t *bytes, size_t n_bytes) {
-    for (size_t i = 0; i < n_bytes; i += 64) _mm_prefetch((const char *)bytes + i, _MM_HINT_T1);
-}
 
 /* ---- blocks of 32 ---- */
 

@@ -7,12 +7,6 @@
 
 #include "../generic/unroll.h"
 
-#ifdef _MSC_VER
-#define PHI_INLINE static __forceinline
-#else
-#define PHI_INLINE static inline __attribute__((always_inline))
-#endif
-
 /* The first n of 16 lanes; n may be more. */
 PHI_INLINE __mmask16 phi_lanes(size_t n) { return (__mmask16)(n < 16 ? (1u << n) - 1 : 0xffffu); }
 

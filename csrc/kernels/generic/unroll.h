@@ -1,4 +1,4 @@
-/* UNROLL before a loop whose count is a constant once its function is inlined. */
+/* UNROLL before a loop whose count is a constant once its function is inlined; PHI_INLINE before such a function. */
 #ifndef PHI_GENERIC_UNROLL_H
 #define PHI_GENERIC_UNROLL_H
 
@@ -9,6 +9,12 @@
 #define UNROLL _Pragma("GCC unroll 16")
 #else
 #define UNROLL
+#endif
+
+#ifdef _MSC_VER
+#define PHI_INLINE static __forceinline
+#else
+#define PHI_INLINE static inline __attribute__((always_inline))
 #endif
 
 #endif

@@ -9,10 +9,8 @@
 #include "../generic/unroll.h"
 
 #ifdef _MSC_VER
-#define PHI_INLINE static __forceinline
 #define phi_prefetch_line(p) __prefetch(p)
 #else
-#define PHI_INLINE static inline __attribute__((always_inline))
 #define phi_prefetch_line(p) __builtin_prefetch(p)
 #endif
 
