@@ -1,5 +1,6 @@
 """Files of our converter in llama.cpp: they load, texts become the same ids, and greedy text is the same."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +8,8 @@ from converted_model import Convert
 from llama_cpp import LlamaCpp, distance
 
 from phi_c import llm
+from phi_c.bench.random_model import random_model
+from phi_c.bench.shapes import SHAPES, Shape
 
 PROMPT = "The harbour was calm, and in 2024 the ships"
 N_TOKENS = 24
@@ -56,3 +59,15 @@ def test_the_same_text(converted: Convert, case: str, outtype: str) -> None:
     assert theirs.greedy(PROMPT, N_TOKENS) == mine.text
     if "tied" not in case:  # a random embedding that is the output too likes to repeat a token
         assert len(set(mine.tokens)) > 5
+
+
+def test_it_loads_random_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a model that is called phi-3, which has llama.cpp look for tokens by name: benchmarks share the file."""
+    shape = Shape("phi-3-tiny", 8, 512, 768, 4, 2, 128, 300, 4096, 4096)
+    monkeypatch.setitem(SHAPES, shape.name, shape)
+    monkeypatch.setenv("PHI_C_CACHE", str(tmp_path))
+    path = random_model(shape.name)
+    prompt = [1, 40, 41, 42]
+    theirs = LlamaCpp(path, 256).log_probs(prompt, shape.n_vocab)
+    with llm.load(path) as engine:
+        assert distance(theirs, engine.logits(prompt)[-1]) <= 2e-3

@@ -138,9 +138,10 @@ def _header(shape: Shape, tensors: dict[str, tuple[tuple[int, ...], TensorType]]
 def _add_vocabulary(writer: Any, n_vocab: int) -> None:
     """SentencePiece with byte fallback: texts are cut into bytes, the other tokens are words that never occur."""
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    tokens = ["<unk>", "<s>", "</s>", *byte_tokens, "\u2581"]  # the last one is a space
+    special = ["<s>", "</s>", "<|endoftext|>"]  # the last one: llama.cpp loads no Phi-3 without it
+    tokens = ["<unk>", *special, *byte_tokens, "\u2581"]  # the last one is a space
     tokens += [f"\u2581token{i}" for i in range(len(tokens), n_vocab)]
-    kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL, *[gguf.TokenType.BYTE] * 256]
+    kinds = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * len(special), *[gguf.TokenType.BYTE] * 256]
     kinds += [gguf.TokenType.NORMAL] * (n_vocab - len(kinds))
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
