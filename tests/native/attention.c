@@ -214,7 +214,8 @@ static void check_attention(const phi_kernels *k, phi_kv_type type, int head_dim
 
 void test_attention(const phi_kernels *k) {
     const int head_dims[] = {2, 20, 64, 80, 96, 128}, windows[] = {0, 1, 40};
-    const int tokens[][2] = {{0, 1}, {31, 1}, {32, 3}, {70, 8}, {100, 5}, {120, 13}, {150, 64}, {230, 32}}; /* last, n_tokens */
+    const int tokens[][2] = {{0, 1},   {31, 1},   {32, 3},   {70, 8},
+                             {100, 5}, {120, 13}, {150, 64}, {230, 32}}; /* last, n_tokens */
     for (phi_kv_type type = 0; type < PHI_N_KV_TYPES; type++) {
         test_store(k, type);
         for (int d = 0; d < LENGTH(head_dims); d++) {
