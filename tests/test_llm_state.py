@@ -390,6 +390,32 @@ def test_a_file_that_goes_while_it_is_known(path: Path, tmp_path: Path) -> None:
         shelf.refresh = real
 
 
+@pytest.mark.parametrize("lost", [0, 3, 5])
+def test_a_file_replaced_by_one_with_fewer_pages(path: Path, tmp_path: Path, lost: int) -> None:
+    """As a thread leaves it that writes what another one is writing, and loses a page to a third meanwhile."""
+    folder = tmp_path / "cache"
+    prompt = tokens_of(200)
+    with phi_c.load(path, prefix_cache=folder) as llm:
+        expected = generate(llm, prompt)
+        (file,) = files_of(folder)
+        with phi_c.load(path, prefix_cache=folder) as other:
+            shelf = other.engine.scheduler.shelf
+            assert isinstance(shelf, disk_cache.DiskCache)
+            shelf.refresh()  # knows the whole file
+            keys = llm.engine.known_keys()
+            kept = [key for key in shelf._keys[file.name] if key != shelf._keys[file.name][lost]]
+            assert len(kept) == len(keys) - 1 == 5
+            with file.with_suffix(".new").open("xb") as replacement:
+                page_file.write_pages(replacement, shelf._origin, kept, llm.engine.kv.page_bytes, llm.engine.read_page)
+            file.with_suffix(".new").replace(file)
+            got = generate(other, prompt)
+            assert (got.usage.cached_tokens, got.logprobs) == (lost * PAGE_TOKENS, expected.logprobs)
+            assert other.engine.scheduler.n_unpromised == other.engine.kv.n_pages
+    with phi_c.load(path, prefix_cache=folder) as llm:  # what was lost has been written again
+        got = generate(llm, prompt)
+        assert (got.usage.cached_tokens, got.logprobs) == (whole_pages(199), expected.logprobs)
+
+
 def test_an_interrupt_while_pages_are_fetched(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = tokens_of(200)
     with phi_c.load(path, prefix_cache=tmp_path / "c") as llm:

@@ -2,7 +2,7 @@
 
 Each prompt adds one file (see page_file) of those of its pages that no file has yet, so files are few and a long prefix
 is read from as many files as there were turns. They lie in a folder for each origin; which keys they hold is read from
-their headers once, and again of new ones when the folder changes. Files appear whole and are never changed, so several
+their headers once, and again of new ones when the folder changes. Files appear whole and are replaced whole, so several
 processes can share them; those used longest ago go when there is no room. A damaged file is deleted and counts as never
 written.
 """
@@ -40,7 +40,7 @@ class DiskCache:
         self._limit_bytes = limit_bytes
         self._lock = ForkLock(DISK_CACHE)
         self._keys: dict[str, list[bytes]] = {}  # of each file, by its name
-        self._place: dict[bytes, tuple[str, int]] = {}  # the same by key: file name, number of the page in it
+        self._place: dict[bytes, str] = {}  # the same by key
         self._changed_ns = -1  # of the folder, when it was read
         self._has_failed = False
         try:
@@ -72,13 +72,12 @@ class DiskCache:
         Files that are gone or damaged are not asked again, so a caller may look once more for what is contained.
         """
         with self._lock:
-            wanted: dict[str, list[tuple[int, int]]] = {}
+            wanted: dict[str, dict[bytes, int]] = {}
             for key, page in pages.items():
                 if key not in self._place:  # another process has deleted its file just now
                     return False
-                name, index = self._place[key]
-                wanted.setdefault(name, []).append((index, page))
-            if all(self._copy(name, copies) for name, copies in wanted.items()):
+                wanted.setdefault(self._place[key], {})[key] = page
+            if all(self._copy(name, some) for name, some in wanted.items()):
                 return True
             self._index()
             return False
@@ -106,12 +105,18 @@ class DiskCache:
             self._has_failed = True
             warnings.warn(f"the prefix cache keeps nothing more: {error}", RuntimeWarning, stacklevel=3)
 
-    def _copy(self, name: str, copies: list[tuple[int, int]]) -> bool:
+    def _copy(self, name: str, pages: Mapping[bytes, int]) -> bool:
         path = self.folder / name
         try:
             with PageFile(path, self._origin, self._kv.page_bytes) as file:
-                for index, page in copies:
-                    self._kv.write_page(page, file.page(index))
+                # Whoever writes the same pages at the same time, and loses one of them meanwhile, puts a file with
+                # fewer in its place.
+                self._keys[name] = file.keys
+                index_of = {key: i for i, key in enumerate(file.keys)}
+                if not pages.keys() <= index_of.keys():
+                    return False
+                for key, page in pages.items():
+                    self._kv.write_page(page, file.page(index_of[key]))
         except StateError as error:
             self._keys.pop(name, None)
             _delete_damaged(path, error)
@@ -130,7 +135,7 @@ class DiskCache:
 
     def _index(self) -> None:
         # Processes that write at the same time may write the same page: one place is enough, until it goes.
-        self._place = {key: (name, i) for name, keys in self._keys.items() for i, key in enumerate(keys)}
+        self._place = {key: name for name, keys in self._keys.items() for key in keys}
 
     def _make_room(self, n_bytes: int) -> None:
         """Delete the files used longest ago, of any origin, until so many bytes fit the limit."""
