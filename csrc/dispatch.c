@@ -67,7 +67,7 @@ static const tier tiers[] = {
     {&phi_kernels_avx512, avx512_available, true},
 #endif
 #ifdef PHI_HAVE_AMX
-    /* Only on request: their arithmetic was checked in emulation, their speed was never measured on hardware. */
+    /* Only on request: faster for many tokens, whose results then depend on how many there are. */
     {&phi_kernels_amx, amx_available, false},
     {&phi_kernels_amxbf16, amxbf16_available, false},
 #endif
@@ -107,12 +107,13 @@ bool phi_tier_available(const char *name) {
 #define INHERIT(slot) \
     if (own->slot) table->slot = own->slot
 
-/* Intel's cores stop at each page unless they are asked for the next. AMD's are content with its first lines, which x86
- * products of one token ask for anyhow: asking for all costs a quarter of their rate. With more tokens they stop
- * reading when products take longer than the memory (docs/performance.md). ARM's were not measured: asking costs one
- * instruction in twelve. */
+/* Intel's cores stop at each page unless they are asked for what comes, twice: into either level of cache. AMD's are
+ * content with its first lines, which x86 products of one token ask for anyhow: asking for all costs a quarter of their
+ * rate. With more tokens they stop reading when products take longer than the memory (docs/performance.md). ARM's were
+ * not measured: asking costs one instruction in twelve. */
 static phi_prefetch prefetch_for_cpu(void) {
-    return phi_cpu_detect()->amd ? (phi_prefetch){.into_l2_bytes = 16384} : (phi_prefetch){.into_l1_bytes = 2048};
+    if (phi_cpu_detect()->amd) return (phi_prefetch){.into_l2_bytes = 16384};
+    return (phi_prefetch){.into_l1_bytes = 2048, .into_l2_bytes = 4096};
 }
 
 static void resolve(int last, phi_kernels *table) {
@@ -128,6 +129,7 @@ static void resolve(int last, phi_kernels *table) {
             INHERIT(matmul[t]);
             INHERIT(pack[t]);
             INHERIT(matmul_packed[t]);
+            INHERIT(takes_wide[t]);
         }
         INHERIT(quantize_q8);
         INHERIT(quantize_wide);

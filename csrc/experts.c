@@ -82,7 +82,7 @@ static void project_inner(worker *w, const phi_feed_forward *experts) {
     const forward *f = w->f;
     const expert_rows *x = &f->experts;
     const phi_kernels *kernels = f->model->kernels;
-    const int n_ffn = f->model->n_ffn, chunk = chunk_rows(f, n_ffn), n = n_chunks(n_ffn, chunk);
+    const int n_ffn = f->model->n_ffn, chunk = chunk_rows(f, n_ffn, CHUNK_ROWS), n = n_chunks(n_ffn, chunk);
     float *gates = f->scratch + (size_t)w->thread * f->scratch_floats;
     float *ups = gates + (size_t)f->batch->n_tokens * CHUNK_ROWS;
     FOR_EACH_TASK(w, task, x->n_active * n) {
@@ -104,7 +104,7 @@ static void project_inner(worker *w, const phi_feed_forward *experts) {
 static void project_back(worker *w, const phi_feed_forward *experts) {
     const forward *f = w->f;
     const expert_rows *x = &f->experts;
-    const int n_embd = f->model->n_embd, chunk = chunk_rows(f, n_embd);
+    const int n_embd = f->model->n_embd, chunk = chunk_rows(f, n_embd, CHUNK_ROWS);
     float *out = f->scratch + (size_t)w->thread * f->scratch_floats;
     FOR_EACH_TASK(w, task, n_chunks(n_embd, chunk)) {
         const int first = task * chunk, n_rows = min_int(chunk, n_embd - first);

@@ -59,7 +59,8 @@ static void norm_row(const forward *f, int residual_row, const phi_norm *norm, c
     } else {
         model->kernels->rms_norm(x, norm->weight, n_embd, model->norm_eps, y);
     }
-    quantize(model->kernels, normed, row, 0, n_embd);
+    /* Rows whose logits are wanted may be few. */
+    if (!f->all_wide || norm == &model->output_norm) quantize(model->kernels, normed, row, 0, n_embd);
     quantize_wide(model->kernels, normed, row);
 }
 
@@ -85,7 +86,8 @@ static void rotate(const forward *f, float *heads, size_t stride) {
     }
 }
 
-static void store(const forward *f, int layer, int kv_head, const float *k, const float *v) {
+/* k, v: a head's, stride floats from a token to the next. */
+static void store(const forward *f, int layer, int kv_head, const float *k, const float *v, size_t stride) {
     const phi_model *model = f->model;
     const phi_kv_type type = phi_kv_type_of(f->kv);
     const size_t page_bytes = phi_kv_page_bytes(model, type);
@@ -93,32 +95,42 @@ static void store(const forward *f, int layer, int kv_head, const float *k, cons
     for (int t = 0; t < f->batch->n_tokens; t++) {
         const int position = f->batch->positions[t];
         const int32_t page = f->batch->seqs[f->batch->sequences[t]].pages[position / PHI_PAGE_TOKENS];
-        const size_t at = (size_t)t * (size_t)model->head_dim;
+        const size_t at = (size_t)t * stride;
         model->kernels->store_kv[type](k + at, v + at, model->head_dim, position % PHI_PAGE_TOKENS,
                                        head + (size_t)page * page_bytes);
     }
+}
+
+/* As many as give a task its rows. */
+static int heads_a_task(const forward *f, const phi_activations *normed) {
+    int n = max_int(most_rows(normed) / f->model->head_dim, 1);
+    while (n > 1 && (f->model->n_kv_heads + f->model->n_heads) / n < 8 * phi_pool_size(f->model->pool)) n /= 2;
+    return n;
 }
 
 static void project_heads(worker *w, int layer, const phi_activations *normed) {
     const forward *f = w->f;
     const phi_model *model = f->model;
     const phi_layer *l = &model->layers[layer];
-    const int head_dim = model->head_dim, n_tokens = f->batch->n_tokens;
-    const size_t q_dim = (size_t)model->n_heads * (size_t)head_dim;
-    float *k = f->scratch + (size_t)w->thread * f->scratch_floats;
-    float *v = k + (size_t)n_tokens * (size_t)head_dim;
-    FOR_EACH_TASK(w, task, model->n_kv_heads + model->n_heads) {
-        if (task < model->n_kv_heads) {
-            multiply(f, &l->wk, task * head_dim, head_dim, normed, n_tokens, k, (size_t)head_dim);
-            multiply(f, &l->wv, task * head_dim, head_dim, normed, n_tokens, v, (size_t)head_dim);
-            rotate(f, k, (size_t)head_dim);
-            store(f, layer, task, k, v);
-        } else {
-            const int head = task - model->n_kv_heads;
-            float *q = f->q + (size_t)head * (size_t)head_dim;
-            multiply(f, &l->wq, head * head_dim, head_dim, normed, n_tokens, q, q_dim);
-            rotate(f, q, q_dim);
+    const int head_dim = model->head_dim, n_tokens = f->batch->n_tokens, most = heads_a_task(f, normed);
+    const size_t q_dim = (size_t)model->n_heads * (size_t)head_dim, stride = (size_t)(most * head_dim);
+    const int n_kv_tasks = n_chunks(model->n_kv_heads, most);
+    float *heads = f->scratch + (size_t)w->thread * f->scratch_floats, *values = heads + (size_t)n_tokens * stride;
+    FOR_EACH_TASK(w, task, n_kv_tasks + n_chunks(model->n_heads, most)) {
+        const bool is_kv = task < n_kv_tasks;
+        const int first = (is_kv ? task : task - n_kv_tasks) * most;
+        const int n = min_int(most, (is_kv ? model->n_kv_heads : model->n_heads) - first);
+        multiply(f, is_kv ? &l->wk : &l->wq, first * head_dim, n * head_dim, normed, n_tokens, heads, stride);
+        if (is_kv) multiply(f, &l->wv, first * head_dim, n * head_dim, normed, n_tokens, values, stride);
+        for (int i = 0; i < n; i++) {
+            const size_t at = (size_t)(i * head_dim);
+            rotate(f, heads + at, stride);
+            if (is_kv) store(f, layer, first + i, heads + at, values + at, stride);
         }
+        /* Products of many tokens would write rows so far apart into few sets of the caches. */
+        float *q = f->q + (size_t)(first * head_dim);
+        for (int t = 0; !is_kv && t < n_tokens; t++)
+            memcpy(q + (size_t)t * q_dim, heads + (size_t)t * stride, (size_t)(n * head_dim) * sizeof *q);
     }
     end_phase(w);
 }
@@ -167,12 +179,12 @@ static void project_back(worker *w, const phi_matrix *matrix, const phi_activati
     const forward *f = w->f;
     const size_t n_embd = (size_t)f->model->n_embd;
     float *out = f->scratch + (size_t)w->thread * f->scratch_floats;
-    const int chunk = chunk_rows(f, matrix->n_rows);
+    const int most = most_rows(x), chunk = chunk_rows(f, matrix->n_rows, most);
     FOR_EACH_TASK(w, task, n_chunks(matrix->n_rows, chunk)) {
         const int first = task * chunk, n_rows = min_int(chunk, matrix->n_rows - first);
-        multiply(f, matrix, first, n_rows, x, f->batch->n_tokens, out, CHUNK_ROWS);
+        multiply(f, matrix, first, n_rows, x, f->batch->n_tokens, out, (size_t)most);
         for (int t = 0; t < f->batch->n_tokens; t++) {
-            f->model->kernels->add(out + (size_t)t * CHUNK_ROWS, (size_t)n_rows,
+            f->model->kernels->add(out + (size_t)t * (size_t)most, (size_t)n_rows,
                                    f->residual + (size_t)t * n_embd + (size_t)first);
         }
     }
@@ -185,15 +197,15 @@ static void project_inner(worker *w, const phi_feed_forward *ffn, const phi_acti
     const phi_kernels *kernels = f->model->kernels;
     const int n_tokens = f->batch->n_tokens, n_ffn = f->model->n_ffn;
     float *gates = f->scratch + (size_t)w->thread * f->scratch_floats;
-    float *ups = gates + (size_t)n_tokens * CHUNK_ROWS;
-    const int chunk = chunk_rows(f, n_ffn);
+    const int most = most_rows(normed), chunk = chunk_rows(f, n_ffn, most);
+    float *ups = gates + (size_t)n_tokens * (size_t)most;
     FOR_EACH_TASK(w, task, n_chunks(n_ffn, chunk)) {
         const int first = task * chunk, n_rows = min_int(chunk, n_ffn - first);
         const bool gated = f->model->activation == PHI_SWIGLU;
-        if (gated) multiply(f, &ffn->gate, first, n_rows, normed, n_tokens, gates, CHUNK_ROWS);
-        multiply(f, &ffn->up, first, n_rows, normed, n_tokens, ups, CHUNK_ROWS);
+        if (gated) multiply(f, &ffn->gate, first, n_rows, normed, n_tokens, gates, (size_t)most);
+        multiply(f, &ffn->up, first, n_rows, normed, n_tokens, ups, (size_t)most);
         for (int t = 0; t < n_tokens; t++) {
-            const size_t at = (size_t)t * CHUNK_ROWS;
+            const size_t at = (size_t)t * (size_t)most;
             float *y = f->inner.f32 + (size_t)t * (size_t)n_ffn + (size_t)first;
             if (gated) {
                 kernels->silu_mul(gates + at, ups + at, (size_t)n_rows, y);
@@ -228,7 +240,7 @@ static void feed_forward(worker *w, int layer, const phi_activations *normed) {
 static void project_head(worker *w, const phi_activations *normed, int n_rows, float *logits) {
     const forward *f = w->f;
     const phi_model *model = f->model;
-    const int chunk = chunk_rows(f, model->n_vocab);
+    const int chunk = chunk_rows(f, model->n_vocab, most_rows(normed));
     FOR_EACH_TASK(w, task, n_chunks(model->n_vocab, chunk)) {
         const int first = task * chunk, n = min_int(chunk, model->n_vocab - first);
         multiply(f, &model->output, first, n, normed, n_rows, logits + first, (size_t)model->n_vocab);
@@ -305,12 +317,40 @@ static phi_activations allot_narrow(arena *a, size_t n_tokens, int n_cols) {
     };
 }
 
-/* With wide ones, where products of so many tokens take them. */
-static phi_activations allot_activations(arena *a, const phi_kernels *k, size_t n_tokens, int n_cols) {
-    phi_activations x = allot_narrow(a, n_tokens, n_cols);
-    if (k->quantize_wide && n_tokens > (size_t)k->few_tokens && n_cols % PHI_WIDE_BLOCK == 0) {
-        x.wide = allot(a, phi_wide_bytes(n_tokens, (size_t)n_cols));
-        x.wide_scales = allot(a, n_tokens * (size_t)n_cols / PHI_WIDE_BLOCK * sizeof(float));
+static bool takes_wide(const phi_kernels *k, size_t n_tokens) {
+    return k->quantize_wide && n_tokens > (size_t)k->few_tokens;
+}
+
+static bool all_take_wide(const phi_model *model, size_t n_tokens) {
+    const phi_kernels *k = model->kernels;
+    if (!takes_wide(k, n_tokens) || model->n_experts) return false;
+    for (int i = 0; i < model->n_layers; i++) {
+        const phi_layer *l = &model->layers[i];
+        const bool gated = model->activation == PHI_SWIGLU;
+        const phi_matrix *const gate = gated ? &l->ffn->gate : &l->ffn->up;
+        const phi_matrix *const all[] = {&l->wq, &l->wk, &l->wv, &l->wo, gate, &l->ffn->up, &l->ffn->down};
+        for (size_t j = 0; j < sizeof all / sizeof all[0]; j++) {
+            const phi_matrix *m = all[j];
+            if (m->layout != PHI_LAYOUT_PANELS || !k->takes_wide[m->type] || m->n_cols % PHI_WIDE_BLOCK != 0)
+                return false;
+        }
+    }
+    return true;
+}
+
+/* With wide ones, where products of so many tokens take them; floats alone beside these where only_wide. */
+static phi_activations allot_activations(arena *a, const phi_kernels *k, size_t n_tokens, int n_cols, bool only_wide) {
+    phi_activations x = {.n_cols = n_cols};
+    if (only_wide)
+        x.f32 = allot(a, n_tokens * (size_t)n_cols * sizeof(float));
+    else
+        x = allot_narrow(a, n_tokens, n_cols);
+    if (takes_wide(k, n_tokens) && n_cols % PHI_WIDE_BLOCK == 0) {
+        x.wide = (phi_wide){
+            .tiles = allot(a, phi_wide_bytes(n_tokens, (size_t)n_cols)),
+            .scales = allot(a, phi_wide_n_scales(n_tokens, (size_t)n_cols) * sizeof(float)),
+            .n_tokens = phi_wide_tokens(n_tokens),
+        };
     }
     return x;
 }
@@ -342,7 +382,8 @@ static void lay_out(forward *f, arena *a) {
     const int q_dim = model->n_heads * model->head_dim;
 
     const size_t attention = phi_attention_scratch_floats(model->head_dim);
-    const size_t products = 2 * n_tokens * (size_t)max_int(CHUNK_ROWS, model->head_dim);
+    const int most = takes_wide(model->kernels, n_tokens) ? PHI_WIDE_ROWS : CHUNK_ROWS;
+    const size_t products = 2 * n_tokens * (size_t)max_int(most, model->head_dim);
     f->scratch_floats = round_up(attention > products ? attention : products, PHI_ALIGN_BYTES / sizeof(float));
 
     f->residual = allot(a, n_tokens * (size_t)model->n_embd * sizeof(float));
@@ -352,14 +393,14 @@ static void lay_out(forward *f, arena *a) {
     f->n_norms = n_tokens <= FEW_TOKENS ? n_threads : 1;
     f->normed = allot(a, (size_t)f->n_norms * sizeof *f->normed);
     for (int i = 0; i < f->n_norms; i++) {
-        const phi_activations normed = allot_activations(a, model->kernels, n_tokens, model->n_embd);
+        const phi_activations normed = allot_activations(a, model->kernels, n_tokens, model->n_embd, false);
         if (a->memory) f->normed[i] = normed;
     }
-    f->attended = allot_activations(a, model->kernels, n_tokens, q_dim);
+    f->attended = allot_activations(a, model->kernels, n_tokens, q_dim, f->all_wide);
     if (model->n_experts) {
         lay_out_experts(f, a, n_tokens);
     } else {
-        f->inner = allot_activations(a, model->kernels, n_tokens, model->n_ffn);
+        f->inner = allot_activations(a, model->kernels, n_tokens, model->n_ffn, f->all_wide);
     }
     f->runs = allot(a, n_tokens * sizeof *f->runs);
     f->scratch = allot(a, (size_t)n_threads * f->scratch_floats * sizeof(float));
@@ -381,7 +422,8 @@ static void find_runs(forward *f) {
 }
 
 phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batch) {
-    forward f = {.model = model, .kv = kv, .batch = batch};
+    const bool all_wide = all_take_wide(model, (size_t)batch->n_tokens);
+    forward f = {.model = model, .kv = kv, .batch = batch, .all_wide = all_wide};
     arena a = {NULL, 0};
     lay_out(&f, &a);
     a.memory = phi_kv_scratch(kv, a.used);
@@ -420,11 +462,11 @@ static void run_head(void *context, int thread) {
 phi_status phi_head(const phi_model *model, phi_kv *kv, int n_rows, const float *rows, float *logits) {
     head h = {.f = {.model = model}, .n_rows = n_rows, .rows = rows, .logits = logits};
     arena a = {NULL, 0};
-    allot_activations(&a, model->kernels, (size_t)n_rows, model->n_embd);
+    allot_activations(&a, model->kernels, (size_t)n_rows, model->n_embd, false);
     a.memory = phi_kv_scratch(kv, a.used);
     if (!a.memory) return PHI_OUT_OF_MEMORY;
     a.used = 0;
-    phi_activations x = allot_activations(&a, model->kernels, (size_t)n_rows, model->n_embd);
+    phi_activations x = allot_activations(&a, model->kernels, (size_t)n_rows, model->n_embd, false);
     h.f.normed = &x;
     return phi_pool_run(model->pool, run_head, &h);
 }

@@ -16,6 +16,7 @@ enum {
     PHI_WIDE_STEPS = 254, /* steps of the low part of a wide activation in one of the high part */
     PHI_TILE_TOKENS = 16, /* tokens of a tile of wide activations, and bytes of each: columns in int8 */
     PHI_TILE_COLS = 64,
+    PHI_WIDE_ROWS = 256,      /* rows that products of wide activations like best */
     PHI_KV_BLOCK = 32,        /* dimensions that share a scale in an int8 page */
     PHI_KV_GROUP = 16,        /* positions that lie side by side in a key page */
     PHI_ATTENTION_ROWS = 64,  /* (token, query head) pairs that share a walk through the pages; tokens a call */
@@ -43,35 +44,44 @@ static inline phi_q8 phi_q8_from(phi_q8 q, size_t element) {
                     q.block_offsets + element / PHI_Q8_BLOCK};
 }
 
+/* Activations as products of many tokens take them, in tiles of [PHI_TILE_TOKENS, PHI_TILE_COLS] bytes: by 256 columns,
+ * so that what these need of all tokens lies together, then by 16 tokens.
+ * amx: int8 in two parts, x = scale * (high + low / PHI_WIDE_STEPS), four tiles of the high one, then of the low one;
+ * amxbf16: eight tiles of bf16, which have half as many columns, and no scales. */
+typedef struct {
+    int8_t *tiles;   /* [n_cols / PHI_WIDE_BLOCK, n_tokens / PHI_TILE_TOKENS, 8] */
+    float *scales;   /* [n_cols / PHI_WIDE_BLOCK, n_tokens] */
+    size_t n_tokens; /* whole tiles of them; those that fill up may hold anything */
+} phi_wide;
+
+static inline size_t phi_wide_tokens(size_t n_tokens) {
+    return (n_tokens + PHI_TILE_TOKENS - 1) / PHI_TILE_TOKENS * PHI_TILE_TOKENS;
+}
+static inline size_t phi_wide_bytes(size_t n_tokens, size_t n_cols) { return phi_wide_tokens(n_tokens) * 2 * n_cols; }
+static inline size_t phi_wide_n_scales(size_t n_tokens, size_t n_cols) {
+    return phi_wide_tokens(n_tokens) * n_cols / PHI_WIDE_BLOCK;
+}
+
+/* A token's row in the first tile of 256 columns. */
+static inline int8_t *phi_wide_row(const phi_wide *w, size_t block, size_t token) {
+    const size_t row = token % PHI_TILE_TOKENS;
+    return w->tiles + phi_wide_bytes(block * w->n_tokens + token - row, PHI_WIDE_BLOCK) + row * PHI_TILE_COLS;
+}
+
 /* Activations of n_tokens tokens. */
 typedef struct {
     int n_cols;
     float *f32; /* [n_tokens, n_cols] */
     phi_q8 q8;  /* of n_tokens * n_cols; for PHI_ACT_Q8 products only */
-    /* The same once more for products of many tokens, as the tier's quantize_wide writes them. NULL where it has none,
-     * n_cols is no multiple of PHI_WIDE_BLOCK, or the tokens are few.
-     * amx: int8 in two parts, x = scale * (high + low / PHI_WIDE_STEPS), by 16 tokens all of the high one first;
-     * amxbf16: bf16, whose tiles have half as many columns, and no scales. */
-    int8_t *wide;       /* [n_tokens / PHI_TILE_TOKENS (rounded up), 2 * n_cols / PHI_TILE_COLS] tiles of
-                           [PHI_TILE_TOKENS, PHI_TILE_COLS]; tokens that fill up may hold anything */
-    float *wide_scales; /* [n_tokens, n_cols / PHI_WIDE_BLOCK] */
+    /* The same once more, as the tier's quantize_wide writes them. Tiles are NULL where it has none, n_cols is no
+     * multiple of PHI_WIDE_BLOCK, or the tokens are few. */
+    phi_wide wide;
 } phi_activations;
-
-static inline size_t phi_wide_bytes(size_t n_tokens, size_t n_cols) {
-    return (n_tokens + PHI_TILE_TOKENS - 1) / PHI_TILE_TOKENS * PHI_TILE_TOKENS * 2 * n_cols;
-}
-
-/* Where the wide activations of a token begin: PHI_TILE_COLS bytes, the next ones in the next tile. The low part of
- * int8 is PHI_TILE_TOKENS * n_cols further on. */
-static inline int8_t *phi_wide_of(const phi_activations *x, int token) {
-    const size_t row = (size_t)token % PHI_TILE_TOKENS;
-    return x->wide + phi_wide_bytes((size_t)token - row, (size_t)x->n_cols) + row * PHI_TILE_COLS;
-}
 
 /* How far ahead of the weights being multiplied those to come are asked for, in bytes; 0: not at all. */
 typedef struct {
     size_t into_l1_bytes;
-    size_t into_l2_bytes; /* by products of several tokens */
+    size_t into_l2_bytes; /* by products of several tokens; of one too where into_l1_bytes is not 0 */
 } phi_prefetch;
 
 /* out[t, r] = dot(row r of the weights, activations of token t) */
@@ -134,8 +144,10 @@ struct phi_kernels {
     phi_pack_fn pack[PHI_N_TYPES];
     void (*matmul_packed[PHI_N_TYPES])(const phi_matmul *m);  /* n_rows is a multiple of 16 */
     void (*quantize_q8)(const float *x, size_t n, phi_q8 q8); /* n is a multiple of PHI_Q8_BLOCK */
-    /* x [n_cols] -> wide activations from phi_wide_of on, scales [n_cols / 256]. NULL: no product takes them. */
-    void (*quantize_wide)(const float *x, size_t n_cols, int8_t *wide, float *scales);
+    /* Whether matmul_packed takes wide activations, of more than few_tokens tokens, and no others then. */
+    bool takes_wide[PHI_N_TYPES];
+    /* x [n_cols] -> wide activations of a token. NULL: no product takes them. */
+    void (*quantize_wide)(const float *x, size_t n_cols, const phi_wide *wide, size_t token);
     /* y = x / rms(x) * weight */
     void (*rms_norm)(const float *x, const float *weight, size_t n, float eps, float *y);
     /* y = (x - mean(x)) / deviation(x) * weight + bias */

@@ -6,7 +6,7 @@
 #include "kv_cache.h"
 #include "threads.h"
 
-enum { CHUNK_ROWS = 64 }; /* rows of a weight matrix a task, at most; a multiple of PHI_Q8_BLOCK */
+enum { CHUNK_ROWS = 64 }; /* rows of a weight matrix a task, at most, where activations are not wide */
 
 /* Tokens at consecutive positions of one sequence, at most PHI_ATTENTION_ROWS of them. */
 typedef struct {
@@ -33,6 +33,7 @@ typedef struct {
     float *residual;         /* [n_tokens, n_embd] */
     float *q;                /* [n_tokens, n_heads * head_dim] */
     float *cos, *sin;        /* [n_tokens, rope_dims / 2] */
+    bool all_wide;           /* no product in a layer takes other than wide activations */
     phi_activations *normed; /* [n_norms] of [n_tokens, n_embd]: one for all threads, or one each */
     int n_norms;
     phi_activations attended; /* [n_tokens, n_heads * head_dim] */
@@ -71,21 +72,20 @@ static inline void end_phase(worker *w) {
 /* Rows of n_cols as products take them: floats, and int8 where blocks fit (no quantised matrix exists where not). */
 static inline void quantize(const phi_kernels *k, const phi_activations *x, int token, size_t first_col, size_t n) {
     const size_t n_cols = (size_t)x->n_cols, at = (size_t)token * n_cols + first_col;
-    if (n_cols % PHI_Q8_BLOCK != 0) return;
+    if (n_cols % PHI_Q8_BLOCK != 0 || !x->q8.quants) return;
     k->quantize_q8(x->f32 + at, n, phi_q8_from(x->q8, at));
 }
 
 /* A whole row as products of many tokens take it, where they do. */
 static inline void quantize_wide(const phi_kernels *k, const phi_activations *x, int token) {
     const size_t n_cols = (size_t)x->n_cols;
-    if (!x->wide) return;
-    k->quantize_wide(x->f32 + (size_t)token * n_cols, n_cols, phi_wide_of(x, token),
-                     x->wide_scales + (size_t)token * n_cols / PHI_WIDE_BLOCK);
+    if (!x->wide.tiles) return;
+    k->quantize_wide(x->f32 + (size_t)token * n_cols, n_cols, &x->wide, (size_t)token);
 }
 
 /* The same for all rows, as a phase: for activations whose tasks have too few columns for a wide block. */
 static inline void quantize_all_wide(worker *w, const phi_activations *x, int n_rows) {
-    if (!x->wide) return;
+    if (!x->wide.tiles) return;
     FOR_EACH_TASK(w, t, n_rows) quantize_wide(w->f->model->kernels, x, t);
     end_phase(w);
 }
@@ -119,10 +119,15 @@ static inline void multiply(const forward *f, const phi_matrix *w, int first_row
     multiply_rows(f, w, first_row, n_rows, x, 0, n_tokens, out, out_stride);
 }
 
-/* Cuts n_rows into tasks: at least eight for each thread where that leaves whole blocks, so that none waits for long.
- */
-static inline int chunk_rows(const forward *f, int n_rows) {
-    return n_rows / CHUNK_ROWS >= 8 * phi_pool_size(f->model->pool) ? CHUNK_ROWS : PHI_Q8_BLOCK;
+/* Rows of a weight matrix a task, at most, for products of x. */
+static inline int most_rows(const phi_activations *x) { return x->wide.tiles ? PHI_WIDE_ROWS : CHUNK_ROWS; }
+
+/* Cuts n_rows into tasks of at most so many rows: at least eight for each thread where that leaves whole blocks, so
+ * that none waits for long. */
+static inline int chunk_rows(const forward *f, int n_rows, int most) {
+    int chunk = most;
+    while (chunk > PHI_Q8_BLOCK && n_rows / chunk < 8 * phi_pool_size(f->model->pool)) chunk /= 2;
+    return chunk;
 }
 
 /* The phases of experts.c. normed [n_tokens, n_embd] is the feed-forward's input. */

@@ -37,6 +37,10 @@ cdef extern from "phi.h":
         float *block_sums
         int32_t *offsets
         int32_t *block_offsets
+    ctypedef struct phi_wide:
+        int8_t *tiles
+        float *scales
+        size_t n_tokens
     ctypedef struct phi_kernels:
         const char *name
         phi_prefetch prefetch
@@ -45,7 +49,7 @@ cdef extern from "phi.h":
         void (*matmul[32])(const phi_matmul *m) noexcept nogil
         void (*matmul_packed[32])(const phi_matmul *m) noexcept nogil
         void (*quantize_q8)(const float *x, size_t n, phi_q8 q8) noexcept nogil
-        void (*quantize_wide)(const float *x, size_t n_cols, int8_t *wide, float *scales) noexcept nogil
+        void (*quantize_wide)(const float *x, size_t n_cols, const phi_wide *wide, size_t token) noexcept nogil
         void (*rms_norm)(const float *x, const float *weight, size_t n, float eps, float *y) noexcept nogil
         void (*rope[2])(float *x, int rope_dims, const float *cos, const float *sin) noexcept nogil
         void (*layer_norm)(const float *x, const float *weight, const float *bias, size_t n, float eps,
@@ -166,8 +170,7 @@ cdef extern from "kernels.h":
         int n_cols
         float *f32
         phi_q8 q8
-        int8_t *wide
-        float *wide_scales
+        phi_wide wide
     ctypedef struct phi_matmul:
         const uint8_t *rows
         size_t row_bytes
@@ -196,7 +199,8 @@ cdef extern from "kernels.h":
     size_t phi_page_head_bytes(phi_kv_type type, int head_dim)
     size_t phi_attention_scratch_floats(int head_dim)
     size_t phi_wide_bytes(size_t n_tokens, size_t n_cols)
-    int8_t *phi_wide_of(const phi_activations *x, int token)
+    size_t phi_wide_n_scales(size_t n_tokens, size_t n_cols)
+    size_t phi_wide_tokens(size_t n_tokens)
 
 cdef extern from "dispatch.h":
     const char *phi_matmul_tier(const char *tier, phi_type type)

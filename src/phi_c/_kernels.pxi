@@ -94,17 +94,16 @@ def matmul(Matrix weights not None, const float[:, ::1] x not None, tier=None):
     if n_cols % PHI_Q8_BLOCK == 0:
         q8 = quantize_q8(np.asarray(x).reshape(-1), tier)
         a.q8 = _pointers(q8)
-    a.wide = NULL
-    a.wide_scales = NULL
+    a.wide.tiles = NULL
     cdef int8_t[::1] wide
-    cdef float[:, ::1] wide_scales
+    cdef float[::1] wide_scales
     cdef int t
     if kernels.quantize_wide != NULL and n_cols % PHI_WIDE_BLOCK == 0 and n_tokens > kernels.few_tokens:
         wide = np.full(phi_wide_bytes(n_tokens, n_cols), 127, np.int8)  # tokens that fill up may hold anything
-        wide_scales = np.empty((n_tokens, n_cols // PHI_WIDE_BLOCK), np.float32)
-        a.wide, a.wide_scales = &wide[0], &wide_scales[0, 0]
+        wide_scales = np.empty(phi_wide_n_scales(n_tokens, n_cols), np.float32)
+        a.wide.tiles, a.wide.scales, a.wide.n_tokens = &wide[0], &wide_scales[0], phi_wide_tokens(n_tokens)
         for t in range(n_tokens):
-            kernels.quantize_wide(&x[t, 0], n_cols, phi_wide_of(&a, t), &wide_scales[t, 0])
+            kernels.quantize_wide(&x[t, 0], n_cols, &a.wide, t)
     cdef phi_matrix w = weights.matrix
     y = np.empty((n_tokens, n_rows), np.float32)
     cdef float[:, ::1] out = y

@@ -117,7 +117,7 @@ static void check_product(const phi_kernels *k, const matrix *m, const phi_activ
 
 static void check_products(const phi_kernels *k, const matrix *m, const phi_activations *x, const uint8_t *panels) {
     const bool packed = panels != NULL;
-    const bool wide = packed && x->wide && strcmp(phi_matmul_tier(k->name, m->type), k->name) == 0;
+    const bool wide = packed && x->wide.tiles && strcmp(phi_matmul_tier(k->name, m->type), k->name) == 0;
     const size_t n_rows = (size_t)m->n_rows, n_tokens = (size_t)m->n_tokens;
     float *together = floats(n_tokens * n_rows), *alone = floats(n_rows);
     phi_matmul product = {.rows = packed ? panels : m->rows,
@@ -157,12 +157,13 @@ static void check_tier(const phi_kernels *k, const matrix *m) {
         k->quantize_q8(m->x, n, x.q8);
     }
     if (k->quantize_wide && n_cols % PHI_WIDE_BLOCK == 0 && m->n_tokens > k->few_tokens) {
-        x.wide = memory(phi_wide_bytes(n_tokens, n_cols));
-        x.wide_scales = floats(n / PHI_WIDE_BLOCK);
-        memset(x.wide, 127, phi_wide_bytes(n_tokens, n_cols));
-        for (size_t t = 0; t < n_tokens; t++)
-            k->quantize_wide(m->x + t * n_cols, n_cols, phi_wide_of(&x, (int)t),
-                             x.wide_scales + t * n_cols / PHI_WIDE_BLOCK);
+        x.wide = (phi_wide){
+            .tiles = memory(phi_wide_bytes(n_tokens, n_cols)),
+            .scales = floats(phi_wide_n_scales(n_tokens, n_cols)),
+            .n_tokens = phi_wide_tokens(n_tokens),
+        };
+        memset(x.wide.tiles, 127, phi_wide_bytes(n_tokens, n_cols));
+        for (size_t t = 0; t < n_tokens; t++) k->quantize_wide(m->x + t * n_cols, n_cols, &x.wide, t);
     }
     check_dequantized(k, m);
     check_products(k, m, &x, NULL);
@@ -174,8 +175,8 @@ static void check_tier(const phi_kernels *k, const matrix *m) {
         free(panels);
     }
     if (x.q8.quants) free_q8(x.q8);
-    free(x.wide);
-    free(x.wide_scales);
+    free(x.wide.tiles);
+    free(x.wide.scales);
 }
 
 /* As `phi-c quantize` does with a file: rows that are not finite are refused before. Two rows: it takes long. */

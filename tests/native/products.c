@@ -59,11 +59,13 @@ typedef struct {
 
 /* Activations that products of many tokens take in another form. */
 static void make_wide(const phi_kernels *k, phi_activations *x, size_t n_tokens) {
-    x->wide = memory(phi_wide_bytes(n_tokens, COLS));
-    x->wide_scales = floats(n_tokens * COLS / PHI_WIDE_BLOCK);
-    memset(x->wide, 127, phi_wide_bytes(n_tokens, COLS));
-    for (size_t t = 0; t < n_tokens; t++)
-        k->quantize_wide(x->f32 + t * COLS, COLS, phi_wide_of(x, (int)t), x->wide_scales + t * COLS / PHI_WIDE_BLOCK);
+    x->wide = (phi_wide){
+        .tiles = memory(phi_wide_bytes(n_tokens, COLS)),
+        .scales = floats(phi_wide_n_scales(n_tokens, COLS)),
+        .n_tokens = phi_wide_tokens(n_tokens),
+    };
+    memset(x->wide.tiles, 127, phi_wide_bytes(n_tokens, COLS));
+    for (size_t t = 0; t < n_tokens; t++) k->quantize_wide(x->f32 + t * COLS, COLS, &x->wide, t);
 }
 
 /* The product in double on the activations that the kernel gets: what is left is the summation in float. The limit is
@@ -129,8 +131,8 @@ static void free_product(product *p) {
     free(p->panels);
     free(p->x.f32);
     free_q8(p->x.q8);
-    free(p->x.wide);
-    free(p->x.wide_scales);
+    free(p->x.wide.tiles);
+    free(p->x.wide.scales);
     free(p->exact);
     free(p->tolerance);
 }

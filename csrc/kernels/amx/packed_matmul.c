@@ -97,16 +97,22 @@ typedef struct {
     const __m512i *sums; /* [2 parts, 2 panels, 16 tokens] vectors of 16 rows */
     __m512 scale[2];     /* by panel */
     int n_panels, n_tokens;
-    const float *x_scales; /* [n_tokens, x_stride] */
-    size_t x_stride;
-    float *out; /* [n_tokens, out_stride] */
+    const float *x_scales; /* [n_tokens] */
+    float *out;            /* [n_tokens, out_stride] */
     size_t out_stride;
     __mmask16 keep; /* none for the first 256 columns: the output holds nothing yet */
 } pending;
 
+/* The sums of this block and of the one before, in turns. */
+typedef struct {
+    __m512i sums[2][4 * PHI_TILE_TOKENS];
+    pending before;
+    int turn;
+} staged;
+
 INLINE void finish_token(const pending *p, int token) {
     if (token >= p->n_tokens) return;
-    const __m512 x_scale = _mm512_set1_ps(p->x_scales[(size_t)token * p->x_stride]);
+    const __m512 x_scale = _mm512_set1_ps(p->x_scales[token]);
     float *out = p->out + (size_t)token * p->out_stride;
     for (int i = 0; i < p->n_panels; i++) {
         const __m512 scale = _mm512_mul_ps(p->scale[i], x_scale);
@@ -119,14 +125,15 @@ INLINE void finish_token(const pending *p, int token) {
 }
 
 /* sums = both parts of 16 tokens times n_panels of w, and beside it the end of the block before. n_panels is a constant
- * where this is inlined. */
+ * where this is inlined. wanted: STEPS tiles to ask for, or NULL. */
 INLINE void multiply_block(const int8_t *high, const int8_t *low, const block *w, int n_panels, __m512i *sums,
-                           const pending *before) {
+                           const pending *before, const int8_t *wanted) {
     phi_tile_zero(0);
     phi_tile_zero(1);
     phi_tile_zero(2);
     phi_tile_zero(3);
     UNROLL for (int i = 0; i < STEPS; i++) {
+        if (wanted) phi_prefetch_tile(wanted + i * TILE_BYTES);
         phi_tile_load(4, high + i * TILE_BYTES, PHI_TILE_COLS);
         phi_tile_load(6, w[0].lines + i * ROWS, PHI_TILE_COLS);
         phi_tile_multiply(0, 4, 6);
@@ -150,57 +157,66 @@ INLINE void multiply_block(const int8_t *high, const int8_t *low, const block *w
     }
 }
 
-static void multiply_panels(requantise_fn requantise_unit, const phi_matmul *m, int first_row, int n_panels) {
-    const size_t n_cols = (size_t)m->n_cols, n_units = n_cols / PHI_WIDE_BLOCK, panel_bytes = ROWS * m->row_bytes;
-    const size_t unit_bytes = panel_bytes / n_units;
-    const uint8_t *panels = m->rows + (size_t)first_row * m->row_bytes;
-    const float *x_scales = m->x->wide_scales + (size_t)m->first_token * n_units;
-    block w[PANELS];
-    __m512i sums[2][4 * PHI_TILE_TOKENS];
-    pending before = {.n_tokens = 0};
-    int turn = 0;
-    for (size_t unit = 0; unit < n_units; unit++) {
-        for (int i = 0; i < n_panels; i++) {
-            const uint8_t *at = panels + (size_t)i * panel_bytes + unit * unit_bytes;
-            requantise_unit(at, &w[i]);
-        }
-        phi_tiles_fence(w);
-        for (int t = 0; t < m->n_tokens; t += PHI_TILE_TOKENS) {
-            const int8_t *high = phi_wide_of(m->x, m->first_token + t) + unit * STEPS * TILE_BYTES;
-            const int8_t *low = high + PHI_TILE_TOKENS * n_cols;
-            for (int i = 0; i < n_panels; i += 2, turn ^= 1) {
-                const bool pair = i + 1 < n_panels;
-                if (pair)
-                    multiply_block(high, low, &w[i], 2, sums[turn], &before);
-                else
-                    multiply_block(high, low, &w[i], 1, sums[turn], &before);
-                before = (pending){
-                    .sums = sums[turn],
-                    .scale = {w[i].scale, w[pair ? i + 1 : i].scale},
-                    .n_panels = pair ? 2 : 1,
-                    .n_tokens = m->n_tokens - t < PHI_TILE_TOKENS ? m->n_tokens - t : PHI_TILE_TOKENS,
-                    .x_scales = x_scales + (size_t)t * n_units + unit,
-                    .x_stride = n_units,
-                    .out = m->out + (size_t)t * m->out_stride + first_row + i * ROWS,
-                    .out_stride = m->out_stride,
-                    .keep = unit ? 0xffff : 0,
-                };
-            }
+/* Products of w, 256 columns of n_panels panels from a row on, with all tokens. last: the next 256 columns follow. */
+static void multiply_tokens(const phi_matmul *m, const block *w, size_t unit, int row, int n_panels, staged *s,
+                            bool last) {
+    const phi_wide *x = &m->x->wide;
+    for (int t = 0; t < m->n_tokens; t += PHI_TILE_TOKENS) {
+        const size_t token = (size_t)(m->first_token + t);
+        const int8_t *high = phi_wide_row(x, unit, token), *low = high + STEPS * TILE_BYTES;
+        const int8_t *next = last ? phi_wide_row(x, (unit + 1) % ((size_t)m->n_cols / PHI_WIDE_BLOCK), token) : NULL;
+        for (int i = 0; i < n_panels; i += 2, s->turn ^= 1) {
+            const bool pair = i + 1 < n_panels;
+            const int8_t *wanted = next ? next + i / 2 * STEPS * TILE_BYTES : NULL;
+            if (pair)
+                multiply_block(high, low, &w[i], 2, s->sums[s->turn], &s->before, wanted);
+            else
+                multiply_block(high, low, &w[i], 1, s->sums[s->turn], &s->before, wanted);
+            s->before = (pending){
+                .sums = s->sums[s->turn],
+                .scale = {w[i].scale, w[pair ? i + 1 : i].scale},
+                .n_panels = pair ? 2 : 1,
+                .n_tokens = m->n_tokens - t < PHI_TILE_TOKENS ? m->n_tokens - t : PHI_TILE_TOKENS,
+                .x_scales = x->scales + unit * x->n_tokens + token,
+                .out = m->out + (size_t)t * m->out_stride + row + i * ROWS,
+                .out_stride = m->out_stride,
+                .keep = unit ? 0xffff : 0,
+            };
         }
     }
-    for (int t = 0; t < PHI_TILE_TOKENS; t++) finish_token(&before, t);
+}
+
+/* 256 columns of all rows before the next: what these need of the tokens, 256 KiB of 512, comes from the second-level
+ * cache for all rows but the first ones. */
+static void multiply_rows(requantise_fn requantise_unit, const phi_matmul *m, int first, int end) {
+    const size_t n_units = (size_t)m->n_cols / PHI_WIDE_BLOCK, panel_bytes = ROWS * m->row_bytes;
+    const size_t unit_bytes = panel_bytes / n_units;
+    block w[PANELS];
+    staged s;
+    s.before = (pending){.n_tokens = 0};
+    s.turn = 0;
+    for (size_t unit = 0; unit < n_units; unit++) {
+        for (int row = first; row < end; row += PANELS * ROWS) {
+            const int left = (end - row) / ROWS, n_panels = left < PANELS ? left : PANELS;
+            const uint8_t *panels = m->rows + (size_t)row * m->row_bytes + unit * unit_bytes;
+            for (int i = 0; i < n_panels; i++) requantise_unit(panels + (size_t)i * panel_bytes, &w[i]);
+            phi_tiles_fence(w);
+            multiply_tokens(m, w, unit, row, n_panels, &s, row + PANELS * ROWS >= end);
+        }
+    }
+    for (int t = 0; t < PHI_TILE_TOKENS; t++) finish_token(&s.before, t);
 }
 
 static void matmul(requantise_fn requantise_unit, void (*few)(const phi_matmul *), const phi_matmul *m) {
-    if (m->n_tokens <= PHI_AMX_FEW_TOKENS || !m->x->wide || m->first_token % PHI_TILE_TOKENS != 0) {
+    if (m->n_tokens <= PHI_AMX_FEW_TOKENS || !m->x->wide.tiles || m->first_token % PHI_TILE_TOKENS != 0) {
         few(m);
         return;
     }
     /* Each time anew: other libraries in the process have tiles of their own. */
     phi_tiles_configure();
-    for (int r = 0; r < m->n_rows; r += PANELS * ROWS) {
-        const int n_panels = (m->n_rows - r) / ROWS;
-        multiply_panels(requantise_unit, m, r, n_panels < PANELS ? n_panels : PANELS);
+    for (int row = 0; row < m->n_rows; row += PHI_WIDE_ROWS) {
+        const int end = row + PHI_WIDE_ROWS;
+        multiply_rows(requantise_unit, m, row, end < m->n_rows ? end : m->n_rows);
     }
     phi_tiles_release();
 }

@@ -5,8 +5,11 @@
 #ifndef PHI_AMX_TILES_H
 #define PHI_AMX_TILES_H
 
+#include <immintrin.h>
 #include <stddef.h>
 #include <stdint.h>
+
+#include "../generic/unroll.h"
 
 typedef struct { /* palette 1 of LDTILECFG (Intel SDM volume 1, chapter 18) */
     uint8_t palette, start_row, reserved[14];
@@ -24,8 +27,6 @@ static inline phi_tile_config phi_tiles_of_64_bytes(void) {
 }
 
 #ifndef PHI_EMULATE_AMX
-
-#include <immintrin.h>
 
 /* The compiler does not see that a tile operation reads memory (gcc), so stores before it need a fence; gcc 12 also
  * believes that a configuration has 8 bytes. */
@@ -137,4 +138,11 @@ static inline void phi_tile_multiply_bf16(int sums, int left, int right) {
 }
 
 #endif
+
+/* Asks for 16 rows of 64 bytes that lie one after the other, into the second-level cache. gcc drops calls of a function
+ * that does nothing else: it must be inlined. */
+PHI_INLINE void phi_prefetch_tile(const int8_t *rows) {
+    UNROLL for (int i = 0; i < 16; i++) _mm_prefetch((const char *)rows + 64 * i, _MM_HINT_T1);
+}
+
 #endif

@@ -86,10 +86,14 @@ static sums sums_in_output(const phi_matmul *m, int token, int row) {
     return (sums){m->out + (size_t)token * m->out_stride + row, m->out_stride * sizeof *m->out};
 }
 
-/* Adds 256 columns to the sums of 16 n_tiles tokens and 16 n_panels rows, or begins them. x: left tiles of the first 16
- * tokens, and of the others. n_tiles and n_panels are constants where this is inlined. */
-INLINE void multiply_block(const int8_t *x, const int8_t *others, const block *w, const sums *s, int n_tiles,
-                           int n_panels, bool begin) {
+/* Left tiles of 256 columns: of 16 tokens and the 16 after them, and others to ask for, or NULL. */
+typedef struct {
+    const int8_t *x, *after, *wanted;
+} left_tiles;
+
+/* Adds 256 columns to the sums of 16 n_tiles tokens and 16 n_panels rows, or begins them. n_tiles and n_panels are
+ * constants where this is inlined. */
+INLINE void multiply_block(const left_tiles *l, const block *w, const sums *s, int n_tiles, int n_panels, bool begin) {
     if (begin) {
         phi_tile_zero(0);
         phi_tile_zero(1);
@@ -102,7 +106,8 @@ INLINE void multiply_block(const int8_t *x, const int8_t *others, const block *w
         if (n_tiles > 1 && n_panels > 1) phi_tile_load(3, s[1].at + ROWS, s[1].stride_bytes);
     }
     UNROLL for (int i = 0; i < STEPS; i++) {
-        phi_tile_load(4, x + i * TILE_BYTES, PHI_TILE_COLS);
+        if (l->wanted) phi_prefetch_tile(l->wanted + i * TILE_BYTES);
+        phi_tile_load(4, l->x + i * TILE_BYTES, PHI_TILE_COLS);
         phi_tile_load(6, w[0].tiles[i], PHI_TILE_COLS);
         phi_tile_multiply_bf16(0, 4, 6);
         if (n_panels > 1) {
@@ -110,7 +115,7 @@ INLINE void multiply_block(const int8_t *x, const int8_t *others, const block *w
             phi_tile_multiply_bf16(1, 4, 7);
         }
         if (n_tiles > 1) {
-            phi_tile_load(5, others + i * TILE_BYTES, PHI_TILE_COLS);
+            phi_tile_load(5, l->after + i * TILE_BYTES, PHI_TILE_COLS);
             phi_tile_multiply_bf16(2, 5, 6);
             if (n_panels > 1) phi_tile_multiply_bf16(3, 5, 7);
         }
@@ -121,49 +126,67 @@ INLINE void multiply_block(const int8_t *x, const int8_t *others, const block *w
     if (n_tiles > 1 && n_panels > 1) phi_tile_store(3, s[1].at + ROWS, s[1].stride_bytes);
 }
 
-static void multiply_panels(unpack_fn unpack_block, const phi_matmul *m, int first_row, int n_panels) {
-    const size_t n_blocks = (size_t)m->n_cols / PHI_WIDE_BLOCK, panel_bytes = ROWS * m->row_bytes;
-    const size_t block_bytes = panel_bytes / n_blocks, x_bytes = phi_wide_bytes(PHI_TILE_TOKENS, (size_t)m->n_cols);
-    const uint8_t *panels = m->rows + (size_t)first_row * m->row_bytes;
+/* Adds 256 columns of n_panels panels, from a row on, to the sums of all tokens; rest: those of the tokens that do not
+ * fill their tile. */
+static void multiply_tokens(const phi_matmul *m, const block *w, size_t b, int row, int n_panels, sums rest,
+                            bool last) {
+    const size_t n_blocks = (size_t)m->n_cols / PHI_WIDE_BLOCK;
     const int n_filling = m->n_tokens / PHI_TILE_TOKENS * PHI_TILE_TOKENS;
-    float rest[PHI_TILE_TOKENS][PANELS * ROWS]; /* of the tokens that do not fill their tile */
-    block w[PANELS];
-    for (size_t b = 0; b < n_blocks; b++) {
-        for (int i = 0; i < n_panels; i++) unpack_block(panels + (size_t)i * panel_bytes + b * block_bytes, &w[i]);
-        phi_tiles_fence(w);
-        for (int t = 0; t < m->n_tokens; t += 2 * PHI_TILE_TOKENS) {
-            const int8_t *x = phi_wide_of(m->x, m->first_token + t) + b * STEPS * TILE_BYTES, *others = x + x_bytes;
-            const bool two = m->n_tokens - t > PHI_TILE_TOKENS;
-            for (int i = 0; i < n_panels; i += 2) {
-                const sums in_rest = {rest[0] + i * ROWS, sizeof rest[0]};
-                sums s[2] = {in_rest, in_rest};
-                for (int k = 0; k < 2 && t + k * PHI_TILE_TOKENS < n_filling; k++)
-                    s[k] = sums_in_output(m, t + k * PHI_TILE_TOKENS, first_row + i * ROWS);
-                if (two && n_panels - i > 1)
-                    multiply_block(x, others, &w[i], s, 2, 2, b == 0);
-                else if (two)
-                    multiply_block(x, others, &w[i], s, 2, 1, b == 0);
-                else if (n_panels - i > 1)
-                    multiply_block(x, NULL, &w[i], s, 1, 2, b == 0);
-                else
-                    multiply_block(x, NULL, &w[i], s, 1, 1, b == 0);
-            }
+    for (int t = 0; t < m->n_tokens; t += 2 * PHI_TILE_TOKENS) {
+        const size_t token = (size_t)(m->first_token + t);
+        const int8_t *x = phi_wide_row(&m->x->wide, b, token);
+        const int8_t *next = last ? phi_wide_row(&m->x->wide, (b + 1) % n_blocks, token) : NULL;
+        left_tiles l = {x, x + STEPS * TILE_BYTES, NULL};
+        const bool two = m->n_tokens - t > PHI_TILE_TOKENS;
+        for (int i = 0; i < n_panels; i += 2) {
+            const sums in_rest = {rest.at + i * ROWS, rest.stride_bytes};
+            sums s[2] = {in_rest, in_rest};
+            for (int k = 0; k < 2 && t + k * PHI_TILE_TOKENS < n_filling; k++)
+                s[k] = sums_in_output(m, t + k * PHI_TILE_TOKENS, row + i * ROWS);
+            l.wanted = next && (i == 0 || two) ? next + i / 2 * STEPS * TILE_BYTES : NULL;
+            if (two && n_panels - i > 1)
+                multiply_block(&l, &w[i], s, 2, 2, b == 0);
+            else if (two)
+                multiply_block(&l, &w[i], s, 2, 1, b == 0);
+            else if (n_panels - i > 1)
+                multiply_block(&l, &w[i], s, 1, 2, b == 0);
+            else
+                multiply_block(&l, &w[i], s, 1, 1, b == 0);
         }
     }
+}
+
+/* 256 columns of all rows before the next, as the amx tier does. */
+static void multiply_rows(unpack_fn unpack_block, const phi_matmul *m, int first, int end) {
+    const size_t n_blocks = (size_t)m->n_cols / PHI_WIDE_BLOCK, panel_bytes = ROWS * m->row_bytes;
+    const size_t block_bytes = panel_bytes / n_blocks;
+    float rest[PHI_TILE_TOKENS][PHI_WIDE_ROWS];
+    block w[PANELS];
+    for (size_t b = 0; b < n_blocks; b++) {
+        for (int row = first; row < end; row += PANELS * ROWS) {
+            const int left = (end - row) / ROWS, n_panels = left < PANELS ? left : PANELS;
+            const uint8_t *panels = m->rows + (size_t)row * m->row_bytes + b * block_bytes;
+            for (int i = 0; i < n_panels; i++) unpack_block(panels + (size_t)i * panel_bytes, &w[i]);
+            phi_tiles_fence(w);
+            multiply_tokens(m, w, b, row, n_panels, (sums){rest[0] + row - first, sizeof rest[0]},
+                            row + PANELS * ROWS >= end);
+        }
+    }
+    const int n_filling = m->n_tokens / PHI_TILE_TOKENS * PHI_TILE_TOKENS;
     for (int t = n_filling; t < m->n_tokens; t++)
-        memcpy(sums_in_output(m, t, first_row).at, rest[t - n_filling], (size_t)(n_panels * ROWS) * sizeof rest[0][0]);
+        memcpy(sums_in_output(m, t, first).at, rest[t - n_filling], (size_t)(end - first) * sizeof rest[0][0]);
 }
 
 static void matmul(unpack_fn unpack_block, void (*few)(const phi_matmul *), const phi_matmul *m) {
-    if (m->n_tokens <= PHI_AMXBF16_FEW_TOKENS || !m->x->wide || m->first_token % PHI_TILE_TOKENS != 0) {
+    if (m->n_tokens <= PHI_AMXBF16_FEW_TOKENS || !m->x->wide.tiles || m->first_token % PHI_TILE_TOKENS != 0) {
         few(m);
         return;
     }
     /* Each time anew: other libraries in the process have tiles of their own. */
     phi_tiles_configure();
-    for (int r = 0; r < m->n_rows; r += PANELS * ROWS) {
-        const int n_panels = (m->n_rows - r) / ROWS;
-        multiply_panels(unpack_block, m, r, n_panels < PANELS ? n_panels : PANELS);
+    for (int row = 0; row < m->n_rows; row += PHI_WIDE_ROWS) {
+        const int end = row + PHI_WIDE_ROWS;
+        multiply_rows(unpack_block, m, row, end < m->n_rows ? end : m->n_rows);
     }
     phi_tiles_release();
 }

@@ -12,5 +12,11 @@ const phi_kernels phi_kernels_amxbf16 = {
     .matmul_packed[PHI_TYPE_Q4_K] = phi_matmul_packed_q4_k_amxbf16,
     .matmul_packed[PHI_TYPE_Q5_K] = phi_matmul_packed_q5_k_amxbf16,
     .matmul_packed[PHI_TYPE_Q6_K] = phi_matmul_packed_q6_k_amxbf16,
+    .takes_wide[PHI_TYPE_Q4_0] = true,
+    .takes_wide[PHI_TYPE_Q4_1] = true,
+    .takes_wide[PHI_TYPE_Q8_0] = true,
+    .takes_wide[PHI_TYPE_Q4_K] = true,
+    .takes_wide[PHI_TYPE_Q5_K] = true,
+    .takes_wide[PHI_TYPE_Q6_K] = true,
     .quantize_wide = phi_quantize_wide_amxbf16,
 };

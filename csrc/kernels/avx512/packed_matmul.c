@@ -73,7 +73,7 @@ INLINE void multiply_few(const format f, const uint8_t *panel, const phi_matmul 
             __m512i q[LINES];
             const uint8_t *here = panel + (size_t)j * part;
             if (m->prefetch.into_l1_bytes) prefetch(here + m->prefetch.into_l1_bytes, part);
-            if (m->prefetch.into_l2_bytes && n_tokens > 1)
+            if (m->prefetch.into_l2_bytes && (n_tokens > 1 || m->prefetch.into_l1_bytes))
                 prefetch_to_second_level(here + m->prefetch.into_l2_bytes, part);
             f.unpack_lines(panel, j, q);
             UNROLL for (int t = 0; t < n_tokens; t++) {
