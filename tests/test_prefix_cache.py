@@ -313,6 +313,31 @@ def test_threads_with_one_disk_cache(path: Path, tmp_path: Path, monkeypatch: py
     assert sum(f.stat().st_size for f in files_of(tmp_path / "c")) <= 22 * page_bytes
 
 
+def test_files_written_at_once_stay_below_the_limit(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both find the same room free before either has written."""
+    both_have_room, write_pages = threading.Barrier(2), disk_cache.write_pages
+
+    def write_together(*arguments: Any) -> None:
+        both_have_room.wait(60)
+        write_pages(*arguments)
+
+    monkeypatch.setattr(disk_cache, "write_pages", write_together)
+    with phi_c.load(path, n_ctx=512, prefix_cache=tmp_path) as llm:
+        limit = 200 // PAGE_TOKENS * llm.engine.kv.page_bytes * 3 // 2
+    monkeypatch.setenv(disk_cache.LIMIT_VARIABLE, str(limit / 2**30))
+    with phi_c.load(path, n_ctx=512, prefix_cache=tmp_path) as llm:
+        threads = [threading.Thread(target=generate, args=(llm, tokens_of(200, seed))) for seed in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not both_have_room.broken
+    assert len(files_of(tmp_path)) == 1
+    assert files_of(tmp_path)[0].stat().st_size <= limit
+
+
 _PROMPTS_FOREVER = """
     import hashlib, sys
     import numpy as np

@@ -29,7 +29,8 @@ _SUFFIX = ".pages"
 class DiskCache:
     """The files of one origin below a folder, as the scheduler's shelf; safe to use from several threads.
 
-    limit_bytes bounds the files of all origins together. Raises CacheError when the folder cannot be made.
+    limit_bytes bounds the files of all origins together, but for those that others write at the same moment. Raises
+    CacheError when the folder cannot be made.
     """
 
     def __init__(self, folder: Path, origin: Origin, kv: KvCache, limit_bytes: int) -> None:
@@ -101,6 +102,7 @@ class DiskCache:
             self._make_room(file_bytes(self._origin, len(new), self._kv.page_bytes))
             with written_whole(path) as file:
                 write_pages(file, self._origin, new, self._kv.page_bytes, engine.read_page)
+            self._make_room(0)  # others may have taken the same room meanwhile; the last of them sees all files
         except CacheError as error:
             self._has_failed = True
             warnings.warn(f"the prefix cache keeps nothing more: {error}", RuntimeWarning, stacklevel=3)
@@ -144,10 +146,9 @@ class DiskCache:
         for _, size, path in sorted(files):
             if total <= self._limit_bytes:
                 break
-            with contextlib.suppress(OSError):  # another process was faster, or Windows has it mapped
-                path.unlink()
+            with contextlib.suppress(OSError):  # Windows has it mapped
+                path.unlink(missing_ok=True)  # another process may be faster
                 total -= size
-                path.parent.rmdir()  # when it was the last one
         for folder in self._root.glob("*/"):
             remove_abandoned(folder)
 
