@@ -1,6 +1,9 @@
 """Logits against the NumPy reference: how far float32 sums, and int8 activations, may take them."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +25,27 @@ ERROR = {"phi3": nmse, "llama": nmse, "phi2": nmse, "phimoe": typical_nmse}
 FLOAT_TYPES = ("F32", "F16", "BF16")
 
 
+Written = Callable[..., tuple[Path, Reference, Floats]]
+
+
+@pytest.fixture(scope="module")
+def write(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """Return a function that writes a file and computes its logits, once for all tiers."""
+
+    @functools.cache
+    def write(architecture: str, weight_type: str, **options: Any) -> tuple[Path, Reference, Floats]:
+        path = write_tiny(tmp_path_factory.mktemp("logits") / "m.gguf", architecture, weight_type, **options)
+        reference = Reference(path)
+        return path, reference, reference.logits(TOKENS)
+
+    return write
+
+
 @pytest.mark.parametrize("tier", _core.tiers())
 @pytest.mark.parametrize("weight_type", ALL_TYPES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_type(tmp_path: Path, architecture: str, weight_type: str, tier: str) -> None:
-    path = write_tiny(tmp_path / "m.gguf", architecture, weight_type)
-    expected = Reference(path).logits(TOKENS)
+def test_every_type(write: Written, architecture: str, weight_type: str, tier: str) -> None:
+    path, _, expected = write(architecture, weight_type)
     got = Runner(path, tier=tier).run(TOKENS)
     assert ERROR[architecture](got, expected) <= (1e-6 if weight_type in FLOAT_TYPES else 2e-3)
 
@@ -55,16 +73,16 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("tier", _core.tiers())
-def test_heads_that_are_no_whole_panels(tmp_path: Path, tier: str) -> None:
+def test_heads_that_are_no_whole_panels(write: Written, tier: str) -> None:
     """Rows are taken head by head, so these matrices stay as they are in the file."""
-    path = write_tiny(tmp_path / "m.gguf", weight_type="Q4_0", head_dim=72, rope_dims=40)
-    assert nmse(Runner(path, tier=tier).run(TOKENS), Reference(path).logits(TOKENS)) <= 2e-3
+    path, _, expected = write("phi3", "Q4_0", head_dim=72, rope_dims=40)
+    assert nmse(Runner(path, tier=tier).run(TOKENS), expected) <= 2e-3
 
 
 @pytest.mark.parametrize("tier", _core.tiers())
-def test_unfused_phi2(tmp_path: Path, tier: str) -> None:
-    path = write_tiny(tmp_path / "m.gguf", "phi2", "F32", fused_qkv=False)
-    assert nmse(Runner(path, tier=tier).run(TOKENS), Reference(path).logits(TOKENS)) <= 1e-6
+def test_unfused_phi2(write: Written, tier: str) -> None:
+    path, _, expected = write("phi2", "F32", fused_qkv=False)
+    assert nmse(Runner(path, tier=tier).run(TOKENS), expected) <= 1e-6
 
 
 @pytest.mark.parametrize("n_experts", [2, 3, 16])
@@ -83,12 +101,9 @@ def test_experts(tmp_path: Path, n_experts: int) -> None:
 @pytest.mark.parametrize("tier", _core.tiers())
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_shape(tmp_path: Path, shape: str, architecture: str, tier: str) -> None:
-    overrides = SHAPES[shape]
-    path = write_tiny(tmp_path / "m.gguf", architecture, "F32", seed=8, **overrides)
-    long_rope = overrides.get("n_ctx_orig", 512) < len(TOKENS)
-    reference = Reference(path)
-    expected = reference.logits(TOKENS)
+def test_every_shape(write: Written, shape: str, architecture: str, tier: str) -> None:
+    path, reference, expected = write(architecture, "F32", seed=8, **SHAPES[shape])
+    long_rope = SHAPES[shape].get("n_ctx_orig", 512) < len(TOKENS)
     got = Runner(path, tier=tier).run(TOKENS, long_rope=long_rope)
     n = unambiguous(reference)
     assert nmse(got[:n], expected[:n]) <= 1e-6
