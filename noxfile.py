@@ -320,5 +320,5 @@ def fuzz(session: nox.Session) -> None:
             *("-timeout=20", "-rss_limit_mb=4096", f"-max_len={12000 if name == 'loader' else 4096}"),
             *("-print_final_stats=1", *session.posargs),
             external=True,
-            env={"PYTHONPATH": os.pathsep.join(("tests", "tests/model", "tests/fuzz"))},
+            env={"PYTHONPATH": os.pathsep.join(("tests", "tests/fuzz"))},
         )

@@ -79,7 +79,7 @@ def main() -> None:
         for name in FILE_TYPES:
             for tier in TIERS:
                 cells = []
-                for layout, n_rows, n_tokens in (*SHAPES, ("file", 4, 1), ("file", 4, 4)):
+                for layout, n_rows, n_tokens in (*SHAPES, ("mmap", 4, 1), ("mmap", 4, 4)):
                     prefix = "phi_matmul_packed" if layout == "packed" else "phi_matmul"
                     function = functions.get(f"{prefix}_{name.lower()}_{tier}")
                     shape = (layout, n_rows, n_tokens)

@@ -108,7 +108,7 @@ def platform_table(stated: dict[tuple[str, str], str], keep_lower: bool) -> str:
 
 
 def type_kernels() -> dict[str, dict[str, str]]:
-    """Return by type and tier which layouts have a product of the tier's own: "file", "packed", both or "".
+    """Return by type and tier which layouts have a product of the tier's own: "mmap", "packed", both or "".
 
     Empty where the programs of both architectures have not told.
     """
@@ -119,7 +119,7 @@ def type_kernels() -> dict[str, dict[str, str]]:
             return {}
         for line in path.read_text(encoding="utf-8").splitlines():
             type_name, tier, *layouts = line.split()
-            own = [word for word, whose in zip(("file", "packed"), layouts, strict=True) if whose == "own"]
+            own = [word for word, whose in zip(("mmap", "packed"), layouts, strict=True) if whose == "own"]
             types.setdefault(type_name, dict.fromkeys(TIERS, ""))[tier] = ", ".join(own)
     return types
 

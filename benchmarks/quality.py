@@ -34,8 +34,8 @@ import numpy.typing as npt
 import quality_files
 from phi_c import hub
 from phi_c.errors import PhiError
-from phi_c.evaluate import distances
-from phi_c.model.gguf_file import GGUFFile
+from phi_c.evaluate import metrics as distances
+from phi_c.gguf.reader import GGUFFile
 from phi_c.text.tokenizer import load_tokenizer
 from quality_workers import Task
 
@@ -53,7 +53,7 @@ class Found:
 
     label: str
     kl: Doubles  # nats, [n_windows, n_tokens]
-    same_top: npt.NDArray[np.bool_]  # [n_windows, n_tokens]
+    top1_agreement: npt.NDArray[np.bool_]  # [n_windows, n_tokens]
     nll: Doubles  # nats, [n_windows, n_tokens - 1]
     reference_nll: Doubles  # the same
 
@@ -214,7 +214,7 @@ def _print_table(title: str, found: list[Found]) -> None:
         change = row.nll - row.reference_nll
         print(
             f"| {row.label} | {row.kl.mean():.5f} ± {standard_error(row.kl):.5f} | {np.quantile(row.kl, 0.99):.4f} "
-            f"| {row.same_top.mean():.2%} | x {row.perplexity_ratio:.4f} ± {standard_error(change):.4f} |"
+            f"| {row.top1_agreement.mean():.2%} | x {row.perplexity_ratio:.4f} ± {standard_error(change):.4f} |"
         )
 
 
@@ -232,7 +232,7 @@ def print_goals(found: list[Found], limit: float | None) -> bool:
         kl = float(row.kl.mean())
         if peer is not None:
             missed |= not _no_worse(row, "mean KL", row.kl - peer.kl, "+.5f")
-            _no_worse(row, "share of other top tokens", peer.same_top - row.same_top.astype(float), "+.2%")
+            _no_worse(row, "share of other top tokens", peer.top1_agreement - row.top1_agreement.astype(float), "+.2%")
             off = row.perplexity_ratio / peer.perplexity_ratio - 1
             _say(row, f"perplexity {off:+.2%} beside llama.cpp's, at most {_MAX_OFF:+.1%}", off <= _MAX_OFF)
         elif limit is not None:

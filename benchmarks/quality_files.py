@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import numpy.typing as npt
+
+import gguf
 from gguf import GGMLQuantizationType as Type
 
 Floats = npt.NDArray[np.float32]

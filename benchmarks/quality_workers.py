@@ -27,7 +27,7 @@ class Task:
     model: str  # path of a GGUF file
     windows: list[list[int]]  # token ids, each window a text of its own
     n_threads: int
-    distances: str  # path of phi_c.evaluate.distances
+    distances: str  # path of phi_c.evaluate.metrics
     reference: str  # .npy, float32 [n_windows, n_tokens, n_vocab]: read, or written by the worker "reference"
 
 
@@ -85,7 +85,7 @@ def compare(engine: Callable[[Task], Iterator[Floats]], task: Task) -> dict[str,
     """Return lists [n_windows][n_tokens] of an engine's distances from the reference, as phi_c.evaluate has them."""
     distances = _distances(task.distances)
     reference = np.load(task.reference, mmap_mode="r")
-    found: dict[str, Any] = {"kl": [], "same_top": [], "nll": [], "reference_nll": []}
+    found: dict[str, Any] = {"kl": [], "top1_agreement": [], "nll": [], "reference_nll": []}
     for window, expected, logits in zip(task.windows, reference, engine(task), strict=True):
         for name, values in distances(expected, logits, np.asarray(window[1:])).items():
             found[name].append(values.tolist())
@@ -93,7 +93,7 @@ def compare(engine: Callable[[Task], Iterator[Floats]], task: Task) -> dict[str,
 
 
 def _distances(path: str) -> Callable[..., dict[str, npt.NDArray[Any]]]:
-    """Return phi_c.evaluate.distances.distances from its file: an interpreter without phi_c runs it too."""
+    """Return phi_c.evaluate.metrics.distances from its file: an interpreter without phi_c runs it too."""
     spec = importlib.util.spec_from_file_location("distances", path)
     if spec is None or spec.loader is None:
         raise RuntimeError(f"{path} is no Python file")

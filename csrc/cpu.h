@@ -9,7 +9,7 @@ typedef struct {
     bool avx512f, avx512bw, avx512vl, avx512dq, avx512vnni, avx512vbmi, avx512bf16;
     bool amx_tile, amx_int8, amx_bf16;
     bool neon, dotprod, i8mm, fp16; /* fp16: arithmetic in half precision, which no kernel takes */
-    bool amd;                       /* who made it */
+    int amd_family; /* 0x19: Zen 3 and 4, 0x1a: Zen 5; 0: not an AMD CPU */
 } phi_cpu;
 
 const phi_cpu *phi_cpu_detect(void);

@@ -107,36 +107,36 @@ bool phi_tier_available(const char *name) {
 #define INHERIT(slot) \
     if (own->slot) table->slot = own->slot
 
-/* Intel's cores stop at each page unless they are asked for what comes, twice: into either level of cache. AMD's are
- * content with its first lines, which x86 products of one token ask for anyhow: asking for all costs a quarter of their
- * rate. With more tokens they stop reading when products take longer than the memory (docs/performance.md). ARM's were
- * not measured: asking costs one instruction in twelve. */
-static phi_prefetch prefetch_for_cpu(void) {
-    if (phi_cpu_detect()->amd) return (phi_prefetch){.into_l2_bytes = 16384};
-    return (phi_prefetch){.into_l1_bytes = 2048, .into_l2_bytes = 4096};
+/* Distances that measured best on each CPU (docs/performance.md). Zen 4's hardware prefetchers follow the stream of a
+ * single token, and prefetching every line costs a quarter of its decode rate; Zen 5's do not. Intel's stop at every 4
+ * KiB page, so weights are prefetched into both levels. ARM was not measured. */
+phi_prefetch phi_prefetch_for(const phi_cpu *cpu) {
+    if (cpu->amd_family >= 0x1a) return (phi_prefetch){.l2_bytes = 16384, .decode_l2_bytes = 16384};
+    if (cpu->amd_family) return (phi_prefetch){.l2_bytes = 16384};
+    return (phi_prefetch){.l1_bytes = 2048, .l2_bytes = 4096, .decode_l2_bytes = 4096};
 }
 
 static void resolve(int last, phi_kernels *table) {
     *table = *tiers[0].own; /* complete */
-    table->prefetch = prefetch_for_cpu();
+    table->prefetch = phi_prefetch_for(phi_cpu_detect());
     for (int i = 1; i <= last; i++) {
         const phi_kernels *own = tiers[i].own;
         if (!tiers[i].available()) continue;
         table->name = own->name;
-        INHERIT(few_tokens);
+        INHERIT(max_exact_batch);
         for (int t = 0; t < PHI_N_TYPES; t++) {
             INHERIT(dequantize[t]);
             INHERIT(matmul[t]);
             INHERIT(pack[t]);
             INHERIT(matmul_packed[t]);
-            INHERIT(takes_wide[t]);
+            INHERIT(takes_tiled[t]);
         }
         INHERIT(quantize_q8);
-        INHERIT(quantize_wide);
+        INHERIT(quantize_tiled);
         INHERIT(rms_norm);
         INHERIT(layer_norm);
         INHERIT(rope[PHI_ROPE_NEOX]);
-        INHERIT(rope[PHI_ROPE_NORM]);
+        INHERIT(rope[PHI_ROPE_INTERLEAVED]);
         INHERIT(silu_mul);
         INHERIT(gelu);
         INHERIT(add);

@@ -4,7 +4,7 @@
  * A layer:   norm, and q, k, v by head, rotated, keys and values stored | attention by token and head | output
  *            projection | norm, and gate, up and their product | down projection
  * Few tokens are normed by every thread for itself, which takes less time than to meet; many by all together.
- * Where products take wide activations, inputs of the output and the down projection become such in phases before. */
+ * Where products take tiled activations, inputs of the output and the down projection become such in phases before. */
 #include "phi.h"
 
 #include <math.h>
@@ -60,8 +60,8 @@ static void norm_row(const forward *f, int residual_row, const phi_norm *norm, c
         model->kernels->rms_norm(x, norm->weight, n_embd, model->norm_eps, y);
     }
     /* Rows whose logits are wanted may be few. */
-    if (!f->all_wide || norm == &model->output_norm) quantize(model->kernels, normed, row, 0, n_embd);
-    quantize_wide(model->kernels, normed, row);
+    if (!f->all_tiled || norm == &model->output_norm) quantize(model->kernels, normed, row, 0, n_embd);
+    quantize_tiled(model->kernels, normed, row);
 }
 
 /* Norms n_rows rows of the residual: row i is rows[i], or i where rows is NULL. Returns where the thread finds them. */
@@ -168,7 +168,7 @@ static void attend(worker *w, int layer) {
             quantize(model->kernels, &f->attended, t, first_col, group_dim);
     }
     end_phase(w);
-    quantize_all_wide(w, &f->attended, f->batch->n_tokens);
+    quantize_all_tiled(w, &f->attended, f->batch->n_tokens);
     if (whole_blocks) return;
     FOR_EACH_TASK(w, t, f->batch->n_tokens) quantize(model->kernels, &f->attended, t, 0, q_dim);
     end_phase(w);
@@ -201,7 +201,7 @@ static void project_inner(worker *w, const phi_feed_forward *ffn, const phi_acti
     float *ups = gates + (size_t)n_tokens * (size_t)most;
     FOR_EACH_TASK(w, task, n_chunks(n_ffn, chunk)) {
         const int first = task * chunk, n_rows = min_int(chunk, n_ffn - first);
-        const bool gated = f->model->activation == PHI_SWIGLU;
+        const bool gated = f->model->activation == PHI_FFN_SWIGLU;
         if (gated) multiply(f, &ffn->gate, first, n_rows, normed, n_tokens, gates, (size_t)most);
         multiply(f, &ffn->up, first, n_rows, normed, n_tokens, ups, (size_t)most);
         for (int t = 0; t < n_tokens; t++) {
@@ -216,7 +216,7 @@ static void project_inner(worker *w, const phi_feed_forward *ffn, const phi_acti
         }
     }
     end_phase(w);
-    quantize_all_wide(w, &f->inner, n_tokens);
+    quantize_all_tiled(w, &f->inner, n_tokens);
 }
 
 static void feed_forward(worker *w, int layer, const phi_activations *normed) {
@@ -252,8 +252,8 @@ static void write_rows(worker *w) {
     const phi_model *model = w->f->model;
     if (batch->n_logit_rows == 0) return;
     const phi_activations *normed = norm(w, &model->output_norm, batch->n_logit_rows, batch->logit_rows);
-    if (w->thread == 0 && batch->embeddings)
-        memcpy(batch->embeddings, normed->f32, (size_t)batch->n_logit_rows * (size_t)model->n_embd * sizeof(float));
+    if (w->thread == 0 && batch->hidden_states)
+        memcpy(batch->hidden_states, normed->f32, (size_t)batch->n_logit_rows * (size_t)model->n_embd * sizeof(float));
     if (batch->logits) project_head(w, normed, batch->n_logit_rows, batch->logits);
 }
 
@@ -317,39 +317,39 @@ static phi_activations allot_narrow(arena *a, size_t n_tokens, int n_cols) {
     };
 }
 
-static bool takes_wide(const phi_kernels *k, size_t n_tokens) {
-    return k->quantize_wide && n_tokens > (size_t)k->few_tokens;
+static bool takes_tiled(const phi_kernels *k, size_t n_tokens) {
+    return k->quantize_tiled && n_tokens > (size_t)k->max_exact_batch;
 }
 
-static bool all_take_wide(const phi_model *model, size_t n_tokens) {
+static bool all_take_tiled(const phi_model *model, size_t n_tokens) {
     const phi_kernels *k = model->kernels;
-    if (!takes_wide(k, n_tokens) || model->n_experts) return false;
+    if (!takes_tiled(k, n_tokens) || model->n_experts) return false;
     for (int i = 0; i < model->n_layers; i++) {
         const phi_layer *l = &model->layers[i];
-        const bool gated = model->activation == PHI_SWIGLU;
+        const bool gated = model->activation == PHI_FFN_SWIGLU;
         const phi_matrix *const gate = gated ? &l->ffn->gate : &l->ffn->up;
         const phi_matrix *const all[] = {&l->wq, &l->wk, &l->wv, &l->wo, gate, &l->ffn->up, &l->ffn->down};
         for (size_t j = 0; j < sizeof all / sizeof all[0]; j++) {
             const phi_matrix *m = all[j];
-            if (m->layout != PHI_LAYOUT_PANELS || !k->takes_wide[m->type] || m->n_cols % PHI_WIDE_BLOCK != 0)
+            if (m->layout != PHI_LAYOUT_PANELS || !k->takes_tiled[m->type] || m->n_cols % PHI_TILED_BLOCK != 0)
                 return false;
         }
     }
     return true;
 }
 
-/* With wide ones, where products of so many tokens take them; floats alone beside these where only_wide. */
-static phi_activations allot_activations(arena *a, const phi_kernels *k, size_t n_tokens, int n_cols, bool only_wide) {
+/* With wide ones, where products of so many tokens take them; floats alone beside these where only_tiled. */
+static phi_activations allot_activations(arena *a, const phi_kernels *k, size_t n_tokens, int n_cols, bool only_tiled) {
     phi_activations x = {.n_cols = n_cols};
-    if (only_wide)
+    if (only_tiled)
         x.f32 = allot(a, n_tokens * (size_t)n_cols * sizeof(float));
     else
         x = allot_narrow(a, n_tokens, n_cols);
-    if (takes_wide(k, n_tokens) && n_cols % PHI_WIDE_BLOCK == 0) {
-        x.wide = (phi_wide){
-            .tiles = allot(a, phi_wide_bytes(n_tokens, (size_t)n_cols)),
-            .scales = allot(a, phi_wide_n_scales(n_tokens, (size_t)n_cols) * sizeof(float)),
-            .n_tokens = phi_wide_tokens(n_tokens),
+    if (takes_tiled(k, n_tokens) && n_cols % PHI_TILED_BLOCK == 0) {
+        x.tiled = (phi_tiled){
+            .tiles = allot(a, phi_tiled_bytes(n_tokens, (size_t)n_cols)),
+            .scales = allot(a, phi_tiled_n_scales(n_tokens, (size_t)n_cols) * sizeof(float)),
+            .n_tokens = phi_tiled_tokens(n_tokens),
         };
     }
     return x;
@@ -382,7 +382,7 @@ static void lay_out(forward *f, arena *a) {
     const int q_dim = model->n_heads * model->head_dim;
 
     const size_t attention = phi_attention_scratch_floats(model->head_dim);
-    const int most = takes_wide(model->kernels, n_tokens) ? PHI_WIDE_ROWS : CHUNK_ROWS;
+    const int most = takes_tiled(model->kernels, n_tokens) ? PHI_TILED_ROWS : CHUNK_ROWS;
     const size_t products = 2 * n_tokens * (size_t)max_int(most, model->head_dim);
     f->scratch_floats = round_up(attention > products ? attention : products, PHI_ALIGN_BYTES / sizeof(float));
 
@@ -396,11 +396,11 @@ static void lay_out(forward *f, arena *a) {
         const phi_activations normed = allot_activations(a, model->kernels, n_tokens, model->n_embd, false);
         if (a->memory) f->normed[i] = normed;
     }
-    f->attended = allot_activations(a, model->kernels, n_tokens, q_dim, f->all_wide);
+    f->attended = allot_activations(a, model->kernels, n_tokens, q_dim, f->all_tiled);
     if (model->n_experts) {
         lay_out_experts(f, a, n_tokens);
     } else {
-        f->inner = allot_activations(a, model->kernels, n_tokens, model->n_ffn, f->all_wide);
+        f->inner = allot_activations(a, model->kernels, n_tokens, model->n_ffn, f->all_tiled);
     }
     f->runs = allot(a, n_tokens * sizeof *f->runs);
     f->scratch = allot(a, (size_t)n_threads * f->scratch_floats * sizeof(float));
@@ -422,8 +422,8 @@ static void find_runs(forward *f) {
 }
 
 phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batch) {
-    const bool all_wide = all_take_wide(model, (size_t)batch->n_tokens);
-    forward f = {.model = model, .kv = kv, .batch = batch, .all_wide = all_wide};
+    const bool all_tiled = all_take_tiled(model, (size_t)batch->n_tokens);
+    forward f = {.model = model, .kv = kv, .batch = batch, .all_tiled = all_tiled};
     arena a = {NULL, 0};
     lay_out(&f, &a);
     a.memory = phi_kv_scratch(kv, a.used);
@@ -453,13 +453,13 @@ static void run_head(void *context, int thread) {
     FOR_EACH_TASK(&w, i, h->n_rows) {
         memcpy(x->f32 + (size_t)i * n_embd, h->rows + (size_t)i * n_embd, n_embd * sizeof(float));
         quantize(h->f.model->kernels, x, i, 0, n_embd);
-        quantize_wide(h->f.model->kernels, x, i);
+        quantize_tiled(h->f.model->kernels, x, i);
     }
     end_phase(&w);
     project_head(&w, x, h->n_rows, h->logits);
 }
 
-phi_status phi_head(const phi_model *model, phi_kv *kv, int n_rows, const float *rows, float *logits) {
+phi_status phi_lm_head(const phi_model *model, phi_kv *kv, int n_rows, const float *rows, float *logits) {
     head h = {.f = {.model = model}, .n_rows = n_rows, .rows = rows, .logits = logits};
     arena a = {NULL, 0};
     allot_activations(&a, model->kernels, (size_t)n_rows, model->n_embd, false);

@@ -3,7 +3,7 @@
  * A tier fills the slots that it does better and leaves the rest NULL; dispatch.c inherits those from a tier below.
  * Kernels take const inputs and caller-owned outputs; they neither allocate, start threads, nor fail.
  * Every kernel computes one (row, token) pair with the same operations in the same order however many rows and tokens
- * it is given: a batch gives the same bits as its tokens one by one, up to the tier's few_tokens. */
+ * it is given: a batch gives the same bits as its tokens one by one, up to the tier's max_exact_batch. */
 #ifndef PHI_KERNELS_H
 #define PHI_KERNELS_H
 
@@ -12,11 +12,11 @@
 enum {
     PHI_Q8_BLOCK = 32,    /* activations that share a scale */
     PHI_SUM_BLOCK = 16,   /* activations whose sum is kept: the smallest sub-block of a weight type */
-    PHI_WIDE_BLOCK = 256, /* wide activations that share a scale */
-    PHI_WIDE_STEPS = 254, /* steps of the low part of a wide activation in one of the high part */
-    PHI_TILE_TOKENS = 16, /* tokens of a tile of wide activations, and bytes of each: columns in int8 */
+    PHI_TILED_BLOCK = 256, /* tiled activations that share a scale */
+    PHI_TILED_STEPS = 254, /* steps of the low part of a tiled activation in one of the high part */
+    PHI_TILE_TOKENS = 16, /* tokens of a tile of tiled activations, and bytes of each: columns in int8 */
     PHI_TILE_COLS = 64,
-    PHI_WIDE_ROWS = 256,      /* rows that products of wide activations like best */
+    PHI_TILED_ROWS = 256,      /* rows that products of tiled activations like best */
     PHI_KV_BLOCK = 32,        /* dimensions that share a scale in an int8 page */
     PHI_KV_GROUP = 16,        /* positions that lie side by side in a key page */
     PHI_ATTENTION_ROWS = 64,  /* (token, query head) pairs that share a walk through the pages; tokens a call */
@@ -46,42 +46,43 @@ static inline phi_q8 phi_q8_from(phi_q8 q, size_t element) {
 
 /* Activations as products of many tokens take them, in tiles of [PHI_TILE_TOKENS, PHI_TILE_COLS] bytes: by 256 columns,
  * so that what these need of all tokens lies together, then by 16 tokens.
- * amx: int8 in two parts, x = scale * (high + low / PHI_WIDE_STEPS), four tiles of the high one, then of the low one;
+ * amx: int8 in two parts, x = scale * (high + low / PHI_TILED_STEPS), four tiles of the high one, then of the low one;
  * amxbf16: eight tiles of bf16, which have half as many columns, and no scales. */
 typedef struct {
-    int8_t *tiles;   /* [n_cols / PHI_WIDE_BLOCK, n_tokens / PHI_TILE_TOKENS, 8] */
-    float *scales;   /* [n_cols / PHI_WIDE_BLOCK, n_tokens] */
+    int8_t *tiles;   /* [n_cols / PHI_TILED_BLOCK, n_tokens / PHI_TILE_TOKENS, 8] */
+    float *scales;   /* [n_cols / PHI_TILED_BLOCK, n_tokens] */
     size_t n_tokens; /* whole tiles of them; those that fill up may hold anything */
-} phi_wide;
+} phi_tiled;
 
-static inline size_t phi_wide_tokens(size_t n_tokens) {
+static inline size_t phi_tiled_tokens(size_t n_tokens) {
     return (n_tokens + PHI_TILE_TOKENS - 1) / PHI_TILE_TOKENS * PHI_TILE_TOKENS;
 }
-static inline size_t phi_wide_bytes(size_t n_tokens, size_t n_cols) { return phi_wide_tokens(n_tokens) * 2 * n_cols; }
-static inline size_t phi_wide_n_scales(size_t n_tokens, size_t n_cols) {
-    return phi_wide_tokens(n_tokens) * n_cols / PHI_WIDE_BLOCK;
+static inline size_t phi_tiled_bytes(size_t n_tokens, size_t n_cols) { return phi_tiled_tokens(n_tokens) * 2 * n_cols; }
+static inline size_t phi_tiled_n_scales(size_t n_tokens, size_t n_cols) {
+    return phi_tiled_tokens(n_tokens) * n_cols / PHI_TILED_BLOCK;
 }
 
 /* A token's row in the first tile of 256 columns. */
-static inline int8_t *phi_wide_row(const phi_wide *w, size_t block, size_t token) {
+static inline int8_t *phi_tiled_row(const phi_tiled *w, size_t block, size_t token) {
     const size_t row = token % PHI_TILE_TOKENS;
-    return w->tiles + phi_wide_bytes(block * w->n_tokens + token - row, PHI_WIDE_BLOCK) + row * PHI_TILE_COLS;
+    return w->tiles + phi_tiled_bytes(block * w->n_tokens + token - row, PHI_TILED_BLOCK) + row * PHI_TILE_COLS;
 }
 
 /* Activations of n_tokens tokens. */
 typedef struct {
     int n_cols;
     float *f32; /* [n_tokens, n_cols] */
-    phi_q8 q8;  /* of n_tokens * n_cols; for PHI_ACT_Q8 products only */
-    /* The same once more, as the tier's quantize_wide writes them. Tiles are NULL where it has none, n_cols is no
-     * multiple of PHI_WIDE_BLOCK, or the tokens are few. */
-    phi_wide wide;
+    phi_q8 q8;  /* of n_tokens * n_cols; for PHI_ACTIVATION_Q8 products only */
+    /* The same once more, as the tier's quantize_tiled writes them. Tiles are NULL where it has none, n_cols is no
+     * multiple of PHI_TILED_BLOCK, or the tokens are few. */
+    phi_tiled tiled;
 } phi_activations;
 
-/* How far ahead of the weights being multiplied those to come are asked for, in bytes; 0: not at all. */
+/* Prefetch distances ahead of the weights being multiplied, in bytes; 0: no prefetch. */
 typedef struct {
-    size_t into_l1_bytes;
-    size_t into_l2_bytes; /* by products of several tokens; of one too where into_l1_bytes is not 0 */
+    size_t l1_bytes;        /* into L1, for batches of any size */
+    size_t l2_bytes;        /* into L2, for two or more tokens */
+    size_t decode_l2_bytes; /* into L2, for a single token */
 } phi_prefetch;
 
 /* out[t, r] = dot(row r of the weights, activations of token t) */
@@ -136,7 +137,7 @@ struct phi_kernels {
     const char *name;
     phi_prefetch prefetch; /* for phi_matmul; dispatch.c sets it, since it depends on who made the CPU */
     /* Products of more tokens than these may round otherwise than those of one token do; 0: none does. */
-    int few_tokens;
+    int max_exact_batch;
     /* y[i] = element i of a row of blocks */
     void (*dequantize[PHI_N_TYPES])(const void *row, size_t n, float *y);
     void (*matmul[PHI_N_TYPES])(const phi_matmul *m);
@@ -144,10 +145,10 @@ struct phi_kernels {
     phi_pack_fn pack[PHI_N_TYPES];
     void (*matmul_packed[PHI_N_TYPES])(const phi_matmul *m);  /* n_rows is a multiple of 16 */
     void (*quantize_q8)(const float *x, size_t n, phi_q8 q8); /* n is a multiple of PHI_Q8_BLOCK */
-    /* Whether matmul_packed takes wide activations, of more than few_tokens tokens, and no others then. */
-    bool takes_wide[PHI_N_TYPES];
-    /* x [n_cols] -> wide activations of a token. NULL: no product takes them. */
-    void (*quantize_wide)(const float *x, size_t n_cols, const phi_wide *wide, size_t token);
+    /* Whether matmul_packed takes tiled activations, of more than max_exact_batch tokens, and no others then. */
+    bool takes_tiled[PHI_N_TYPES];
+    /* x [n_cols] -> tiled activations of a token. NULL: no product takes them. */
+    void (*quantize_tiled)(const float *x, size_t n_cols, const phi_tiled *tiled, size_t token);
     /* y = x / rms(x) * weight */
     void (*rms_norm)(const float *x, const float *weight, size_t n, float eps, float *y);
     /* y = (x - mean(x)) / deviation(x) * weight + bias */

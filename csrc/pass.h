@@ -33,7 +33,7 @@ typedef struct {
     float *residual;         /* [n_tokens, n_embd] */
     float *q;                /* [n_tokens, n_heads * head_dim] */
     float *cos, *sin;        /* [n_tokens, rope_dims / 2] */
-    bool all_wide;           /* no product in a layer takes other than wide activations */
+    bool all_tiled;           /* no product in a layer takes other than tiled activations */
     phi_activations *normed; /* [n_norms] of [n_tokens, n_embd]: one for all threads, or one each */
     int n_norms;
     phi_activations attended; /* [n_tokens, n_heads * head_dim] */
@@ -77,16 +77,16 @@ static inline void quantize(const phi_kernels *k, const phi_activations *x, int 
 }
 
 /* A whole row as products of many tokens take it, where they do. */
-static inline void quantize_wide(const phi_kernels *k, const phi_activations *x, int token) {
+static inline void quantize_tiled(const phi_kernels *k, const phi_activations *x, int token) {
     const size_t n_cols = (size_t)x->n_cols;
-    if (!x->wide.tiles) return;
-    k->quantize_wide(x->f32 + (size_t)token * n_cols, n_cols, &x->wide, (size_t)token);
+    if (!x->tiled.tiles) return;
+    k->quantize_tiled(x->f32 + (size_t)token * n_cols, n_cols, &x->tiled, (size_t)token);
 }
 
 /* The same for all rows, as a phase: for activations whose tasks have too few columns for a wide block. */
-static inline void quantize_all_wide(worker *w, const phi_activations *x, int n_rows) {
-    if (!x->wide.tiles) return;
-    FOR_EACH_TASK(w, t, n_rows) quantize_wide(w->f->model->kernels, x, t);
+static inline void quantize_all_tiled(worker *w, const phi_activations *x, int n_rows) {
+    if (!x->tiled.tiles) return;
+    FOR_EACH_TASK(w, t, n_rows) quantize_tiled(w->f->model->kernels, x, t);
     end_phase(w);
 }
 
@@ -120,7 +120,7 @@ static inline void multiply(const forward *f, const phi_matrix *w, int first_row
 }
 
 /* Rows of a weight matrix a task, at most, for products of x. */
-static inline int most_rows(const phi_activations *x) { return x->wide.tiles ? PHI_WIDE_ROWS : CHUNK_ROWS; }
+static inline int most_rows(const phi_activations *x) { return x->tiled.tiles ? PHI_TILED_ROWS : CHUNK_ROWS; }
 
 /* Cuts n_rows into tasks of at most so many rows: at least eight for each thread where that leaves whole blocks, so
  * that none waits for long. */

@@ -21,9 +21,9 @@ typedef enum {
 /* ---- tensor types ---- */
 
 typedef enum {
-    PHI_ACT_F32, /* products with this type take float activations */
-    PHI_ACT_Q8,  /* ... int8 activations with a float scale per 32 */
-} phi_activation;
+    PHI_ACTIVATION_F32, /* products with this type take float activations */
+    PHI_ACTIVATION_Q8,  /* ... int8 activations with a float scale per 32 */
+} phi_activation_format;
 
 typedef enum {
 #define PHI_TYPE(name, gguf_id, block_elements, block_bytes, activation) PHI_TYPE_##name,
@@ -37,7 +37,7 @@ typedef struct {
     int gguf_id;        /* the number that stands for the type in a GGUF file */
     int block_elements; /* elements a block */
     int block_bytes;
-    phi_activation activation;
+    phi_activation_format activation;
 } phi_type_traits;
 
 extern const phi_type_traits phi_types[PHI_N_TYPES];
@@ -73,7 +73,7 @@ double phi_read_bandwidth(phi_pool *pool, size_t n_bytes, int n_runs);
 /* ---- model ---- */
 
 typedef enum {
-    PHI_LAYOUT_FILE,   /* rows of blocks, as in the file */
+    PHI_LAYOUT_ROWS,   /* rows of blocks, as in the file */
     PHI_LAYOUT_PANELS, /* 16 rows interleaved (kernels/generic/pack.h) */
 } phi_layout;
 
@@ -100,9 +100,9 @@ typedef struct {
 } phi_norm;
 
 typedef enum {
-    PHI_SWIGLU, /* silu(gate) * up */
-    PHI_GELU,   /* gelu(up), in the form with tanh: there is no gate */
-} phi_activation_kind;
+    PHI_FFN_SWIGLU, /* silu(gate) * up */
+    PHI_FFN_GELU,   /* gelu(up), in the form with tanh: there is no gate */
+} phi_ffn_activation;
 
 typedef struct {
     phi_matrix gate, up; /* [n_ffn, n_embd] */
@@ -121,7 +121,7 @@ typedef struct {
 
 typedef enum {
     PHI_ROPE_NEOX, /* rotates dimension i with i + rope_dims / 2 (Hugging Face) */
-    PHI_ROPE_NORM, /* rotates dimension 2i with 2i + 1 (GGUF `llama` files, whose q and k rows are permuted) */
+    PHI_ROPE_INTERLEAVED, /* rotates dimension 2i with 2i + 1 (GGUF `llama` files, whose q and k rows are permuted) */
 } phi_rope_style;
 
 typedef struct {
@@ -133,7 +133,7 @@ typedef struct {
     float rope_attn_factor;          /* multiplies cos and sin (LongRoPE) */
     phi_norm_kind norm_kind;
     float norm_eps;
-    phi_activation_kind activation;
+    phi_ffn_activation activation;
     bool parallel;         /* attention and feed-forward read the same normed input (GPT-J) */
     int n_experts;         /* of which PHI_EXPERTS_USED run for a token; 0: none, one feed-forward for all */
     int window;            /* positions that a token sees, itself included; 0: all */
@@ -205,7 +205,7 @@ typedef struct {
     int n_logit_rows;
     const int32_t *logit_rows; /* [n_logit_rows] tokens of the batch whose logits are wanted */
     float *logits;             /* out [n_logit_rows, n_vocab], or NULL */
-    float *embeddings;         /* out [n_logit_rows, n_embd], what the head takes: after the final norm; or NULL */
+    float *hidden_states;         /* out [n_logit_rows, n_embd], what the head takes: after the final norm; or NULL */
     bool (*poll)(void *);      /* asked between layers; true: stop. NULL: never */
     void *poll_context;
     const phi_observer *observer; /* NULL: nobody looks, at no cost. What a cancelled batch has added stays added */
@@ -217,8 +217,8 @@ typedef struct {
  * batches of at most 16 tokens; larger ones take products that round otherwise.) */
 phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batch);
 
-/* The head alone: logits [n_rows, n_vocab] of embeddings [n_rows, n_embd] that phi_forward gave, the same bits that it
+/* The head alone: logits [n_rows, n_vocab] of hidden_states [n_rows, n_embd] that phi_forward gave, the same bits that it
  * would have given. So logits of many positions are had a few rows at a time. kv lends its working memory. */
-phi_status phi_head(const phi_model *model, phi_kv *kv, int n_rows, const float *rows, float *logits);
+phi_status phi_lm_head(const phi_model *model, phi_kv *kv, int n_rows, const float *rows, float *logits);
 
 #endif

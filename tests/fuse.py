@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-import gguf
 import numpy as np
 import numpy.typing as npt
+
+import gguf
 
 Rows = npt.NDArray[np.uint8]
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from phi_c import _core
 from phi_c.errors import PhiError
+from phi_c.gguf.reader import GGUFFile
 from phi_c.model.config import read_config
-from phi_c.model.gguf_file import GGUFFile
 from phi_c.model.weights import load_weights
 
 

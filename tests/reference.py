@@ -7,15 +7,16 @@ with phi_c.
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import numpy.typing as npt
+
+import gguf
 
 Floats = npt.NDArray[np.float32]
 
 
 class Reference:
-    """A model in float32; `logits` gives float32 [n_tokens, n_vocab], `embeddings` [n_tokens, n_embd]."""
+    """A model in float32; `logits` gives float32 [n_tokens, n_vocab], `hidden_states` [n_tokens, n_embd]."""
 
     def __init__(self, path: Path) -> None:
         reader = gguf.GGUFReader(path)
@@ -153,9 +154,9 @@ class Reference:
     def logits(self, tokens: list[int], *, long_rope: bool | None = None) -> Floats:
         """Return the logits after each token; long_rope None: as transformers decides for the whole text."""
         output = "output.weight" if "output.weight" in self.tensors else "token_embd.weight"
-        return self.product(self.embeddings(tokens, long_rope=long_rope), output)
+        return self.product(self.hidden_states(tokens, long_rope=long_rope), output)
 
-    def embeddings(self, tokens: list[int], *, long_rope: bool | None = None) -> Floats:
+    def hidden_states(self, tokens: list[int], *, long_rope: bool | None = None) -> Floats:
         """Return each token's state after the final norm."""
         if long_rope is None:
             long_rope = len(tokens) > self.n_ctx_orig

@@ -1,8 +1,12 @@
 """The Python interface on tiny models: every option with every other, several threads, and all that can go wrong."""
 
 import gc
+import math
+import sys
 import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from phi_c.errors import (
     OptionError,
     PhiError,
 )
+from phi_c.llm import drain
 from reference import Reference
 from tiny_gguf import write_tiny
 
@@ -35,6 +40,15 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llm(path: Path) -> Iterator[phi_c.LLM]:
     with phi_c.load(path, n_threads=2) as loaded:
         yield loaded
+
+
+@pytest.fixture
+def fast_switching() -> Iterator[None]:
+    """Let threads switch after every few bytecodes."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
 
 
 def test_the_example(llm: phi_c.LLM) -> None:
@@ -64,7 +78,7 @@ def test_layouts_agree(llm: phi_c.LLM, path: Path) -> None:
     """Sums run in another order: as far apart as rounding and int8 activations make them."""
     tokens = list(range(5, 60))
     packed = llm.logits(tokens)
-    with phi_c.load(path, layout="file") as from_file:
+    with phi_c.load(path, layout="mmap") as from_file:
         assert ((from_file.logits(tokens) - packed) ** 2).sum() / (packed**2).sum() < 1e-3
 
 
@@ -172,6 +186,34 @@ def test_calls_from_several_threads_are_as_if_alone(llm: phi_c.LLM) -> None:
     assert [results[i] for i in range(12)] == [alone[i % 4] for i in range(12)]
 
 
+def test_no_stream_text_is_lost_between_threads(fast_switching: None) -> None:
+    """A step driven by one thread appends the text of a stream that another thread is taking from."""
+    queue: deque[str] = deque()
+    items = [str(i) for i in range(100_000)]
+    producer = threading.Thread(target=lambda: [queue.append(item) for item in items])
+    producer.start()
+    taken: list[str] = []
+    while producer.is_alive():
+        taken += drain(queue)
+    producer.join()
+    assert taken + drain(queue) == items
+
+
+def test_concurrent_streams_yield_the_text_of_their_tokens(path: Path, fast_switching: None) -> None:
+    n_threads = 4
+    with phi_c.load(path, n_ctx=128, kv_cache_tokens=128 * n_threads) as llm:
+        no_end = dict.fromkeys(llm.tokenizer.eog_ids, -math.inf)
+
+        def run(seed: int) -> bool:
+            chunks = list(llm.stream([5 + seed, 6, 7], max_tokens=40, temperature=1, seed=seed, logit_bias=no_end))
+            tokens = [token for chunk in chunks for token in chunk.tokens]
+            whole = llm.generate([5 + seed, 6, 7], max_tokens=40, temperature=1, seed=seed, logit_bias=no_end)
+            return (tokens, "".join(chunk.text for chunk in chunks)) == (whole.tokens, whole.text)
+
+        with ThreadPoolExecutor(n_threads) as pool:
+            assert all(pool.map(run, range(4 * n_threads)))
+
+
 def test_cancelled_from_another_thread(llm: phi_c.LLM) -> None:
     flag = phi_c.CancelFlag()
     ban = dict.fromkeys(llm.tokenizer.eog_ids, -np.inf)
@@ -186,7 +228,7 @@ def test_cancelled_from_another_thread(llm: phi_c.LLM) -> None:
 
 
 def n_free(llm: phi_c.LLM) -> int:
-    return llm.engine.scheduler.n_unpromised
+    return llm.engine.scheduler.n_available_pages
 
 
 def test_an_abandoned_stream_gives_its_pages_back(llm: phi_c.LLM) -> None:
@@ -326,10 +368,10 @@ def test_bad_ways_to_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for options, message in (
         ({"n_ctx": 513}, "n_ctx is 513, expected 1 to 512"),
         ({"n_ctx": -1}, "n_ctx is -1"),
-        ({"kv": "q4"}, "kv is 'q4', expected one of f16, q8"),
+        ({"kv_type": "q4"}, "kv_type is 'q4', expected one of f16, q8"),
         ({"n_threads": 0}, "n_threads is 0"),
         ({"n_batch": 0}, "n_batch is 0"),
-        ({"layout": "rows"}, "layout is 'rows', expected one of packed, cached, file"),
+        ({"layout": "rows"}, "layout is 'rows', expected one of packed, packed-cache, mmap"),
         ({"tier": "avx9"}, "tier is 'avx9', expected one that this machine runs: scalar"),
     ):
         with pytest.raises(OptionError, match=message):

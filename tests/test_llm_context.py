@@ -28,8 +28,8 @@ def least_cache(n_ctx: int, n_batch: int) -> int:
     return pages_at_once(n_ctx, n_batch, WINDOW) * PAGE_TOKENS
 
 
-def n_free(llm: phi_c.LLM) -> int:
-    return llm.engine.scheduler.n_unpromised
+def n_free_pages(llm: phi_c.LLM) -> int:
+    return llm.engine.scheduler.n_available_pages
 
 
 @pytest.fixture(scope="module")
@@ -47,22 +47,22 @@ def whole(windowed: Path) -> Iterator[phi_c.LLM]:
 @pytest.fixture
 def small(windowed: Path) -> Iterator[phi_c.LLM]:
     """The same with the least room in which a text of the whole context can run."""
-    with phi_c.load(windowed, n_ctx=0, n_batch=64, n_cache=least_cache(2048, 64)) as llm:
+    with phi_c.load(windowed, n_ctx=0, n_batch=64, kv_cache_tokens=least_cache(2048, 64)) as llm:
         assert llm.engine.kv.n_pages == 7  # of 64 that the context has
         yield llm
-        assert n_free(llm) == llm.engine.kv.n_pages
+        assert n_free_pages(llm) == llm.engine.kv.n_pages
 
 
 def endless(llm: phi_c.LLM) -> dict[int, float]:
     return dict.fromkeys(llm.tokenizer.eog_ids, -1e9)
 
 
-@pytest.mark.parametrize("kv", ["f16", "q8"])
-def test_a_text_far_longer_than_the_cache_has_the_same_bits(windowed: Path, kv: str) -> None:
+@pytest.mark.parametrize("kv_type", ["f16", "q8"])
+def test_a_text_far_longer_than_the_cache_has_the_same_bits(windowed: Path, kv_type: str) -> None:
     tokens = tokens_of(2048)
     with (
-        phi_c.load(windowed, n_ctx=0, kv=kv) as one,
-        phi_c.load(windowed, n_ctx=0, kv=kv, n_batch=50, n_cache=least_cache(2048, 50)) as other,
+        phi_c.load(windowed, n_ctx=0, kv_type=kv_type) as one,
+        phi_c.load(windowed, n_ctx=0, kv_type=kv_type, n_batch=50, kv_cache_tokens=least_cache(2048, 50)) as other,
     ):
         assert other.kv_bytes < one.kv_bytes / 8
         assert np.array_equal(one.logits(tokens), other.logits(tokens))
@@ -72,7 +72,7 @@ def test_a_text_far_longer_than_the_cache_has_the_same_bits(windowed: Path, kv: 
         ]
         assert texts[0].tokens == texts[1].tokens
         assert texts[0].logprobs == texts[1].logprobs
-        assert n_free(other) == other.engine.kv.n_pages
+        assert n_free_pages(other) == other.engine.kv.n_pages
 
 
 def test_the_window_is_the_references(small: phi_c.LLM, windowed: Path) -> None:
@@ -114,7 +114,7 @@ def test_many_long_texts_at_once(windowed: Path, whole: phi_c.LLM) -> None:
     prompts = [[*shared, *tokens_of(100 + 40 * i, seed=10 + i)] for i in range(6)] + [tokens_of(700, seed=6)] * 2
     options: dict[str, Any] = {"max_tokens": 60, "logit_bias": endless(whole), **GREEDY}
     expected = [whole.generate(prompt, **options).tokens for prompt in prompts]
-    with phi_c.load(windowed, n_ctx=0, n_batch=64, n_cache=2 * least_cache(2048, 64) + 64) as llm:
+    with phi_c.load(windowed, n_ctx=0, n_batch=64, kv_cache_tokens=2 * least_cache(2048, 64) + 64) as llm:
         got: dict[int, list[int]] = {}
         errors: list[BaseException] = []
 
@@ -139,22 +139,22 @@ def test_many_long_texts_at_once(windowed: Path, whole: phi_c.LLM) -> None:
             thread.join()
         assert not errors
         assert [got[i] for i in range(len(prompts))] == expected
-        assert n_free(llm) == llm.engine.kv.n_pages
+        assert n_free_pages(llm) == llm.engine.kv.n_pages
 
 
 def test_a_cache_too_small(windowed: Path, tmp_path: Path) -> None:
     least = least_cache(2048, 64)
     with pytest.raises(
-        OptionError, match=f"n_cache is {least - 32}, expected at least {least}: what one text of n_ctx"
+        OptionError, match=f"kv_cache_tokens is {least - 32}, expected at least {least}: what one text of n_ctx"
     ):
-        phi_c.load(windowed, n_ctx=0, n_batch=64, n_cache=least - 32)
+        phi_c.load(windowed, n_ctx=0, n_batch=64, kv_cache_tokens=least - 32)
     for wrong in (0, -1, 2.5, True, "many"):
-        with pytest.raises(OptionError, match="n_cache is"):
-            phi_c.load(windowed, n_cache=wrong)
+        with pytest.raises(OptionError, match="kv_cache_tokens is"):
+            phi_c.load(windowed, kv_cache_tokens=wrong)
     plain = write_tiny(tmp_path / "p.gguf", weight_type="Q8_0")
-    with pytest.raises(OptionError, match="n_cache is 480, expected at least 512"):
-        phi_c.load(plain, n_cache=480)
-    with phi_c.load(plain, n_ctx=64, n_cache=640) as llm:
+    with pytest.raises(OptionError, match="kv_cache_tokens is 480, expected at least 512"):
+        phi_c.load(plain, kv_cache_tokens=480)
+    with phi_c.load(plain, n_ctx=64, kv_cache_tokens=640) as llm:
         assert llm.engine.kv.n_pages == 20
         assert llm.kv_bytes == 20 * llm.engine.kv.page_bytes
 
@@ -221,7 +221,7 @@ def test_a_text_that_crosses_goes_on_as_if_it_had_been_long(tmp_path: Path, wind
         assert "".join(piece.text for piece in pieces) == out.text
         assert pieces[-1].usage is not None
         assert pieces[-1].usage.cached_tokens == len(prompt) // PAGE_TOKENS * PAGE_TOKENS  # at its start, not later
-        assert n_free(llm) == llm.engine.kv.n_pages
+        assert n_free_pages(llm) == llm.engine.kv.n_pages
 
 
 def test_crossing_beside_others(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_crossing_beside_others(tmp_path: Path) -> None:
                 else:
                     got[i] += piece.tokens
         assert got == expected
-        assert n_free(llm) == llm.engine.kv.n_pages
+        assert n_free_pages(llm) == llm.engine.kv.n_pages
 
 
 def test_the_crossing_is_computed_in_chunks_and_can_be_cancelled(
@@ -271,5 +271,5 @@ def test_the_crossing_is_computed_in_chunks_and_can_be_cancelled(
         assert len(out.tokens) == 3
         assert sizes == [32, 32, 32, 2, 1, 1, 32, 32]
         monkeypatch.undo()
-        assert n_free(llm) == llm.engine.kv.n_pages
+        assert n_free_pages(llm) == llm.engine.kv.n_pages
         assert llm.generate(prompt, max_tokens=3, logit_bias=endless(llm), **GREEDY).tokens == out.tokens

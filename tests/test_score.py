@@ -12,7 +12,7 @@ import pytest
 
 import phi_c
 from phi_c import scoring
-from phi_c.engine import engine, reading
+from phi_c.engine import engine, prompt_outputs
 from phi_c.errors import Cancelled, ContextLengthError, ModelClosedError, OptionError, PhiError
 from reference import Reference
 from tiny_gguf import write_tiny
@@ -60,8 +60,8 @@ def test_scores_do_not_depend_on_chunks_or_batches(llm: phi_c.LLM, path: Path, m
     expected = [s.logprobs for s in llm.score(PROMPT, CONTINUATIONS)]
     assert [llm.score(PROMPT, [c])[0].logprobs for c in CONTINUATIONS] == expected
     for n_batch, head_rows, n_together, n_ctx in ((1, 1, 1, 256), (7, 5, 2, 320), (64, 1000, 64, 1024)):
-        monkeypatch.setattr(reading, "HEAD_ROWS", head_rows)
-        monkeypatch.setattr(reading, "_N_TOGETHER", n_together)
+        monkeypatch.setattr(prompt_outputs, "LM_HEAD_ROWS", head_rows)
+        monkeypatch.setattr(prompt_outputs, "_N_TOGETHER", n_together)
         with phi_c.load(path, n_batch=n_batch, n_ctx=n_ctx) as other:
             assert [s.logprobs for s in other.score(PROMPT, CONTINUATIONS)] == expected
 
@@ -204,7 +204,7 @@ def test_what_score_refuses(llm: phi_c.LLM) -> None:
 
 
 def n_free(llm: phi_c.LLM) -> int:
-    return llm.engine.scheduler.n_unpromised
+    return llm.engine.scheduler.n_available_pages
 
 
 def test_cancelled(llm: phi_c.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,14 +215,14 @@ def test_cancelled(llm: phi_c.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     assert n_free(llm) == before
     # Between two chunks of rows.
     flag.clear()
-    real, calls = engine.head, []
+    real, calls = engine.lm_head, []
 
     def cancelling(*arguments: Any) -> Any:
         calls.append(1)
         flag.set()
         return real(*arguments)
 
-    monkeypatch.setattr(engine, "head", cancelling)
+    monkeypatch.setattr(engine, "lm_head", cancelling)
     with pytest.raises(Cancelled):
         llm.score("the", [list(range(3, 203))], cancel=flag)
     assert len(calls) == 1
@@ -235,7 +235,7 @@ def test_an_interrupt_leaves_the_model_usable(llm: phi_c.LLM, monkeypatch: pytes
     """Whatever it hits: a step, or a chunk of the head, while another call waits for its turn."""
     before, expected = n_free(llm), [s.logprobs for s in llm.score(PROMPT, CONTINUATIONS)]
     text = llm.generate("and", max_tokens=8, **GREEDY).tokens
-    for name in ("forward", "head"):
+    for name in ("forward", "lm_head"):
         stream = llm.stream("and", max_tokens=8, **GREEDY)
         pieces = [next(stream)]
         real = getattr(engine, name)
@@ -276,7 +276,7 @@ def test_memory_is_a_few_rows_of_logits(tmp_path: Path) -> None:
         finally:
             tracemalloc.stop()
         assert len(score.logprobs) == 470
-        assert peak < 3 * reading.HEAD_ROWS * row < 0.25 * 470 * row
+        assert peak < 3 * prompt_outputs.LM_HEAD_ROWS * row < 0.25 * 470 * row
 
 
 def test_long_rope_is_decided_for_the_whole_text(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_embeddings_are_the_references(tmp_path: Path) -> None:
     reference = Reference(path)
     texts = ["the and", "in", PROMPT]
     with phi_c.load(path, n_batch=50) as llm:
-        states = [reference.embeddings(llm.tokenizer.encode(text)) for text in texts]
+        states = [reference.hidden_states(llm.tokenizer.encode(text)) for text in texts]
         for pooling, pooled in (
             ("mean", np.stack([s.mean(0) for s in states])),
             ("last", np.stack([s[-1] for s in states])),

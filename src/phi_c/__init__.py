@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from phi_c._core import CancelFlag
-    from phi_c.calibration import collect_imatrix
     from phi_c.engine.saved_state import StateSummary
     from phi_c.errors import PhiError
     from phi_c.evaluate import compare, perplexity
     from phi_c.llm import LLM, load
-    from phi_c.model.quantize import quantize
-    from phi_c.results import Completion, Piece, Score, Usage
+    from phi_c.quantize.calibration import collect_imatrix
+    from phi_c.quantize.run import quantize_model
+    from phi_c.results import Chunk, Completion, Score, Usage
 
 __all__ = [
     "LLM",
     "CancelFlag",
+    "Chunk",
     "Completion",
     "PhiError",
-    "Piece",
     "Score",
     "StateSummary",
     "Usage",
@@ -31,21 +31,21 @@ __all__ = [
     "compare",
     "load",
     "perplexity",
-    "quantize",
+    "quantize_model",
 ]
 
 _HOMES = {
     "CancelFlag": "phi_c._core",
-    "collect_imatrix": "phi_c.calibration",
+    "collect_imatrix": "phi_c.quantize.calibration",
     "compare": "phi_c.evaluate",
     "perplexity": "phi_c.evaluate",
     "PhiError": "phi_c.errors",
     "Completion": "phi_c.results",
-    "Piece": "phi_c.results",
+    "Chunk": "phi_c.results",
     "Score": "phi_c.results",
     "StateSummary": "phi_c.engine.saved_state",
     "Usage": "phi_c.results",
-    "quantize": "phi_c.model.quantize",
+    "quantize_model": "phi_c.quantize.run",
 }
 
 

@@ -12,16 +12,16 @@ cdef extern from "phi.h":
         PHI_CANCELLED
         PHI_OUT_OF_MEMORY
         PHI_NO_SUCH_TIER
-    ctypedef enum phi_activation:
-        PHI_ACT_F32
-        PHI_ACT_Q8
+    ctypedef enum phi_activation_format:
+        PHI_ACTIVATION_F32
+        PHI_ACTIVATION_Q8
     ctypedef int phi_type
     ctypedef struct phi_type_traits:
         const char *name
         int gguf_id
         int block_elements
         int block_bytes
-        phi_activation activation
+        phi_activation_format activation
     const int PHI_N_TYPES
     const int PHI_PAGE_TOKENS
     const int PHI_KV_PAGE_VERSION
@@ -29,7 +29,7 @@ cdef extern from "phi.h":
     size_t phi_row_bytes(phi_type type, size_t n_cols) nogil
 
     ctypedef struct phi_prefetch:
-        size_t into_l1_bytes, into_l2_bytes
+        size_t l1_bytes, l2_bytes, decode_l2_bytes
     ctypedef struct phi_q8:
         int8_t *quants
         float *scales
@@ -37,19 +37,19 @@ cdef extern from "phi.h":
         float *block_sums
         int32_t *offsets
         int32_t *block_offsets
-    ctypedef struct phi_wide:
+    ctypedef struct phi_tiled:
         int8_t *tiles
         float *scales
         size_t n_tokens
     ctypedef struct phi_kernels:
         const char *name
         phi_prefetch prefetch
-        int few_tokens
+        int max_exact_batch
         void (*dequantize[32])(const void *row, size_t n, float *y) noexcept nogil
         void (*matmul[32])(const phi_matmul *m) noexcept nogil
         void (*matmul_packed[32])(const phi_matmul *m) noexcept nogil
         void (*quantize_q8)(const float *x, size_t n, phi_q8 q8) noexcept nogil
-        void (*quantize_wide)(const float *x, size_t n_cols, const phi_wide *wide, size_t token) noexcept nogil
+        void (*quantize_tiled)(const float *x, size_t n_cols, const phi_tiled *tiled, size_t token) noexcept nogil
         void (*rms_norm)(const float *x, const float *weight, size_t n, float eps, float *y) noexcept nogil
         void (*rope[2])(float *x, int rope_dims, const float *cos, const float *sin) noexcept nogil
         void (*layer_norm)(const float *x, const float *weight, const float *bias, size_t n, float eps,
@@ -72,7 +72,7 @@ cdef extern from "phi.h":
     double phi_read_bandwidth(phi_pool *pool, size_t n_bytes, int n_runs) nogil
 
     ctypedef enum phi_layout:
-        PHI_LAYOUT_FILE
+        PHI_LAYOUT_ROWS
         PHI_LAYOUT_PANELS
     ctypedef struct phi_matrix:
         phi_type type
@@ -87,9 +87,9 @@ cdef extern from "phi.h":
     ctypedef struct phi_norm:
         const float *weight
         const float *bias
-    ctypedef enum phi_activation_kind:
-        PHI_SWIGLU
-        PHI_GELU
+    ctypedef enum phi_ffn_activation:
+        PHI_FFN_SWIGLU
+        PHI_FFN_GELU
     ctypedef struct phi_feed_forward:
         phi_matrix gate, up, down
     ctypedef struct phi_layer:
@@ -100,7 +100,7 @@ cdef extern from "phi.h":
         phi_feed_forward *ffn
     ctypedef enum phi_rope_style:
         PHI_ROPE_NEOX
-        PHI_ROPE_NORM
+        PHI_ROPE_INTERLEAVED
     ctypedef struct phi_model:
         int n_layers, n_embd, n_ffn, n_heads, n_kv_heads, head_dim, n_vocab
         int rope_dims
@@ -110,7 +110,7 @@ cdef extern from "phi.h":
         float rope_attn_factor
         phi_norm_kind norm_kind
         float norm_eps
-        phi_activation_kind activation
+        phi_ffn_activation activation
         c_bool parallel
         int n_experts
         int window
@@ -158,19 +158,19 @@ cdef extern from "phi.h":
         int n_logit_rows
         const int32_t *logit_rows
         float *logits
-        float *embeddings
+        float *hidden_states
         c_bool (*poll)(void *) noexcept nogil
         void *poll_context
         const phi_observer *observer
     phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batch) nogil
-    phi_status phi_head(const phi_model *model, phi_kv *kv, int n_rows, const float *rows, float *logits) nogil
+    phi_status phi_lm_head(const phi_model *model, phi_kv *kv, int n_rows, const float *rows, float *logits) nogil
 
 cdef extern from "kernels.h":
     ctypedef struct phi_activations:
         int n_cols
         float *f32
         phi_q8 q8
-        phi_wide wide
+        phi_tiled tiled
     ctypedef struct phi_matmul:
         const uint8_t *rows
         size_t row_bytes
@@ -193,14 +193,14 @@ cdef extern from "kernels.h":
         float *out
     const int PHI_Q8_BLOCK
     const int PHI_SUM_BLOCK
-    const int PHI_WIDE_BLOCK
+    const int PHI_TILED_BLOCK
     const int PHI_KV_GROUP
     const int PHI_ATTENTION_ROWS
     size_t phi_page_head_bytes(phi_kv_type type, int head_dim)
     size_t phi_attention_scratch_floats(int head_dim)
-    size_t phi_wide_bytes(size_t n_tokens, size_t n_cols)
-    size_t phi_wide_n_scales(size_t n_tokens, size_t n_cols)
-    size_t phi_wide_tokens(size_t n_tokens)
+    size_t phi_tiled_bytes(size_t n_tokens, size_t n_cols)
+    size_t phi_tiled_n_scales(size_t n_tokens, size_t n_cols)
+    size_t phi_tiled_tokens(size_t n_tokens)
 
 cdef extern from "dispatch.h":
     const char *phi_matmul_tier(const char *tier, phi_type type)

@@ -40,7 +40,7 @@ TENSOR_TYPES = {
         phi_types[i].gguf_id,
         phi_types[i].block_elements,
         phi_types[i].block_bytes,
-        phi_types[i].activation == PHI_ACT_Q8,
+        phi_types[i].activation == PHI_ACTIVATION_Q8,
     )
     for i in range(PHI_N_TYPES)
 }
@@ -77,9 +77,9 @@ def default_tier():
     return _kernels(None).name.decode()
 
 
-def few_tokens(tier=None):
+def max_exact_batch(tier=None):
     """Return up to how many tokens a tier's products round as those of one token do; None: always."""
-    return _kernels(tier).few_tokens or None
+    return _kernels(tier).max_exact_batch or None
 
 
 def kernel_table():
@@ -129,7 +129,7 @@ def read_bandwidth(int n_threads, size_t n_bytes):
     return rate
 
 
-def touch(const uint8_t[::1] buffer not None):
+def prefault(const uint8_t[::1] buffer not None):
     """Read a byte of every page, so that a mapped file is in the process's memory; returns their exclusive or.
 
     The interpreter's lock is released: another thread can go on meanwhile.
@@ -244,7 +244,7 @@ cdef class Model:
     """A model ready to run: sizes from a ModelConfig, weights, a tier, a pool of threads.
 
     layout="packed" copies matrices into the order that the tier's kernels like best and calls weights.release as
-    it goes, so that what was copied can leave memory; layout="file" borrows them all as they are in the file.
+    it goes, so that what was copied can leave memory; layout="mmap" borrows them all as they are in the file.
     panels, uint8 [packed_bytes]: what `write_panels` of such a model wrote, borrowed in place of packing.
     Raises OptionError for a tier that this machine lacks, ValueError for weights or panels that do not fit.
     """
@@ -264,7 +264,7 @@ cdef class Model:
         cdef phi_model *m = &self.model
         if n_threads < 1:
             raise OptionError(f"n_threads is {n_threads}, expected at least 1")
-        if layout not in ("packed", "file"):
+        if layout not in ("packed", "mmap"):
             raise OptionError(f"layout is {layout!r}, expected 'packed' or 'file'")
         self.lock = ForkLock(MODEL)
         self.keep = []
@@ -274,10 +274,10 @@ cdef class Model:
         m.n_layers, m.n_embd, m.n_ffn = config.n_layers, config.n_embd, config.n_ffn
         m.n_heads, m.n_kv_heads, m.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
         m.n_vocab, m.rope_dims = config.n_vocab, config.rope_dims
-        m.rope_style = PHI_ROPE_NEOX if config.rope_style == "neox" else PHI_ROPE_NORM
+        m.rope_style = PHI_ROPE_NEOX if config.rope_style == "neox" else PHI_ROPE_INTERLEAVED
         m.rope_attn_factor, m.norm_eps = config.rope_attn_factor, config.norm_eps
         m.norm_kind = PHI_LAYER_NORM if config.norm == "layer" else PHI_RMS_NORM
-        m.activation = PHI_GELU if config.activation == "gelu" else PHI_SWIGLU
+        m.activation = PHI_FFN_GELU if config.activation == "gelu" else PHI_FFN_SWIGLU
         m.parallel, m.n_experts = config.parallel, config.n_experts
         self.n_ffns = max(1, m.n_experts)
         m.window = config.window or 0
@@ -312,7 +312,7 @@ cdef class Model:
                 raise ValueError(f"{len(w.ffn)} feed-forwards in a layer, expected {self.n_ffns}")
             for k, f in enumerate(w.ffn):
                 ffn = layer.ffn + <int>k
-                if m.activation == PHI_SWIGLU:
+                if m.activation == PHI_FFN_SWIGLU:
                     ffn.gate = self._matrix(f.gate, m.n_ffn, m.n_embd)
                 ffn.up = self._matrix(f.up, m.n_ffn, m.n_embd)
                 ffn.down = self._matrix(f.down, m.n_embd, m.n_ffn)

@@ -4,21 +4,21 @@
 KV_TYPES = ("f16", "q8")
 
 
-cdef phi_kv_type _kv_type(kv) except *:
-    if kv not in KV_TYPES:
-        raise OptionError(f"kv is {kv!r}, expected one of {', '.join(KV_TYPES)}")
-    return PHI_KV_Q8 if kv == "q8" else PHI_KV_F16
+cdef phi_kv_type _kv_type(kv_type) except *:
+    if kv_type not in KV_TYPES:
+        raise OptionError(f"kv_type is {kv_type!r}, expected one of {', '.join(KV_TYPES)}")
+    return PHI_KV_Q8 if kv_type == "q8" else PHI_KV_F16
 
 
-def kv_page_bytes(config, kv="f16"):
+def kv_page_bytes(config, kv_type="f16"):
     """Return the bytes of PAGE_TOKENS positions of a model in a KV cache of a type. Raises OptionError for another."""
-    return config.n_layers * config.n_kv_heads * phi_page_head_bytes(_kv_type(kv), config.head_dim)
+    return config.n_layers * config.n_kv_heads * phi_page_head_bytes(_kv_type(kv_type), config.head_dim)
 
 
 cdef class KvCache:
     """Pages of keys and values for one model, PAGE_TOKENS positions each.
 
-    kv: "f16", half precision, or "q8", int8 with a scale for each 32 dimensions of a position. Memory is taken from
+    kv_type: "f16", half precision, or "q8", int8 with a scale for each 32 dimensions of a position. Memory is taken from
     the system as pages are first written. Raises MemoryError when it is refused, OptionError for another type.
     """
 
@@ -27,8 +27,8 @@ cdef class KvCache:
     cdef readonly int n_pages
     cdef readonly size_t page_bytes
 
-    def __init__(self, Model model not None, int n_pages, kv="f16"):
-        cdef phi_kv_type type = _kv_type(kv)
+    def __init__(self, Model model not None, int n_pages, kv_type="f16"):
+        cdef phi_kv_type type = _kv_type(kv_type)
         if n_pages < 1:
             raise ValueError(f"{n_pages} pages, expected at least 1")
         self.model = model
@@ -170,10 +170,10 @@ cdef int _check(const int32_t[::1] values, int low, int high, what) except -1:
 def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens not None,
             const int32_t[::1] positions not None, const int32_t[::1] sequences not None,
             list page_tables not None, list long_rope not None, const int32_t[::1] logit_rows not None,
-            CancelFlag cancel=None, Observer observer=None, bint embeddings=False):
+            CancelFlag cancel=None, Observer observer=None, bint hidden_states=False):
     """Run a batch of tokens and return the logits asked for: float32 [n_logit_rows, n_vocab].
 
-    With embeddings=True: what the head takes instead, float32 [n_logit_rows, n_embd]: the rows after the final norm,
+    With hidden_states=True: what the head takes instead, float32 [n_logit_rows, n_embd]: the rows after the final norm,
     of which `head` makes the same logits.
 
     tokens, positions, sequences: int32 [n_tokens]; token i is at a position of sequence sequences[i], whose position
@@ -216,7 +216,7 @@ def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens
         for i in range(n_tokens):
             if not 0 <= positions[i] < len(tables[sequences[i]]) * PHI_PAGE_TOKENS:
                 raise ValueError(f"position {positions[i]} is outside the pages of its sequence")
-        out = np.empty((n_logit_rows, model.model.n_embd if embeddings else model.model.n_vocab), np.float32)
+        out = np.empty((n_logit_rows, model.model.n_embd if hidden_states else model.model.n_vocab), np.float32)
         batch.n_tokens = n_tokens
         batch.tokens = &tokens[0]
         batch.positions = &positions[0]
@@ -224,9 +224,9 @@ def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens
         batch.seqs = seqs
         batch.n_logit_rows = n_logit_rows
         batch.logit_rows = &logit_rows[0] if n_logit_rows else NULL
-        batch.logits = batch.embeddings = NULL
-        if n_logit_rows and embeddings:
-            batch.embeddings = _data(out)
+        batch.logits = batch.hidden_states = NULL
+        if n_logit_rows and hidden_states:
+            batch.hidden_states = _data(out)
         elif n_logit_rows:
             batch.logits = _data(out)
         batch.poll = _poll
@@ -250,8 +250,8 @@ def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens
     return out
 
 
-def head(Model model not None, KvCache kv not None, const float[:, ::1] rows not None):
-    """Return the logits of rows that `forward` gave with embeddings=True: float32 [n_rows, n_vocab].
+def lm_head(Model model not None, KvCache kv not None, const float[:, ::1] rows not None):
+    """Return the logits of rows that `forward` gave with hidden_states=True: float32 [n_rows, n_vocab].
 
     Raises ValueError for rows of another width, ModelClosedError.
     """
@@ -270,7 +270,7 @@ def head(Model model not None, KvCache kv not None, const float[:, ::1] rows not
         if model.model.pool == NULL:
             raise ModelClosedError("the model was closed")
         with nogil:
-            status = phi_head(&model.model, kv.kv, n_rows, &rows[0, 0], out)
+            status = phi_lm_head(&model.model, kv.kv, n_rows, &rows[0, 0], out)
     if status != PHI_OK:
         raise MemoryError("the working memory of the head could not be had")
     return logits

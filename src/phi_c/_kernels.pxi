@@ -94,16 +94,16 @@ def matmul(Matrix weights not None, const float[:, ::1] x not None, tier=None):
     if n_cols % PHI_Q8_BLOCK == 0:
         q8 = quantize_q8(np.asarray(x).reshape(-1), tier)
         a.q8 = _pointers(q8)
-    a.wide.tiles = NULL
-    cdef int8_t[::1] wide
-    cdef float[::1] wide_scales
+    a.tiled.tiles = NULL
+    cdef int8_t[::1] tiles
+    cdef float[::1] tiled_scales
     cdef int t
-    if kernels.quantize_wide != NULL and n_cols % PHI_WIDE_BLOCK == 0 and n_tokens > kernels.few_tokens:
-        wide = np.full(phi_wide_bytes(n_tokens, n_cols), 127, np.int8)  # tokens that fill up may hold anything
-        wide_scales = np.empty(phi_wide_n_scales(n_tokens, n_cols), np.float32)
-        a.wide.tiles, a.wide.scales, a.wide.n_tokens = &wide[0], &wide_scales[0], phi_wide_tokens(n_tokens)
+    if kernels.quantize_tiled != NULL and n_cols % PHI_TILED_BLOCK == 0 and n_tokens > kernels.max_exact_batch:
+        tiles = np.full(phi_tiled_bytes(n_tokens, n_cols), 127, np.int8)  # tokens that fill up may hold anything
+        tiled_scales = np.empty(phi_tiled_n_scales(n_tokens, n_cols), np.float32)
+        a.tiled.tiles, a.tiled.scales, a.tiled.n_tokens = &tiles[0], &tiled_scales[0], phi_tiled_tokens(n_tokens)
         for t in range(n_tokens):
-            kernels.quantize_wide(&x[t, 0], n_cols, &a.wide, t)
+            kernels.quantize_tiled(&x[t, 0], n_cols, &a.tiled, t)
     cdef phi_matrix w = weights.matrix
     y = np.empty((n_tokens, n_rows), np.float32)
     cdef float[:, ::1] out = y
@@ -181,24 +181,24 @@ def add(const float[::1] x not None, const float[::1] y not None, tier=None):
 
 
 def rope(const float[::1] x not None, const float[::1] cos not None, const float[::1] sin not None, style, tier=None):
-    """Return a head whose first 2 * len(cos) dimensions are rotated, float32 [head_dim]; style: "neox" or "norm"."""
+    """Return a head whose first 2 * len(cos) dimensions are rotated, float32 [head_dim]; style: "neox" or "interleaved"."""
     cdef const phi_kernels *kernels = _kernels(tier)
     cdef int rope_dims = <int>(2 * cos.shape[0])
     if cos.shape[0] != sin.shape[0] or rope_dims == 0 or rope_dims > x.shape[0]:
         raise ValueError("the shapes of x, cos and sin do not fit")
     y = np.array(x)
     cdef float[::1] view = y
-    kernels.rope[<int>(PHI_ROPE_NEOX if style == "neox" else PHI_ROPE_NORM)](&view[0], rope_dims, &cos[0], &sin[0])
+    kernels.rope[<int>(PHI_ROPE_NEOX if style == "neox" else PHI_ROPE_INTERLEAVED)](&view[0], rope_dims, &cos[0], &sin[0])
     return y
 
 
-def store_kv(const float[::1] k not None, const float[::1] v not None, int slot, tier=None, kv="f16"):
+def store_kv(const float[::1] k not None, const float[::1] v not None, int slot, tier=None, kv_type="f16"):
     """Return a head's part of a page, uint8, that holds one position's key and value in a slot, else bytes of 0xff."""
     cdef const phi_kernels *kernels = _kernels(tier)
     cdef int head_dim = <int>k.shape[0]
     if v.shape[0] != head_dim or head_dim == 0 or not 0 <= slot < PHI_PAGE_TOKENS:
         raise ValueError("k and v differ in length, or are empty, or there is no such slot")
-    cdef phi_kv_type type = _kv_type(kv)
+    cdef phi_kv_type type = _kv_type(kv_type)
     page = np.full(phi_page_head_bytes(type, head_dim), 0xff, np.uint8)
     cdef uint8_t[::1] view = page
     kernels.store_kv[<int>type](&k[0], &v[0], head_dim, slot, &view[0])
@@ -206,7 +206,7 @@ def store_kv(const float[::1] k not None, const float[::1] v not None, int slot,
 
 
 def attention(const float[:, :, ::1] q not None, const float[:, ::1] k not None, const float[:, ::1] v not None,
-              int last, int window, float scale, tier=None, kv="f16"):
+              int last, int window, float scale, tier=None, kv_type="f16"):
     """Return softmax(scale * q @ k.T) @ v over the positions that each token sees: float32, shaped as q.
 
     q is [n_tokens, n_queries, head_dim], at positions last, last + 1, ...; k and v are [n_positions, head_dim] of one
@@ -218,7 +218,7 @@ def attention(const float[:, :, ::1] q not None, const float[:, ::1] k not None,
     if not (0 < q.shape[0] <= PHI_ATTENTION_ROWS and 0 <= last and last + q.shape[0] <= n and q.shape[1] > 0
             and q.shape[2] == v.shape[1] == head_dim and v.shape[0] == n and head_dim > 0 and head_dim % 2 == 0):
         raise ValueError("the shapes of q, k and v do not fit")
-    cdef phi_kv_type type = _kv_type(kv)
+    cdef phi_kv_type type = _kv_type(kv_type)
     cdef size_t page_bytes = phi_page_head_bytes(type, head_dim)
     cdef uint8_t[::1] pages = np.full(n_pages * page_bytes, 0xff, np.uint8)
     cdef int32_t[::1] table = np.arange(n_pages - 1, -1, -1, dtype=np.int32)

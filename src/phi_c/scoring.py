@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from phi_c._core import CancelFlag
 from phi_c.engine.engine import Engine
-from phi_c.engine.reading import logits_by_chunk, read
+from phi_c.engine.prompt_outputs import logits_by_chunk, read
 from phi_c.engine.sequence import Sequence as EngineSequence
 from phi_c.errors import OptionError, PhiError
 from phi_c.results import Score
@@ -60,7 +60,7 @@ def score_pairs(engine: Engine, pairs: Iterable[Pair], cancel: CancelFlag | None
             for index, (context, continuation) in group:
                 known = tuple(continuation[:-1])  # the last token predicts nothing that is wanted
                 if known not in sequences:
-                    sequence = EngineSequence([*context, *known], rows_from=len(context) - 1, cancel=cancel)
+                    sequence = EngineSequence([*context, *known], output_from=len(context) - 1, cancel=cancel)
                     sequences[known] = sequence
                     scored[sequence] = []
                 scored[sequences[known]].append(_Scored(index, continuation))
@@ -69,7 +69,7 @@ def score_pairs(engine: Engine, pairs: Iterable[Pair], cancel: CancelFlag | None
     for sequence, first, rows in read(engine, groups()):
         for chunk, logits in logits_by_chunk(engine, sequence, rows):
             for part in scored[sequence]:
-                part.add(first - sequence.first_row + chunk.start, logits)
+                part.add(first - sequence.output_start + chunk.start, logits)
         if first + len(rows) == len(sequence.tokens):
             for part in scored.pop(sequence):
                 yield part.index, part.score(sequence.n_cached)
@@ -119,13 +119,13 @@ def embed_texts(
     if pooling not in POOLINGS:
         raise OptionError(f"pooling is {pooling!r}, expected one of {', '.join(POOLINGS)}")
     sequences = {
-        EngineSequence(list(ids), rows_from=0 if pooling == "mean" else len(ids) - 1, cancel=cancel): i
+        EngineSequence(list(ids), output_from=0 if pooling == "mean" else len(ids) - 1, cancel=cancel): i
         for i, ids in enumerate(texts)
     }
     sums = np.zeros((len(texts), n_embd))
     for sequence, _, rows in read(engine, ([sequence] for sequence in sequences)):
         sums[sequences[sequence]] += rows.sum(0, dtype=np.float64)
-    counts = [len(sequence.tokens) - sequence.first_row for sequence in sequences]
+    counts = [len(sequence.tokens) - sequence.output_start for sequence in sequences]
     means = sums / np.asarray(counts, np.float64).reshape(-1, 1)
     if normalize:
         means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), np.finfo(np.float32).tiny)
@@ -135,7 +135,7 @@ def embed_texts(
 def all_logits(engine: Engine, ids: list[int], n_vocab: int) -> Floats:
     """Return the logits after each token: float32 [n_tokens, n_vocab]."""
     out = np.empty((len(ids), n_vocab), np.float32)
-    for sequence, first, rows in read(engine, [[EngineSequence(ids, rows_from=0)]]):
+    for sequence, first, rows in read(engine, [[EngineSequence(ids, output_from=0)]]):
         for chunk, logits in logits_by_chunk(engine, sequence, rows):
             out[first + chunk.start : first + chunk.stop] = logits
     return out

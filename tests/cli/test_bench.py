@@ -19,8 +19,8 @@ from phi_c.bench import kernels, memory, shapes, speed
 from phi_c.bench.random_model import random_model
 from phi_c.bench.shapes import SHAPES, Shape
 from phi_c.cli import bench
+from phi_c.gguf.reader import GGUFFile
 from phi_c.model.config import read_config
-from phi_c.model.gguf_file import GGUFFile
 from tiny_gguf import write_tiny
 
 KEYS = {
@@ -61,7 +61,7 @@ def test_json(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = report(tiny, *QUICK, "--context", "0,70")
     seconds = time.perf_counter() - start
     assert found.keys() == KEYS
-    best = [tier for tier in _core.tiers() if _core.few_tokens(tier) is None][-1]  # others have to be asked for
+    best = [tier for tier in _core.tiers() if _core.max_exact_batch(tier) is None][-1]  # others have to be asked for
     assert (found["tier"], found["n_threads"], found["model"]) == (best, 1, "tiny phi3")
     assert [row["n_seqs"] for row in found["batch"]] == [1, 3]
     assert [row["n_tokens"] for row in found["context"]] == [0, 70]
@@ -110,7 +110,7 @@ def test_nothing_is_served_from_the_prefix_cache(tiny: Path, monkeypatch: pytest
 
 def test_a_context_does_not_grow_with_the_repetitions(tiny: Path) -> None:
     """What an earlier repetition wrote would no longer fit the cache."""
-    quick = ("--prefill", "8", "--decode", "20", "--batch", "1", "--repeat", "4", "--threads", "1", "--kv", "q8")
+    quick = ("--prefill", "8", "--decode", "20", "--batch", "1", "--repeat", "4", "--threads", "1", "--kv-type", "q8")
     assert report(tiny, *quick, "--context", "420")["context"][0]["tok_s"] > 0
 
 
@@ -122,7 +122,7 @@ def test_a_machine_without_room_to_read(tiny: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_table(tiny: Path) -> None:
-    result = run(tiny, *QUICK, "--context", "50", "--layout", "file")
+    result = run(tiny, *QUICK, "--context", "50", "--layout", "mmap")
     assert result.exit_code == 0
     for text in ("tiny phi3", "prompt of 40", "text of 3", "3 together", "after 50", "of weights a token", "1 threads"):
         assert text in result.stdout

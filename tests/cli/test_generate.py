@@ -58,7 +58,7 @@ def test_every_option_together(model: Path) -> None:
 
 
 def test_every_layout(model: Path, tmp_path: Path) -> None:
-    for layout in ("packed", "cached", "cached", "file"):
+    for layout in ("packed", "packed-cache", "packed-cache", "mmap"):
         arguments = ("--layout", layout, "--raw", *GREEDY, "--max-tokens", "1", "the")
         done = run_cli("generate", "-m", model, *arguments, PHI_C_CACHE=str(tmp_path))
         assert (done.returncode, done.stderr) == (0, "")
@@ -160,14 +160,14 @@ def test_the_cache_options(model: Path, tmp_path: Path) -> None:
     """Each reaches the model: what it may not be is refused there, and what it may be gives a text."""
     base = ("generate", "-m", model, "--raw", "--json", *GREEDY, "--max-tokens", "4", "the and " * 60)
     plain = json.loads(run_cli(*base).stdout)
-    for options in (("--kv", "q8"), ("--n-cache", "65600"), ("--rope", "auto")):
+    for options in (("--kv-type", "q8"), ("--kv-cache-tokens", "65600"), ("--rope", "auto")):
         done = run_cli(*base, *options)
         assert (done.returncode, done.stderr) == (0, "")
         assert len(json.loads(done.stdout)["tokens"]) == len(plain["tokens"])
     for options, message in (
-        (("--kv", "q4"), "'q4' is not one of 'f16', 'q8'"),
+        (("--kv-type", "q4"), "'q4' is not one of 'f16', 'q8'"),
         (("--rope", "long"), "rope is 'long', expected auto: tiny phi3 has no LongRoPE factors to choose from"),
-        (("--n-cache", "9"), "n_cache is 9, expected at least 4096"),
+        (("--kv-cache-tokens", "9"), "kv_cache_tokens is 9, expected at least 4096"),
     ):
         done = run_cli(*base, *options)
         assert done.returncode == 2
@@ -206,5 +206,5 @@ def test_a_large_cache_is_stated_on_a_terminal(tmp_path: Path) -> None:
             said = os.read(leader, 10_000).decode()
         os.close(leader)
         assert done.returncode == 0
-        line = "the keys and values of 131072 tokens take up to 1.0 GiB (0.5 with --kv q8)"
+        line = "the keys and values of 131072 tokens take up to 1.0 GiB (0.5 with --kv-type q8)"
         assert (line in said) is stated

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from run_cli import command, run_cli
 
-from phi_c.model.imatrix import load_imatrix
+from phi_c.quantize.imatrix import load_imatrix
 from tiny_gguf import write_tiny
 
 TEXT = (Path(__file__).parents[1] / "english.txt").read_text(encoding="utf-8")

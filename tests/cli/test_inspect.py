@@ -6,14 +6,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 from click.testing import CliRunner, Result
 
+import gguf
 from phi_c import _core, errors
 from phi_c.cli.inspect import command
+from phi_c.gguf.reader import GGUFFile
 from phi_c.model.config import read_config
-from phi_c.model.gguf_file import GGUFFile
 from tiny_gguf import write_tiny
 
 
@@ -76,7 +76,7 @@ def test_memory_is_what_the_cache_takes(tiny: Path) -> None:
     # In int8 a scale of two bytes for 32 dimensions, or for what is left of them.
     n_scales = -(-config.head_dim // 32)
     position_bytes = config.n_layers * config.n_kv_heads * 2 * (config.head_dim + 2 * n_scales)
-    assert report(tiny, "--kv", "q8", "--n-ctx", 1)["memory"]["kv_bytes"] == position_bytes * _core.PAGE_TOKENS
+    assert report(tiny, "--kv-type", "q8", "--n-ctx", 1)["memory"]["kv_bytes"] == position_bytes * _core.PAGE_TOKENS
 
 
 def test_memory_of_a_real_model(smollm2_path: Path) -> None:

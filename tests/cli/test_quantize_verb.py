@@ -8,11 +8,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 from run_cli import command, run_cli
 
+import gguf
 from tiny_gguf import write_tiny
 
 

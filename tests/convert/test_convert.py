@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 from hf_files import shard, weights, write_folder, write_safetensors
 
+import gguf
 from cli.run_cli import run_cli
 from phi_c import llm
 from phi_c.convert.run import convert

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 from hf_files import write_safetensors
 
+import gguf
 from phi_c import llm
 from phi_c.convert.run import convert
-from phi_c.model.gguf_file import GGUFFile
+from phi_c.gguf.reader import GGUFFile
 from phi_c.text.backend import build_backend
 from phi_c.text.vocabulary import CONTROL, read_vocabulary
 

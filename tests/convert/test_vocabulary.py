@@ -73,7 +73,7 @@ def test_the_template_in_a_file_of_its_own(tmp_path: Path) -> None:
 
 def test_phi3s_vocabulary_survives(phi3_vocab: Path, tmp_path: Path) -> None:
     """The real vocabulary, written as a tokenizer.json and read again, gives every token the same rank and type."""
-    from phi_c.model.gguf_file import GGUFFile
+    from phi_c.gguf.reader import GGUFFile
     from phi_c.text.backend import build_backend
     from phi_c.text.vocabulary import read_vocabulary
 

@@ -21,5 +21,5 @@ def typical_nmse(got: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
 
 def rounds_anew(tier: str, n_tokens: int) -> bool:
     """Return whether products of as many tokens may round otherwise on a tier than those of one token do."""
-    few = _core.few_tokens(tier)
+    few = _core.max_exact_batch(tier)
     return few is not None and n_tokens > few

@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from phi_c import _core
+from phi_c.gguf.reader import GGUFFile
 from phi_c.model.config import read_config
-from phi_c.model.gguf_file import GGUFFile
 from phi_c.model.weights import load_weights
 
 Floats = npt.NDArray[np.float32]
@@ -18,13 +18,13 @@ class Runner:
     """Runs tokens through a file's model; pages of a sequence are scattered over the cache."""
 
     def __init__(
-        self, path: Path, *, tier: str | None = None, n_threads: int = 2, n_pages: int = 64, kv: str = "f16"
+        self, path: Path, *, tier: str | None = None, n_threads: int = 2, n_pages: int = 64, kv_type: str = "f16"
     ) -> None:
         self.file = GGUFFile(path)
         self.config = read_config(self.file)
         weights = load_weights(self.file, self.config)
         self.model = _core.Model(self.config, weights, n_threads=n_threads, tier=tier)
-        self.kv = _core.KvCache(self.model, n_pages, kv)
+        self.kv = _core.KvCache(self.model, n_pages, kv_type)
 
     def table(self, seed: int = 0, start: int = 0, end: int | None = None) -> npt.NDArray[np.int32]:
         """Return pages start..end-1 of the cache in random order."""

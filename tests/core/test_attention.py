@@ -12,7 +12,7 @@ Floats = npt.NDArray[np.float32]
 
 
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("style", ["neox", "norm"])
+@pytest.mark.parametrize("style", ["neox", "interleaved"])
 @pytest.mark.parametrize(
     ("head_dim", "rope_dims"), [(2, 2), (20, 14), (64, 64), (80, 32), (80, 40), (96, 96), (128, 98)]
 )
@@ -129,5 +129,5 @@ def test_attention_in_int8(last: int, n_tokens: int, window: int, head_dim: int,
 
 def test_an_unknown_cache_type_is_refused() -> None:
     x = np.ones(32, np.float32)
-    with pytest.raises(ValueError, match="kv is 'q4', expected one of f16, q8"):
+    with pytest.raises(ValueError, match="kv_type is 'q4', expected one of f16, q8"):
         _core.store_kv(x, x, 0, None, "q4")

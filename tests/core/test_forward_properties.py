@@ -1,6 +1,6 @@
 """What a token gets depends on its own past alone: the same bits alone, in a chunk, in a batch, after a rewind.
 
-A tier may round products of many tokens otherwise than those of one (`_core.few_tokens`): there chunks of at most as
+A tier may round products of many tokens otherwise than those of one (`_core.max_exact_batch`): there chunks of at most as
 many have the same bits, and larger ones are as near as rounding lets them be.
 """
 
@@ -29,10 +29,10 @@ CASES = [
 
 @pytest.fixture
 def runner(request: pytest.FixtureRequest, tmp_path: Path) -> Runner:
-    architecture, weight_type, tier, kv = request.param
+    architecture, weight_type, tier, kv_type = request.param
     overrides = {"window": 40} if architecture == "phi3" else {}
     path = write_tiny(tmp_path / "m.gguf", architecture, weight_type, **overrides)
-    return Runner(path, tier=tier, kv=kv)
+    return Runner(path, tier=tier, kv_type=kv_type)
 
 
 def each(cases: list[object]) -> pytest.MarkDecorator:
@@ -58,7 +58,7 @@ def assert_same(runner: Runner, got: Floats, expected: Floats, largest_batch: in
 @each(CASES)
 def test_prefill_is_token_by_token(runner: Runner) -> None:
     single = in_chunks(runner, 1, table_seed=7)
-    few = _core.few_tokens(runner.model.tier) or len(TOKENS)
+    few = _core.max_exact_batch(runner.model.tier) or len(TOKENS)
     assert_same(runner, in_chunks(runner, few), single, few)
     assert_same(runner, runner.run(TOKENS), single, len(TOKENS))
 

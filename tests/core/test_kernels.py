@@ -1,6 +1,5 @@
 """Products with weights of every type and tier against the scalar tier or float64, on adversarial inputs."""
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -10,6 +9,7 @@ from gguf.constants import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gguf
 from phi_c import _core
 
 TIERS = _core.tiers()
@@ -20,7 +20,7 @@ WIDE = [
     (tier, name)
     for tier, providers in _core.kernel_table().items()
     for name, provider in providers.items()
-    if _core.few_tokens(tier) is not None and provider == tier
+    if _core.max_exact_batch(tier) is not None and provider == tier
 ]
 Floats = npt.NDArray[np.float32]
 
@@ -36,7 +36,7 @@ def matrix(name: str, rows: npt.NDArray[np.uint8]) -> _core.Matrix:
     return _core.Matrix(kind.type_id, rows.shape[0], n_cols, rows.reshape(-1))
 
 
-def takes_wide(name: str, rows: npt.NDArray[np.uint8], n_tokens: int, tier: str) -> bool:
+def takes_tiled(name: str, rows: npt.NDArray[np.uint8], n_tokens: int, tier: str) -> bool:
     """Return whether a product runs on wide activations: many tokens, and whole panels of whole blocks of 256."""
     n_cols = rows.shape[1] // TYPES[name].block_bytes * TYPES[name].block_elements
     return (tier, name) in WIDE and rounds_anew(tier, n_tokens) and len(rows) % 16 == 0 and n_cols % 256 == 0
@@ -85,7 +85,7 @@ def check_wide_product(name: str, rows: npt.NDArray[np.uint8], x: Floats, tier: 
 
 def check_product(name: str, rows: npt.NDArray[np.uint8], x: Floats, tier: str, layout: str = "packed") -> None:
     """Compare with float64 on the int8 activations of the same tier: what is left is float32 summation."""
-    if layout == "packed" and takes_wide(name, rows, len(x), tier):
+    if layout == "packed" and takes_tiled(name, rows, len(x), tier):
         check_wide_product(name, rows, x, tier)
         return
     weights = reference_values(name, rows).astype(np.float64)
@@ -193,7 +193,7 @@ def test_wide_products(shape: tuple[int, int, int], name: str, tier: str) -> Non
     n_rows, n_tokens, n_cols = shape
     rng = np.random.default_rng(shape)
     rows = random_rows(name, n_rows, n_cols, rng)
-    assert takes_wide(name, rows, n_tokens, tier)
+    assert takes_tiled(name, rows, n_tokens, tier)
     check_wide_product(name, rows, spiky(n_tokens, n_cols, rng), tier)
 
 

@@ -115,7 +115,7 @@ def test_every_shape(write: Written, shape: str, architecture: str, tier: str) -
 def test_int8_cache(tmp_path: Path, architecture: str, shape: str, tier: str) -> None:
     path = write_tiny(tmp_path / "m.gguf", architecture, "F32", **SHAPES[shape])
     expected = Runner(path, tier=tier).run(TOKENS)
-    got = Runner(path, tier=tier, kv="q8").run(TOKENS)
+    got = Runner(path, tier=tier, kv_type="q8").run(TOKENS)
     error = ERROR[architecture](got, expected)
     print(f"{tier}, {architecture}, {shape}: NMSE {error:.1e}")
     assert 0 < error <= 1e-4
@@ -135,21 +135,21 @@ def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
-@pytest.mark.parametrize("kv", _core.KV_TYPES)
+@pytest.mark.parametrize("kv_type", _core.KV_TYPES)
 @pytest.mark.parametrize("tier", _core.tiers()[1:] or _core.tiers())
-def test_smollm2_on_english(smollm2: tuple[Path, list[int], Floats], tier: str, kv: str) -> None:
+def test_smollm2_on_english(smollm2: tuple[Path, list[int], Floats], tier: str, kv_type: str) -> None:
     """llama.cpp's own figures against its float32 run: mean KL 0.0030, same top token 96.1 %."""
     path, tokens, expected = smollm2
-    got = Runner(path, tier=tier, kv=kv).run(tokens)
+    got = Runner(path, tier=tier, kv_type=kv_type).run(tokens)
     p, q = log_softmax(expected), log_softmax(got)
     divergence = (np.exp(p) * (p - q)).sum(1)
     agreement = (expected.argmax(1) == got.argmax(1)).mean()
     print(
-        f"{tier}, {kv}: NMSE {nmse(got, expected):.2e}, mean KL {divergence.mean():.5f}, same top token {agreement:.4f}"
+        f"{tier}, {kv_type}: NMSE {nmse(got, expected):.2e}, mean KL {divergence.mean():.5f}, same top token {agreement:.4f}"
     )
     assert nmse(got, expected) <= 2e-3
-    assert divergence.mean() <= (0.003 if kv == "f16" else 0.004)
-    assert agreement >= (0.96 if kv == "f16" else 0.95)
+    assert divergence.mean() <= (0.003 if kv_type == "f16" else 0.004)
+    assert agreement >= (0.96 if kv_type == "f16" else 0.95)
 
 
 def greedy(runner: Runner, prompt: list[int], n: int) -> list[int]:

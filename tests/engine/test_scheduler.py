@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from phi_c._core import PAGE_TOKENS
-from phi_c.engine.pages import GONE, PagePool, extend_keys
+from phi_c.engine.kv_pages import FREED, PagePool, extend_keys
 from phi_c.engine.scheduler import Scheduler, pages_for
 from phi_c.engine.sequence import Sequence, Status
 from phi_c.sampling.params import SamplingParams
@@ -55,7 +55,7 @@ def test_a_sequence_waits_for_the_pages_it_may_need() -> None:
     assert [s for s, _ in run(scheduler)] == [b, small]
     for s in (b, small):
         scheduler.remove(s)
-    assert scheduler.n_unpromised == 4
+    assert scheduler.n_available_pages == 4
 
 
 def test_an_earlier_prefix_is_not_computed_again() -> None:
@@ -83,7 +83,7 @@ def test_crossing_the_original_context_computes_all_anew() -> None:
     assert s.long_rope is True
     assert run(scheduler) == [(s, 1)]
     scheduler.remove(s)
-    assert scheduler.n_unpromised == 16
+    assert scheduler.n_available_pages == 16
 
 
 def test_crossing_with_shared_pages_waits_for_room() -> None:
@@ -104,25 +104,25 @@ def test_crossing_with_shared_pages_waits_for_room() -> None:
     assert a.long_rope is True
     scheduler.remove(a)
     scheduler.remove(b)
-    assert scheduler.n_unpromised == 5
+    assert scheduler.n_available_pages == 5
 
 
 def test_what_is_read_gives_rows_from_its_first_position_on() -> None:
     scheduler = Scheduler(PagePool(16), n_batch=20)
-    s = Sequence(list(range(45)), rows_from=30)
+    s = Sequence(list(range(45)), output_from=30)
     scheduler.add(s)
     rows = []
     for _ in range(3):
         (w,) = scheduler.schedule()
         assert not w.wants_logits
-        rows.append((w.n_tokens, w.n_rows))
+        rows.append((w.n_tokens, w.n_output_rows))
         scheduler.computed(w)
     assert rows == [(20, 0), (20, 10), (5, 5)]
     assert scheduler.schedule() == []
     scheduler.remove(s)
     # Only what lies before the first row may come from the cache: a whole page here, none there.
-    for rows_from, n_cached in ((40, PAGE_TOKENS), (PAGE_TOKENS, PAGE_TOKENS), (PAGE_TOKENS - 1, 0), (0, 0)):
-        again = Sequence(list(range(45)), rows_from=rows_from)
+    for output_from, n_cached in ((40, PAGE_TOKENS), (PAGE_TOKENS, PAGE_TOKENS), (PAGE_TOKENS - 1, 0), (0, 0)):
+        again = Sequence(list(range(45)), output_from=output_from)
         scheduler.add(again)
         scheduler.schedule()
         assert again.n_cached == n_cached
@@ -135,7 +135,7 @@ def test_generation_asks_for_one_row() -> None:
     found = []
     for _ in range(2):
         (w,) = scheduler.schedule()
-        found.append((w.n_tokens, w.n_rows, w.wants_logits))
+        found.append((w.n_tokens, w.n_output_rows, w.wants_logits))
         scheduler.computed(w)
     assert found == [(20, 0, False), (5, 1, True)]
 
@@ -147,11 +147,11 @@ def test_a_text_longer_than_the_pool_slides_through() -> None:
     scheduler.add(s)
     while len(s.tokens) - s.n_prompt < 100:
         run(scheduler)
-        assert pool.n_free == 4 - len(s.pages) + s.n_gone
-    assert s.n_gone == (1099 + 1 - 64) // PAGE_TOKENS
-    assert set(s.pages[: s.n_gone]) == {GONE}
+        assert pool.n_free_pages == 4 - len(s.pages) + s.n_freed
+    assert s.n_freed == (1099 + 1 - 64) // PAGE_TOKENS
+    assert set(s.pages[: s.n_freed]) == {FREED}
     scheduler.remove(s)
-    assert scheduler.n_unpromised == 4
+    assert scheduler.n_available_pages == 4
 
 
 def test_several_long_texts_share_a_cache() -> None:
@@ -162,7 +162,7 @@ def test_several_long_texts_share_a_cache() -> None:
         scheduler.add(s)
     scheduler.schedule()
     assert scheduler.running == texts[:2]
-    assert scheduler.n_unpromised == 0
+    assert scheduler.n_available_pages == 0
 
 
 def test_a_shared_page_is_no_promise_to_have_it_back() -> None:
@@ -180,10 +180,10 @@ def test_a_shared_page_is_no_promise_to_have_it_back() -> None:
         for s in (a, b):
             while len(s.tokens) - s.n_prompt < s.max_tokens:
                 run(scheduler)
-                assert scheduler.n_unpromised >= 0
+                assert scheduler.n_available_pages >= 0
             scheduler.remove(s)
         assert b.n_cached == 2 * PAGE_TOKENS
-        assert scheduler.n_unpromised == n_pages
+        assert scheduler.n_available_pages == n_pages
 
 
 def test_a_page_that_a_short_text_keeps_is_not_had_back() -> None:
@@ -199,12 +199,12 @@ def test_a_page_that_a_short_text_keeps_is_not_had_back() -> None:
         assert (short in scheduler.running) is together
         while len(long.tokens) - long.n_prompt < 200:  # the batch has room for one: the other stands still
             run(scheduler)
-            assert scheduler.n_unpromised >= 0
+            assert scheduler.n_available_pages >= 0
         scheduler.remove(long)
         run(scheduler)
         assert short.n_cached == 2 * PAGE_TOKENS
         scheduler.remove(short)
-        assert scheduler.n_unpromised == n_pages
+        assert scheduler.n_available_pages == n_pages
 
 
 def test_a_next_turn_finds_its_window_where_the_beginning_is_gone() -> None:
@@ -219,7 +219,7 @@ def test_a_next_turn_finds_its_window_where_the_beginning_is_gone() -> None:
     scheduler.add(again)
     assert run(scheduler) == [(again, 32)]
     assert again.n_cached == 20 * PAGE_TOKENS
-    assert again.pages[:18] == [GONE] * 18
+    assert again.pages[:18] == [FREED] * 18
     scheduler.remove(again)
     # An earlier turn was edited: its window has left, all is computed anew.
     edited = sequence(10 * PAGE_TOKENS + 3, 1)
@@ -227,7 +227,7 @@ def test_a_next_turn_finds_its_window_where_the_beginning_is_gone() -> None:
     run(scheduler)
     assert edited.n_cached == 0
     scheduler.remove(edited)
-    assert scheduler.n_unpromised == 5
+    assert scheduler.n_available_pages == 5
 
 
 class DamagedShelf:
@@ -251,12 +251,12 @@ def test_a_page_that_cannot_be_fetched_is_computed() -> None:
     s = sequence(3 * PAGE_TOKENS + 2)
     keys: list[bytes] = []
     extend_keys(keys, s.tokens, long_rope=False)
-    scheduler = Scheduler(PagePool(6), n_batch=512, shelf=DamagedShelf(keys[:2]))
+    scheduler = Scheduler(PagePool(6), n_batch=512, kv_connector=DamagedShelf(keys[:2]))
     scheduler.add(s)
     assert run(scheduler) == [(s, 3 * PAGE_TOKENS + 2)]
     assert s.n_cached == 0
     scheduler.remove(s)
-    assert scheduler.n_unpromised == 6
+    assert scheduler.n_available_pages == 6
 
 
 def test_pages_for() -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from phi_c._core import PAGE_TOKENS
-from phi_c.engine.pages import GONE, PagePool
+from phi_c.engine.kv_pages import FREED, PagePool
 from phi_c.engine.scheduler import Scheduler, Work, pages_at_once, pages_for
 from phi_c.engine.sequence import Sequence, Status
 from phi_c.sampling.params import SamplingParams
@@ -18,7 +18,7 @@ Slots = dict[int, tuple[object, ...]]  # slot of a page -> the whole prefix that
 
 
 class ShelfOfDicts:
-    """A shelf that holds what it was given, and loses some of it."""
+    """A kv_connector that holds what it was given, and loses some of it."""
 
     def __init__(self, content: list[Slots]) -> None:
         self.content = content
@@ -55,8 +55,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.window, self.n_batch, self.n_ctx_orig = window, n_batch, n_ctx_orig
         self.pool = PagePool(n_pages)
         self.content: list[Slots] = [{} for _ in range(n_pages)]
-        self.shelf = ShelfOfDicts(self.content)
-        self.scheduler = Scheduler(self.pool, n_batch, n_ctx_orig, window, self.shelf)
+        self.kv_connector = ShelfOfDicts(self.content)
+        self.scheduler = Scheduler(self.pool, n_batch, n_ctx_orig, window, self.kv_connector)
         self.all: list[Sequence] = []
         self.texts: list[list[int]] = []
 
@@ -105,7 +105,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             first = 0 if self.window is None else max(p + 1 - self.window, 0)
             for seen in range(first, p):
                 slots = self.content[s.pages[seen // PAGE_TOKENS]]
-                assert s.pages[seen // PAGE_TOKENS] != GONE
+                assert s.pages[seen // PAGE_TOKENS] != FREED
                 assert slots[seen % PAGE_TOKENS] == (s.long_rope, *s.tokens[: seen + 1])
             self.content[s.pages[p // PAGE_TOKENS]][p % PAGE_TOKENS] = (s.long_rope, *s.tokens[: p + 1])
 
@@ -124,29 +124,29 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def put_on_shelf(self) -> None:
-        for key in self.pool.known():
+        for key in self.pool.registered_keys():
             page = self.pool.find(key)
             assert page is not None
-            self.shelf.kept[key] = dict(self.content[page])
+            self.kv_connector.kept[key] = dict(self.content[page])
 
-    @precondition(lambda self: self.shelf.kept)
+    @precondition(lambda self: self.kv_connector.kept)
     @rule(data=st.data())
     def damage(self, data: st.DataObject) -> None:
-        self.shelf.damaged.add(data.draw(st.sampled_from(sorted(self.shelf.kept))))
+        self.kv_connector.damaged.add(data.draw(st.sampled_from(sorted(self.kv_connector.kept))))
 
     @invariant()
     def counts_are_exact(self) -> None:
         if not hasattr(self, "pool"):
             return
-        held = [page for s in self.scheduler.running for page in s.pages[s.n_gone :]]
-        assert GONE not in held
-        assert all(page == GONE for s in self.scheduler.running for page in s.pages[: s.n_gone])
+        held = [page for s in self.scheduler.running for page in s.pages[s.n_freed :]]
+        assert FREED not in held
+        assert all(page == FREED for s in self.scheduler.running for page in s.pages[: s.n_freed])
         for page in range(self.pool.n_pages):
-            assert self.pool.n_users(page) == held.count(page)
-        assert self.pool.n_free == self.pool.n_pages - len(set(held))
-        assert self.scheduler.n_unpromised >= 0
+            assert self.pool.ref_count(page) == held.count(page)
+        assert self.pool.n_free_pages == self.pool.n_pages - len(set(held))
+        assert self.scheduler.n_available_pages >= 0
         for s in self.scheduler.running:
-            assert len(s.pages) - s.n_gone <= pages_at_once(s.n_longest, self.n_batch, self.window)
+            assert len(s.pages) - s.n_freed <= pages_at_once(s.n_longest, self.n_batch, self.window)
         for s in self.all:
             assert s.status is not Status.DONE or not s.pages
 
@@ -154,7 +154,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def what_is_known_is_whole(self) -> None:
         if not hasattr(self, "pool"):
             return
-        for key in self.pool.known():
+        for key in self.pool.registered_keys():
             page = self.pool.find(key)
             assert page is not None
             longest = max(self.content[page].values(), key=len)
@@ -169,7 +169,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 break
             self.step()
         assert not self.scheduler.waiting, "somebody waits for ever"
-        assert self.pool.n_free == self.scheduler.n_unpromised == self.pool.n_pages
+        assert self.pool.n_free_pages == self.scheduler.n_available_pages == self.pool.n_pages
 
 
 TestScheduler = SchedulerMachine.TestCase

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import phi_c
-from phi_c.engine import reading
+from phi_c.engine import prompt_outputs
 from phi_c.errors import Cancelled, OptionError, PhiError
 from phi_c.evaluate import compare
-from phi_c.evaluate.distances import distances
+from phi_c.evaluate.metrics import distances
 from reference import Reference
 from tiny_gguf import write_tiny
 
@@ -37,19 +37,19 @@ def test_a_model_is_itself(paths: tuple[Path, Path]) -> None:
         found = compare(a, b, TEXT, n_ctx=N_CTX)
         assert compare(a, a, TEXT, n_ctx=N_CTX) == found
     assert (found.kl, found.kl_median, found.kl_99, found.kl_max, found.kl_standard_error) == (0, 0, 0, 0, 0)
-    assert (found.same_top, found.perplexity_ratio, found.perplexity_ratio_standard_error) == (1, 1, 0)
-    assert all((bucket.kl, bucket.same_top) == (0, 1) for bucket in found.by_position)
+    assert (found.top1_agreement, found.perplexity_ratio, found.perplexity_ratio_standard_error) == (1, 1, 0)
+    assert all((bucket.kl, bucket.top1_agreement) == (0, 1) for bucket in found.by_position)
 
 
 def test_two_models_as_numpy_has_them(paths: tuple[Path, Path], models: tuple[phi_c.LLM, phi_c.LLM]) -> None:
     a, b = models
     ids = a.tokenizer.encode(TEXT)
-    kl, same_top, nll_a, nll_b = [], [], [], []
+    kl, top1_agreement, nll_a, nll_b = [], [], [], []
     for start in range(0, len(ids) // N_CTX * N_CTX, N_CTX):
         window = [a.tokenizer.bos_id, *ids[start + 1 : start + N_CTX]]
         p, q = (log_softmax(Reference(path).logits(window)) for path in paths)
         kl.append((np.exp(p) * (p - q)).sum(1))
-        same_top.append(p.argmax(1) == q.argmax(1))
+        top1_agreement.append(p.argmax(1) == q.argmax(1))
         nll_a.append(-p[np.arange(N_CTX - 1), window[1:]])
         nll_b.append(-q[np.arange(N_CTX - 1), window[1:]])
     found = compare(a, b, TEXT, n_ctx=N_CTX)
@@ -62,7 +62,7 @@ def test_two_models_as_numpy_has_them(paths: tuple[Path, Path], models: tuple[ph
     assert found.kl_99 == pytest.approx(np.quantile(kl, 0.99), **near)
     assert found.kl_max == pytest.approx(np.max(kl), **near)
     assert found.kl_standard_error == pytest.approx(np.std(np.mean(kl, 1), ddof=1) / len(kl) ** 0.5, rel=0.05)
-    assert found.same_top == pytest.approx(np.mean(same_top), abs=0.02)
+    assert found.top1_agreement == pytest.approx(np.mean(top1_agreement), abs=0.02)
     assert found.perplexity_a == pytest.approx(math.exp(np.mean(nll_a)), **near)
     assert found.perplexity_b == pytest.approx(math.exp(np.mean(nll_b)), **near)
     assert found.perplexity_ratio == pytest.approx(found.perplexity_b / found.perplexity_a)
@@ -81,11 +81,11 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def test_chunks_do_not_matter(models: tuple[phi_c.LLM, phi_c.LLM], monkeypatch: pytest.MonkeyPatch) -> None:
     expected = compare(*models, TEXT, n_ctx=N_CTX)
-    monkeypatch.setattr(reading, "HEAD_ROWS", 7)
-    monkeypatch.setattr("phi_c.evaluate.distances._VALUES_AT_ONCE", 1)
+    monkeypatch.setattr(prompt_outputs, "LM_HEAD_ROWS", 7)
+    monkeypatch.setattr("phi_c.evaluate.metrics._VALUES_AT_ONCE", 1)
     found = compare(*models, TEXT, n_ctx=N_CTX)
     assert found.kl == pytest.approx(expected.kl, rel=1e-12)
-    assert found.same_top == expected.same_top
+    assert found.top1_agreement == expected.top1_agreement
 
 
 def test_memory_is_a_few_rows_of_logits(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_distances() -> None:
     p, q = np.asarray([[0.5, 0.25, 0.25], [0.2, 0.4, 0.4]]), np.asarray([[0.25, 0.5, 0.25], [0.2, 0.5, 0.3]])
     found = distances(np.log(p).astype(np.float32) + 3, np.log(q).astype(np.float32), np.asarray([2]))
     np.testing.assert_allclose(found["kl"], (p * np.log(p / q)).sum(1), atol=1e-6)
-    assert found["same_top"].tolist() == [False, True]
+    assert found["top1_agreement"].tolist() == [False, True]
     np.testing.assert_allclose(found["nll"], [-np.log(0.25)], atol=1e-6)
     np.testing.assert_allclose(found["reference_nll"], [-np.log(0.25)], atol=1e-6)
 

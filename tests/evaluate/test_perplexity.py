@@ -10,7 +10,7 @@ import pytest
 import phi_c
 from phi_c.errors import Cancelled, OptionError
 from phi_c.evaluate import Perplexity, perplexity
-from phi_c.evaluate.distances import perplexity_of, standard_error
+from phi_c.evaluate.metrics import perplexity_of, standard_error
 from phi_c.text.windows import strided
 from reference import Reference
 from tiny_gguf import write_tiny

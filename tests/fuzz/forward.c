@@ -67,7 +67,7 @@ static void make_layer(any_model *m, int l, const phi_type types[8]) {
     const phi_model *model = &m->model;
     const int n_embd = model->n_embd, n_ffn = model->n_ffn, head_dim = model->head_dim;
     const int q_dim = model->n_heads * head_dim, kv_dim = model->n_kv_heads * head_dim;
-    const bool biases = m->biases, gelu = model->activation == PHI_GELU;
+    const bool biases = m->biases, gelu = model->activation == PHI_FFN_GELU;
     phi_layer *layer = &m->layers[l];
     layer->attn_norm = any_norm(m);
     layer->wq = any_packed(m, types[0], q_dim, n_embd, head_dim, biases);
@@ -95,10 +95,10 @@ static void make_sizes(input *in, phi_model *model) {
     model->head_dim = pick(in, 0, 1) ? 16 * pick(in, 1, 6) : 2 * pick(in, 1, 35);
     model->rope_dims = 2 * pick(in, 1, model->head_dim / 2);
     model->n_vocab = pick(in, 1, 50);
-    model->rope_style = pick(in, 0, 1) ? PHI_ROPE_NORM : PHI_ROPE_NEOX;
+    model->rope_style = pick(in, 0, 1) ? PHI_ROPE_INTERLEAVED : PHI_ROPE_NEOX;
     model->norm_kind = pick(in, 0, 1) ? PHI_LAYER_NORM : PHI_RMS_NORM;
     model->parallel = pick(in, 0, 1);
-    model->activation = kind == 1 ? PHI_GELU : PHI_SWIGLU;
+    model->activation = kind == 1 ? PHI_FFN_GELU : PHI_FFN_SWIGLU;
     model->n_experts = kind == 2 ? pick(in, PHI_EXPERTS_USED, MOST_EXPERTS) : 0;
     model->window = pick(in, 0, 50);
     model->norm_eps = 1e-5f;
@@ -210,7 +210,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n_bytes) {
     run(&m->model, type, n_tokens, 1, &seen, alone);
     m->model.pool = pools[n_threads - 1];
     run(&m->model, type, n_tokens, n_tokens, NULL, together);
-    if (!k->few_tokens || n_tokens <= k->few_tokens) {
+    if (!k->max_exact_batch || n_tokens <= k->max_exact_batch) {
         const size_t at = first_difference(alone, together, n_logits), n_vocab = (size_t)m->model.n_vocab;
         CHECK(at == n_logits, "%s: logit %zu of token %zu is %.9g in a batch of %d, and alone %.9g", k->name,
               at % n_vocab, at / n_vocab, (double)together[at], n_tokens, (double)alone[at]);

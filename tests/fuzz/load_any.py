@@ -4,7 +4,7 @@ from pathlib import Path
 
 from one_token import run_one_token
 from phi_c.errors import PhiError
-from phi_c.model.gguf_file import GGUFFile
+from phi_c.gguf.reader import GGUFFile
 from phi_c.text.tokenizer import load_tokenizer
 
 TEXT = "ab a<|end|>\n<|so|> b\u00e9"

@@ -95,7 +95,7 @@ static void check_dequantized(const phi_kernels *k, const matrix *m) {
 /* What a product may be: the exact one, and how far from it float's rounding may lead. */
 static void check_product(const phi_kernels *k, const matrix *m, const phi_activations *x, bool packed, size_t r,
                           size_t t, float got) {
-    const bool quantised = phi_types[m->type].activation == PHI_ACT_Q8;
+    const bool quantised = phi_types[m->type].activation == PHI_ACTIVATION_Q8;
     double sum = 0.0, size = 0.0;
     for (size_t i = 0; i < (size_t)m->n_cols; i++) {
         const size_t at = t * (size_t)m->n_cols + i, w = r * (size_t)m->n_cols + i;
@@ -117,7 +117,7 @@ static void check_product(const phi_kernels *k, const matrix *m, const phi_activ
 
 static void check_products(const phi_kernels *k, const matrix *m, const phi_activations *x, const uint8_t *panels) {
     const bool packed = panels != NULL;
-    const bool wide = packed && x->wide.tiles && strcmp(phi_matmul_tier(k->name, m->type), k->name) == 0;
+    const bool is_tiled = packed && x->tiled.tiles && strcmp(phi_matmul_tier(k->name, m->type), k->name) == 0;
     const size_t n_rows = (size_t)m->n_rows, n_tokens = (size_t)m->n_tokens;
     float *together = floats(n_tokens * n_rows), *alone = floats(n_rows);
     phi_matmul product = {.rows = packed ? panels : m->rows,
@@ -138,7 +138,7 @@ static void check_products(const phi_kernels *k, const matrix *m, const phi_acti
         multiply(&product);
         for (size_t r = 0; r < n_rows; r++) {
             check_product(k, m, x, packed, r, t, alone[r]);
-            if (wide) continue; /* rounds anew */
+            if (is_tiled) continue; /* rounds anew */
             CHECK(same_float(together[t * n_rows + r], alone[r]),
                   "%s: %s %s: row %zu, token %zu is %.9g among %zu, and alone %.9g", k->name,
                   packed ? "packed" : "file", phi_types[m->type].name, r, t, (double)together[t * n_rows + r], n_tokens,
@@ -156,14 +156,14 @@ static void check_tier(const phi_kernels *k, const matrix *m) {
         x.q8 = allot_q8(n);
         k->quantize_q8(m->x, n, x.q8);
     }
-    if (k->quantize_wide && n_cols % PHI_WIDE_BLOCK == 0 && m->n_tokens > k->few_tokens) {
-        x.wide = (phi_wide){
-            .tiles = memory(phi_wide_bytes(n_tokens, n_cols)),
-            .scales = floats(phi_wide_n_scales(n_tokens, n_cols)),
-            .n_tokens = phi_wide_tokens(n_tokens),
+    if (k->quantize_tiled && n_cols % PHI_TILED_BLOCK == 0 && m->n_tokens > k->max_exact_batch) {
+        x.tiled = (phi_tiled){
+            .tiles = memory(phi_tiled_bytes(n_tokens, n_cols)),
+            .scales = floats(phi_tiled_n_scales(n_tokens, n_cols)),
+            .n_tokens = phi_tiled_tokens(n_tokens),
         };
-        memset(x.wide.tiles, 127, phi_wide_bytes(n_tokens, n_cols));
-        for (size_t t = 0; t < n_tokens; t++) k->quantize_wide(m->x + t * n_cols, n_cols, &x.wide, t);
+        memset(x.tiled.tiles, 127, phi_tiled_bytes(n_tokens, n_cols));
+        for (size_t t = 0; t < n_tokens; t++) k->quantize_tiled(m->x + t * n_cols, n_cols, &x.tiled, t);
     }
     check_dequantized(k, m);
     check_products(k, m, &x, NULL);
@@ -175,8 +175,8 @@ static void check_tier(const phi_kernels *k, const matrix *m) {
         free(panels);
     }
     if (x.q8.quants) free_q8(x.q8);
-    free(x.wide.tiles);
-    free(x.wide.scales);
+    free(x.tiled.tiles);
+    free(x.tiled.scales);
 }
 
 /* As `phi-c quantize` does with a file: rows that are not finite are refused before. Two rows: it takes long. */

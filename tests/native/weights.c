@@ -65,7 +65,7 @@ void fill_rows(generator *g, phi_type type, weight_kind kind, size_t n_rows, siz
     const size_t row_bytes = phi_row_bytes(type, n_cols), n_blocks = n_cols / (size_t)phi_types[type].block_elements;
     for (size_t r = 0; r < n_rows; r++) {
         uint8_t *row = rows + r * row_bytes;
-        if (phi_types[type].activation == PHI_ACT_Q8)
+        if (phi_types[type].activation == PHI_ACTIVATION_Q8)
             fill_quantised_row(g, type, kind, r, n_blocks, row);
         else
             fill_float_row(g, type, kind, n_cols, row);

@@ -8,7 +8,7 @@ import pytest
 from weights import MAKERS, QUANTISED, TYPES, Bytes, Floats, error_of, importance, make, quantized
 
 from phi_c import _core
-from phi_c.model.gguf_file import GGUFFile
+from phi_c.gguf.reader import GGUFFile
 
 
 @pytest.fixture(scope="module")

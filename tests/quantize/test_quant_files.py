@@ -5,19 +5,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
 from gguf.constants import GGMLQuantizationType
 from weights import TYPES, error_of, quantized, values_of
 
+import gguf
 import phi_c
-from model import raw_gguf as raw
+import raw_gguf as raw
 from phi_c.errors import ModelFileError, ModelNotFoundError, OptionError, OutputError, UnsupportedModelError
-from phi_c.model import quantize as quantizing
-from phi_c.model.gguf_file import GGUFFile
-from phi_c.model.quantize import Importance
+from phi_c.gguf.reader import GGUFFile
+from phi_c.quantize import run as quantizing
+from phi_c.quantize.run import Importance
 from tiny_gguf import write_tiny
 
 Floats = npt.NDArray[np.float32]
@@ -59,7 +59,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("file_type", ["Q8_0", "Q4_K_M", "Q3_K_M", "Q4_0", "F16", "BF16"])
 def test_tensors_are_those_of_the_mix(tiny: Path, tmp_path: Path, file_type: str) -> None:
-    done = phi_c.quantize(tiny, tmp_path / "out.gguf", file_type, n_threads=2)
+    done = phi_c.quantize_model(tiny, tmp_path / "out.gguf", file_type, n_threads=2)
     before, after = read(tiny), read(tmp_path / "out.gguf")
     assert list(before) == list(after)
     assert done.path.stat().st_size == done.plan.n_bytes
@@ -79,11 +79,11 @@ def test_tensors_are_those_of_the_mix(tiny: Path, tmp_path: Path, file_type: str
 
 
 def test_all_file_types_run(tiny: Path, tmp_path: Path) -> None:
-    from phi_c.model.quant_mix import FILE_TYPES
+    from phi_c.quantize.mix import FILE_TYPES
 
     sizes = {}
     for file_type in FILE_TYPES:
-        path = phi_c.quantize(tiny, tmp_path / f"{file_type}.gguf", file_type.lower()).path
+        path = phi_c.quantize_model(tiny, tmp_path / f"{file_type}.gguf", file_type.lower()).path
         sizes[file_type] = path.stat().st_size
         with phi_c.load(path, n_ctx=64) as llm:
             assert np.isfinite(llm.logits([1, 5, 9])).all()
@@ -94,7 +94,7 @@ def test_all_file_types_run(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_1"])
 def test_what_weights_are_read_from(tmp_path: Path, kind: str) -> None:
     source = write(tmp_path / "in.gguf", {"blk.0.ffn_up.weight": (kind, random(24, 512))})
-    phi_c.quantize(source, tmp_path / "out.gguf", "Q4_K_M", allow_requantize=True)
+    phi_c.quantize_model(source, tmp_path / "out.gguf", "Q4_K_M", allow_requantize=True)
     expected = values_of("Q4_K", quantized("Q4_K", read(source)["blk.0.ffn_up.weight"][1]))
     np.testing.assert_array_equal(read(tmp_path / "out.gguf")["blk.0.ffn_up.weight"][1], expected)
 
@@ -102,7 +102,7 @@ def test_what_weights_are_read_from(tmp_path: Path, kind: str) -> None:
 def test_weights_in_the_right_type_are_copied(tmp_path: Path) -> None:
     tensors = {"blk.0.ffn_up.weight": ("Q8_0", random(24, 512)), "blk.0.ffn_gate.weight": ("F32", random(24, 512))}
     source = write(tmp_path / "in.gguf", tensors)
-    done = phi_c.quantize(source, tmp_path / "out.gguf", "Q8_0")
+    done = phi_c.quantize_model(source, tmp_path / "out.gguf", "Q8_0")
     assert [step.is_copied for step in done.plan.steps] == [True, False]
     with GGUFFile(source) as before, GGUFFile(done.path) as after:
         assert before.data("blk.0.ffn_up.weight").tobytes() == after.data("blk.0.ffn_up.weight").tobytes()
@@ -111,16 +111,16 @@ def test_weights_in_the_right_type_are_copied(tmp_path: Path) -> None:
 def test_requantising_has_to_be_asked_for(tmp_path: Path) -> None:
     source = write(tmp_path / "in.gguf", {"blk.0.ffn_up.weight": ("Q8_0", random(24, 512))})
     with pytest.raises(OptionError, match=r"'blk.0.ffn_up.weight' is Q8_0 already, .* \(--allow-requantize\)"):
-        phi_c.quantize(source, tmp_path / "out.gguf", "Q4_0")
+        phi_c.quantize_model(source, tmp_path / "out.gguf", "Q4_0")
     assert not (tmp_path / "out.gguf").exists()
 
 
 @pytest.mark.parametrize("slab", [1, 777, 4096])
 def test_slabs_and_threads_do_not_change_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slab: int) -> None:
     tiny = write_tiny(tmp_path / "tiny.gguf", "phi3", "F16", n_layers=1)
-    whole = phi_c.quantize(tiny, tmp_path / "whole.gguf", "Q5_K_M", n_threads=1).path.read_bytes()
+    whole = phi_c.quantize_model(tiny, tmp_path / "whole.gguf", "Q5_K_M", n_threads=1).path.read_bytes()
     monkeypatch.setattr(quantizing, "_SLAB_WEIGHTS", slab)
-    assert phi_c.quantize(tiny, tmp_path / "slabs.gguf", "Q5_K_M", n_threads=3).path.read_bytes() == whole
+    assert phi_c.quantize_model(tiny, tmp_path / "slabs.gguf", "Q5_K_M", n_threads=3).path.read_bytes() == whole
 
 
 def test_metadata_is_carried_over_byte_for_byte(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_metadata_is_carried_over_byte_for_byte(tmp_path: Path) -> None:
     tensors = [raw.tensor("blk.0.ffn_up.weight", (32, 4)), raw.tensor("a_norm.weight", (3,), offset=512)]
     source = tmp_path / "in.gguf"
     source.write_bytes(raw.gguf(entries, tensors, values.tobytes() + random(3).tobytes(), alignment=64, version=2))
-    target = phi_c.quantize(source, tmp_path / "out.gguf", "Q8_0").path
+    target = phi_c.quantize_model(source, tmp_path / "out.gguf", "Q8_0").path
     keys["general.file_type"] = (raw.U32, 7)
     keys["general.quantization_version"] = (raw.U32, 2)
     expected = b"".join(raw.key(name, kind, value) for name, (kind, value) in keys.items())
@@ -164,7 +164,7 @@ def test_experts_have_their_own_importance(tmp_path: Path) -> None:
     columns = np.random.default_rng(1).lognormal(0, 2, (3, 512)).astype(np.float32)
     for given in (columns, columns.reshape(1, -1)):
         importance = Importance({name: given}, "some/imatrix.gguf", "wiki.txt", 17)
-        done = phi_c.quantize(source, tmp_path / "out.gguf", "Q4_K_S", imatrix=importance, force=True)
+        done = phi_c.quantize_model(source, tmp_path / "out.gguf", "Q4_K_S", imatrix=importance, force=True)
         got = read(done.path)[name][1]
         for expert in range(3):
             expected = values_of("Q4_K", quantized("Q4_K", values[expert], columns[expert]))
@@ -181,7 +181,7 @@ def test_experts_have_their_own_importance(tmp_path: Path) -> None:
 
 
 def test_an_importance_matrix_file(tiny: Path, tmp_path: Path) -> None:
-    pytest.importorskip("phi_c.model.imatrix", reason="this build reads no importance matrices")
+    pytest.importorskip("phi_c.quantize.imatrix", reason="this build reads no importance matrices")
     name = "blk.0.ffn_down.weight"
     columns = np.random.default_rng(1).lognormal(0, 2, 512).astype(np.float32)
     writer = gguf.GGUFWriter(tmp_path / "imatrix.gguf", "")
@@ -195,7 +195,7 @@ def test_an_importance_matrix_file(tiny: Path, tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    done = phi_c.quantize(tiny, tmp_path / "out.gguf", "Q6_K", imatrix=tmp_path / "imatrix.gguf")
+    done = phi_c.quantize_model(tiny, tmp_path / "out.gguf", "Q6_K", imatrix=tmp_path / "imatrix.gguf")
     rows = read(tiny)[name][1]
     np.testing.assert_array_equal(read(done.path)[name][1], values_of("Q6_K", quantized("Q6_K", rows, columns)))
     n_matrices = sum(step.type_then == "Q6_K" for step in done.plan.steps)
@@ -212,16 +212,16 @@ def test_an_importance_matrix_file(tiny: Path, tmp_path: Path) -> None:
 )
 def test_bad_importance(tiny: Path, tmp_path: Path, columns: Floats, complaint: str) -> None:
     with pytest.raises(ModelFileError, match=complaint):
-        phi_c.quantize(tiny, tmp_path / "out.gguf", imatrix=Importance({"blk.0.ffn_down.weight": columns}))
+        phi_c.quantize_model(tiny, tmp_path / "out.gguf", imatrix=Importance({"blk.0.ffn_down.weight": columns}))
     assert names(tmp_path) == []
 
 
 def test_importance_of_another_model(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="belongs to another model"):
-        phi_c.quantize(tiny, tmp_path / "out.gguf", imatrix=Importance({"x.weight": np.ones((1, 8), np.float32)}))
+        phi_c.quantize_model(tiny, tmp_path / "out.gguf", imatrix=Importance({"x.weight": np.ones((1, 8), np.float32)}))
     # The embedding is fed with ids: what a tied output was fed does not fit it, and does not matter.
     strange = {"token_embd.weight": np.ones((1, 8), np.float32), "blk.0.ffn_down.weight": np.ones((1, 512), np.float32)}
-    assert phi_c.quantize(tiny, tmp_path / "out.gguf", imatrix=Importance(strange)).path.exists()
+    assert phi_c.quantize_model(tiny, tmp_path / "out.gguf", imatrix=Importance(strange)).path.exists()
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
@@ -241,7 +241,7 @@ def test_weights_that_are_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyP
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(ModelFileError, match=rf"'blk.0.ffn_down.weight' holds {value} in row 17, column 300"):
-        phi_c.quantize(tmp_path / "in.gguf", tmp_path / "out.gguf", "Q6_K")
+        phi_c.quantize_model(tmp_path / "in.gguf", tmp_path / "out.gguf", "Q6_K")
     assert names(tmp_path) == ["in.gguf"]
 
 
@@ -250,20 +250,20 @@ def test_a_norm_that_is_not_finite(tmp_path: Path) -> None:
     tensors = {"blk.0.ffn_up.weight": ("F32", random(4, 32)), "output_norm.weight": ("F32", norm)}
     source = write(tmp_path / "in.gguf", tensors)
     with pytest.raises(ModelFileError, match="'output_norm.weight' holds nan"):
-        phi_c.quantize(source, tmp_path / "out.gguf", "Q8_0")
+        phi_c.quantize_model(source, tmp_path / "out.gguf", "Q8_0")
 
 
 def test_targets_that_are_refused(tiny: Path, tmp_path: Path) -> None:
     target = tmp_path / "out.gguf"
     target.write_bytes(b"kept")
     with pytest.raises(OutputError, match=r"out.gguf exists already; force \(--force\) replaces it"):
-        phi_c.quantize(tiny, target)
+        phi_c.quantize_model(tiny, target)
     assert target.read_bytes() == b"kept"
     with pytest.raises(OutputError, match="is the file that is read"):
-        phi_c.quantize(tiny, tiny, force=True)
+        phi_c.quantize_model(tiny, tiny, force=True)
     with pytest.raises(OutputError, match="is a folder"):
-        phi_c.quantize(tiny, tmp_path, force=True)
-    assert phi_c.quantize(tiny, target, force=True).path.read_bytes()[:4] == b"GGUF"
+        phi_c.quantize_model(tiny, tmp_path, force=True)
+    assert phi_c.quantize_model(tiny, target, force=True).path.read_bytes()[:4] == b"GGUF"
     assert names(tmp_path) == ["out.gguf"]
 
 
@@ -271,7 +271,7 @@ def test_a_full_disk_is_seen_before(tiny: Path, tmp_path: Path, monkeypatch: pyt
     usage = quantizing.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(quantizing.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(OutputError, match=r"takes 0.00 GB, 0.00 GB are free"):
-        phi_c.quantize(tiny, tmp_path / "out.gguf")
+        phi_c.quantize_model(tiny, tmp_path / "out.gguf")
     assert names(tmp_path) == []
 
 
@@ -289,15 +289,15 @@ def test_what_fails_leaves_the_old_file(tiny: Path, tmp_path: Path, monkeypatch:
         monkeypatch.setattr(quantizing, "_floats", fail)
         monkeypatch.setattr(quantizing, "quantize_rows", lambda *arguments: np.zeros((1, 34), np.uint8))
         with pytest.raises(error):
-            phi_c.quantize(tiny, target, "Q8_0", force=True)
+            phi_c.quantize_model(tiny, target, "Q8_0", force=True)
         assert target.read_bytes() == b"kept" and names(tmp_path) == ["out.gguf"]
 
 
 def test_sources_that_are_refused(tmp_path: Path, phi3_vocab: Path) -> None:
     with pytest.raises(ModelNotFoundError):
-        phi_c.quantize(tmp_path / "none.gguf", tmp_path / "out.gguf")
+        phi_c.quantize_model(tmp_path / "none.gguf", tmp_path / "out.gguf")
     with pytest.raises(UnsupportedModelError, match="the file holds no matrices, expected a model"):
-        phi_c.quantize(phi3_vocab, tmp_path / "out.gguf")
+        phi_c.quantize_model(phi3_vocab, tmp_path / "out.gguf")
 
 
 def test_damaged_sources(tiny: Path, tmp_path: Path) -> None:
@@ -306,19 +306,19 @@ def test_damaged_sources(tiny: Path, tmp_path: Path) -> None:
     for size in (0, 3, 24, 1000, len(whole) // 2, len(whole) - 40):
         source.write_bytes(whole[:size])
         with pytest.raises(ModelFileError):
-            phi_c.quantize(source, tmp_path / "out.gguf")
+            phi_c.quantize_model(source, tmp_path / "out.gguf")
         assert names(tmp_path) == ["cut.gguf"]
 
 
 @pytest.mark.parametrize("n_threads", [0, -1, 5000])
 def test_bad_threads(tiny: Path, tmp_path: Path, n_threads: int) -> None:
     with pytest.raises(OptionError, match="n_threads"):
-        phi_c.quantize(tiny, tmp_path / "out.gguf", n_threads=n_threads)
+        phi_c.quantize_model(tiny, tmp_path / "out.gguf", n_threads=n_threads)
 
 
 def test_an_unknown_option_is_a_type_error(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(TypeError):
-        phi_c.quantize(tiny, tmp_path / "out.gguf", imatrx="x")  # type: ignore[call-arg]
+        phi_c.quantize_model(tiny, tmp_path / "out.gguf", imatrx="x")  # type: ignore[call-arg]
 
 
 def test_the_error_is_that_of_the_file(tiny: Path, tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_the_error_is_that_of_the_file(tiny: Path, tmp_path: Path) -> None:
     rows = read(tiny)[name][1]
     errors = []
     for imatrix in (None, Importance({name: columns[None]})):
-        path = phi_c.quantize(tiny, tmp_path / "out.gguf", "Q4_K_S", imatrix=imatrix, force=True).path
+        path = phi_c.quantize_model(tiny, tmp_path / "out.gguf", "Q4_K_S", imatrix=imatrix, force=True).path
         with GGUFFile(path) as file:
             errors.append(error_of("Q4_K", file.data(name).reshape(len(rows), -1), rows, columns))
     assert errors[1] < 0.95 * errors[0]
@@ -349,10 +349,10 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, kind: str) -> None:
             file.write(bytes_.tobytes())
     program = (
         "import re, sys, phi_c\n"
-        "from phi_c.model import quantize\n"
+        "from phi_c.quantize import run as quantize\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
         "before = peak()\n"
-        "phi_c.quantize(sys.argv[1], sys.argv[2], 'Q8_0')\n"
+        "phi_c.quantize_model(sys.argv[1], sys.argv[2], 'Q8_0')\n"
         "print(peak() - before)\n"
     )
     done = subprocess.run(
@@ -363,6 +363,6 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, kind: str) -> None:
 
 
 def test_result_is_plain_data(tiny: Path, tmp_path: Path) -> None:
-    done = phi_c.quantize(tiny, tmp_path / "out.gguf", "Q8_0")
+    done = phi_c.quantize_model(tiny, tmp_path / "out.gguf", "Q8_0")
     assert done.seconds > 0 and done.path == tmp_path / "out.gguf"
     assert dataclasses.is_dataclass(done) and done.plan.n_bytes_now == tiny.stat().st_size

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from phi_c.errors import OptionError
-from phi_c.model.quant_mix import FILE_TYPES, Model, is_quantised, make_mix, read_model
+from phi_c.quantize.mix import FILE_TYPES, Model, is_quantised, make_mix, read_model
 
 PHI3 = {"blk.{}.attn_qkv": (9216, 3072), "blk.{}.attn_output": (3072, 3072)}
 PHI3 |= {"blk.{}.ffn_up": (16384, 3072), "blk.{}.ffn_down": (3072, 8192)}

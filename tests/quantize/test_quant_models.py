@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from gguf import GGMLQuantizationType
 
 import phi_c
 import quality_files
 from fuse import fuse_llama_to_phi3
+from gguf import GGMLQuantizationType
 
 Doubles = npt.NDArray[np.float64]
 
@@ -35,7 +35,7 @@ def wide(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wide_q4_k_m(wide: Path) -> Path:
-    return phi_c.quantize(wide, wide.with_name("Q4_K_M.gguf"), "Q4_K_M").path
+    return phi_c.quantize_model(wide, wide.with_name("Q4_K_M.gguf"), "Q4_K_M").path
 
 
 def log_probabilities(path: Path, text: str) -> Doubles:
@@ -47,7 +47,7 @@ def log_probabilities(path: Path, text: str) -> Doubles:
 
 def test_near_to_float32(wide: Path, wide_q4_k_m: Path) -> None:
     text = Path(__file__).parents[1].joinpath("english.txt").read_text(encoding="utf-8")
-    wide_q8_0 = phi_c.quantize(wide, wide.with_name("Q8_0.gguf"), "Q8_0").path
+    wide_q8_0 = phi_c.quantize_model(wide, wide.with_name("Q8_0.gguf"), "Q8_0").path
     reference = log_probabilities(wide, text)
     for file_type, path in (("Q8_0", wide_q8_0), ("Q4_K_M", wide_q4_k_m)):
         kl = (np.exp(reference) * (reference - log_probabilities(path, text))).sum(-1)
@@ -79,6 +79,6 @@ def test_the_same_text_in_llama_cpp_from_a_phi3_file(smollm2_path: Path, tmp_pat
     """Rows of 576: the types that K-quants fall back to, and fused matrices."""
     float32 = quality_files.expand(smollm2_path, tmp_path / "float32.gguf")
     fused = fuse_llama_to_phi3(float32, tmp_path / "phi3.gguf")
-    ours, theirs = greedy_texts(phi_c.quantize(fused, tmp_path / "out.gguf", "Q5_K_M").path)
+    ours, theirs = greedy_texts(phi_c.quantize_model(fused, tmp_path / "out.gguf", "Q5_K_M").path)
     assert ours == theirs
     assert ours[0].startswith(" 8, 9, 10")

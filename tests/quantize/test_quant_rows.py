@@ -1,6 +1,5 @@
 """Quantised rows: valid blocks, finite whatever the weights, no worse than plain rounding, near the best there is."""
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -21,6 +20,7 @@ from weights import (
     values_of,
 )
 
+import gguf
 from phi_c import _core
 
 Floats = npt.NDArray[np.float32]

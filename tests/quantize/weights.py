@@ -1,10 +1,10 @@
 """Rows of weights that quantisers may meet, and what their errors amount to."""
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
 
+import gguf
 from phi_c import _core
 
 Floats = npt.NDArray[np.float32]

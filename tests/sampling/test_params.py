@@ -3,10 +3,12 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from phi_c.errors import OptionError
 from phi_c.sampling.params import SamplingParams
+from phi_c.sampling.sampler import Sampler
 
 BAD: list[tuple[str, Any]] = [
     ("temperature", math.nan),
@@ -42,3 +44,13 @@ def test_an_unknown_option_is_a_type_error() -> None:
 
 def test_the_ends_of_the_ranges() -> None:
     SamplingParams(temperature=-1, top_p=2, min_p=1, repeat_last_n=-1, logit_bias={0: -math.inf}, seed=0)
+
+
+def test_penalties_are_off_by_default() -> None:
+    params = SamplingParams()
+    assert (params.repeat_penalty, params.presence_penalty, params.frequency_penalty) == (1.0, 0.0, 0.0)
+
+
+def test_temperature_zero_is_argmax_whatever_was_generated() -> None:
+    logits = np.array([1.0, 3.0, 2.999, -1.0], np.float32)
+    assert Sampler(SamplingParams(temperature=0), 4).sample(logits, [1] * 64) == 1

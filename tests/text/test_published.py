@@ -20,9 +20,9 @@ import vocabularies as v
 from tokenizers import Tokenizer as HuggingFace
 
 from phi_c.errors import DownloadError
+from phi_c.gguf.reader import GGUFFile
 from phi_c.hub import wheel
-from phi_c.model.gguf_file import GGUFFile
-from phi_c.text.stream import TextStream
+from phi_c.text.stream_decoder import StreamDecoder
 from phi_c.text.tokenizer import Tokenizer, load_tokenizer
 
 _TIKTOKEN = "pypi:llama-index-core==0.14.25/llama_index/core/_static/tiktoken_cache/"
@@ -173,7 +173,7 @@ def test_round_trip(case: Case) -> None:
 def test_streaming_is_decoding(case: Case) -> None:
     ours = case.ours["gguf"]
     for ids in case.expected[True][::4]:
-        stream = TextStream(ours)
+        stream = StreamDecoder(ours)
         assert "".join([*map(stream.push, ids), stream.finish()]) == ours.decode(ids)
 
 

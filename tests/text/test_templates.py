@@ -10,8 +10,8 @@ import strings
 import vocabularies as v
 from tokenizers import Tokenizer as HuggingFace
 
-from phi_c.model.gguf_file import GGUFFile
-from phi_c.text.chat import ChatTemplate, encode_chat, load_chat_template
+from phi_c.gguf.reader import GGUFFile
+from phi_c.text.chat_template import ChatTemplate, encode_chat, load_chat_template
 from phi_c.text.tokenizer import load_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers, which judges chat templates, is not installed")

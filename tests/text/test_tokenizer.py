@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi_c.errors import ModelFileError, OptionError, UnsupportedModelError
-from phi_c.model.gguf_file import GGUFFile
+from phi_c.gguf.reader import GGUFFile
 from phi_c.text.tokenizer import Tokenizer, load_tokenizer
 from tiny_gguf import write_tiny
 

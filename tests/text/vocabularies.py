@@ -13,10 +13,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import gguf
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from phi_c.model.gguf_file import GGUFFile
+import gguf
+from phi_c.gguf.reader import GGUFFile
 
 Content = dict[str, Any]  # a tokenizer.json
 

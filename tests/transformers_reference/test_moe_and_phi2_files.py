@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
 import transformers
 from converted_model import Convert
 from llama_cpp import LlamaCpp, distance
 
+import gguf
 from reference_models import random_tokens
 
 MOE: dict[str, Any] = {

@@ -1,4 +1,4 @@
-/* Products of packed rows with the wide int8 activations of many tokens, in AMX tiles.
+/* Products of packed rows with the tiled int8 activations of many tokens, in AMX tiles.
  * Layout: 64 bytes of a panel are four columns of 16 rows (kernels/generic/pack.h), which is one row of a right tile.
  * Idea: 256 columns of a row are requantised to int8 with one scale, bound / 127; the bound on |scale * q - min| needs
  * no scan, for it is reached at the ends of q. Minima and the scales of sub-blocks are gone then, and K = 256 stays in
@@ -16,8 +16,8 @@
 
 enum {
     ROWS = PHI_PANEL_ROWS,
-    SUB_BLOCKS = PHI_WIDE_BLOCK / PHI_Q8_BLOCK,
-    STEPS = PHI_WIDE_BLOCK / PHI_TILE_COLS, /* products of a tile */
+    SUB_BLOCKS = PHI_TILED_BLOCK / PHI_Q8_BLOCK,
+    STEPS = PHI_TILED_BLOCK / PHI_TILE_COLS, /* products of a tile */
     TILE_BYTES = PHI_TILE_TOKENS * PHI_TILE_COLS,
     PANELS = 4, /* unpacked at a time: 16 KiB, so that two pairs take the activations from the first-level cache */
 };
@@ -119,7 +119,7 @@ INLINE void finish_token(const pending *p, int token) {
         const __m512 total = _mm512_maskz_loadu_ps(p->keep, out + i * ROWS);
         const __m512 high = _mm512_cvtepi32_ps(p->sums[i * PHI_TILE_TOKENS + token]);
         const __m512 low = _mm512_cvtepi32_ps(p->sums[(2 + i) * PHI_TILE_TOKENS + token]);
-        const __m512 sum = _mm512_fmadd_ps(low, _mm512_set1_ps(1.0f / (float)PHI_WIDE_STEPS), high);
+        const __m512 sum = _mm512_fmadd_ps(low, _mm512_set1_ps(1.0f / (float)PHI_TILED_STEPS), high);
         _mm512_storeu_ps(out + i * ROWS, _mm512_fmadd_ps(sum, scale, total));
     }
 }
@@ -160,11 +160,11 @@ INLINE void multiply_block(const int8_t *high, const int8_t *low, const block *w
 /* Products of w, 256 columns of n_panels panels from a row on, with all tokens. last: the next 256 columns follow. */
 static void multiply_tokens(const phi_matmul *m, const block *w, size_t unit, int row, int n_panels, staged *s,
                             bool last) {
-    const phi_wide *x = &m->x->wide;
+    const phi_tiled *x = &m->x->tiled;
     for (int t = 0; t < m->n_tokens; t += PHI_TILE_TOKENS) {
         const size_t token = (size_t)(m->first_token + t);
-        const int8_t *high = phi_wide_row(x, unit, token), *low = high + STEPS * TILE_BYTES;
-        const int8_t *next = last ? phi_wide_row(x, (unit + 1) % ((size_t)m->n_cols / PHI_WIDE_BLOCK), token) : NULL;
+        const int8_t *high = phi_tiled_row(x, unit, token), *low = high + STEPS * TILE_BYTES;
+        const int8_t *next = last ? phi_tiled_row(x, (unit + 1) % ((size_t)m->n_cols / PHI_TILED_BLOCK), token) : NULL;
         for (int i = 0; i < n_panels; i += 2, s->turn ^= 1) {
             const bool pair = i + 1 < n_panels;
             const int8_t *wanted = next ? next + i / 2 * STEPS * TILE_BYTES : NULL;
@@ -189,7 +189,7 @@ static void multiply_tokens(const phi_matmul *m, const block *w, size_t unit, in
 /* 256 columns of all rows before the next: what these need of the tokens, 256 KiB of 512, comes from the second-level
  * cache for all rows but the first ones. */
 static void multiply_rows(requantise_fn requantise_unit, const phi_matmul *m, int first, int end) {
-    const size_t n_units = (size_t)m->n_cols / PHI_WIDE_BLOCK, panel_bytes = ROWS * m->row_bytes;
+    const size_t n_units = (size_t)m->n_cols / PHI_TILED_BLOCK, panel_bytes = ROWS * m->row_bytes;
     const size_t unit_bytes = panel_bytes / n_units;
     block w[PANELS];
     staged s;
@@ -208,14 +208,14 @@ static void multiply_rows(requantise_fn requantise_unit, const phi_matmul *m, in
 }
 
 static void matmul(requantise_fn requantise_unit, void (*few)(const phi_matmul *), const phi_matmul *m) {
-    if (m->n_tokens <= PHI_AMX_FEW_TOKENS || !m->x->wide.tiles || m->first_token % PHI_TILE_TOKENS != 0) {
+    if (m->n_tokens <= PHI_AMX_FEW_TOKENS || !m->x->tiled.tiles || m->first_token % PHI_TILE_TOKENS != 0) {
         few(m);
         return;
     }
     /* Each time anew: other libraries in the process have tiles of their own. */
     phi_tiles_configure();
-    for (int row = 0; row < m->n_rows; row += PHI_WIDE_ROWS) {
-        const int end = row + PHI_WIDE_ROWS;
+    for (int row = 0; row < m->n_rows; row += PHI_TILED_ROWS) {
+        const int end = row + PHI_TILED_ROWS;
         multiply_rows(requantise_unit, m, row, end < m->n_rows ? end : m->n_rows);
     }
     phi_tiles_release();

@@ -4,12 +4,12 @@
 
 const phi_kernels phi_kernels_amx = {
     .name = "amx",
-    .few_tokens = PHI_AMX_FEW_TOKENS,
+    .max_exact_batch = PHI_AMX_FEW_TOKENS,
     .matmul_packed[PHI_TYPE_Q4_K] = phi_matmul_packed_q4_k_amx,
     .matmul_packed[PHI_TYPE_Q5_K] = phi_matmul_packed_q5_k_amx,
     .matmul_packed[PHI_TYPE_Q6_K] = phi_matmul_packed_q6_k_amx,
-    .takes_wide[PHI_TYPE_Q4_K] = true,
-    .takes_wide[PHI_TYPE_Q5_K] = true,
-    .takes_wide[PHI_TYPE_Q6_K] = true,
-    .quantize_wide = phi_quantize_wide_amx,
+    .takes_tiled[PHI_TYPE_Q4_K] = true,
+    .takes_tiled[PHI_TYPE_Q5_K] = true,
+    .takes_tiled[PHI_TYPE_Q6_K] = true,
+    .quantize_tiled = phi_quantize_tiled_amx,
 };

@@ -17,6 +17,6 @@ PHI_DECLARE(q5_k)
 PHI_DECLARE(q6_k)
 #undef PHI_DECLARE
 
-void phi_quantize_wide_amxbf16(const float *x, size_t n_cols, const phi_wide *wide, size_t token);
+void phi_quantize_tiled_amxbf16(const float *x, size_t n_cols, const phi_tiled *tiled, size_t token);
 
 #endif

@@ -19,7 +19,7 @@
 
 enum {
     ROWS = PHI_PANEL_ROWS,
-    STEPS = PHI_WIDE_BLOCK / PHI_Q8_BLOCK, /* products of a tile: one a sub-block */
+    STEPS = PHI_TILED_BLOCK / PHI_Q8_BLOCK, /* products of a tile: one a sub-block */
     TILE_BYTES = PHI_TILE_TOKENS * PHI_TILE_COLS,
     PANELS = 4, /* unpacked at a time: 32 KiB, so that two pairs take the activations from the first-level cache */
 };
@@ -130,12 +130,12 @@ INLINE void multiply_block(const left_tiles *l, const block *w, const sums *s, i
  * fill their tile. */
 static void multiply_tokens(const phi_matmul *m, const block *w, size_t b, int row, int n_panels, sums rest,
                             bool last) {
-    const size_t n_blocks = (size_t)m->n_cols / PHI_WIDE_BLOCK;
+    const size_t n_blocks = (size_t)m->n_cols / PHI_TILED_BLOCK;
     const int n_filling = m->n_tokens / PHI_TILE_TOKENS * PHI_TILE_TOKENS;
     for (int t = 0; t < m->n_tokens; t += 2 * PHI_TILE_TOKENS) {
         const size_t token = (size_t)(m->first_token + t);
-        const int8_t *x = phi_wide_row(&m->x->wide, b, token);
-        const int8_t *next = last ? phi_wide_row(&m->x->wide, (b + 1) % n_blocks, token) : NULL;
+        const int8_t *x = phi_tiled_row(&m->x->tiled, b, token);
+        const int8_t *next = last ? phi_tiled_row(&m->x->tiled, (b + 1) % n_blocks, token) : NULL;
         left_tiles l = {x, x + STEPS * TILE_BYTES, NULL};
         const bool two = m->n_tokens - t > PHI_TILE_TOKENS;
         for (int i = 0; i < n_panels; i += 2) {
@@ -158,9 +158,9 @@ static void multiply_tokens(const phi_matmul *m, const block *w, size_t b, int r
 
 /* 256 columns of all rows before the next, as the amx tier does. */
 static void multiply_rows(unpack_fn unpack_block, const phi_matmul *m, int first, int end) {
-    const size_t n_blocks = (size_t)m->n_cols / PHI_WIDE_BLOCK, panel_bytes = ROWS * m->row_bytes;
+    const size_t n_blocks = (size_t)m->n_cols / PHI_TILED_BLOCK, panel_bytes = ROWS * m->row_bytes;
     const size_t block_bytes = panel_bytes / n_blocks;
-    float rest[PHI_TILE_TOKENS][PHI_WIDE_ROWS];
+    float rest[PHI_TILE_TOKENS][PHI_TILED_ROWS];
     block w[PANELS];
     for (size_t b = 0; b < n_blocks; b++) {
         for (int row = first; row < end; row += PANELS * ROWS) {
@@ -178,14 +178,14 @@ static void multiply_rows(unpack_fn unpack_block, const phi_matmul *m, int first
 }
 
 static void matmul(unpack_fn unpack_block, void (*few)(const phi_matmul *), const phi_matmul *m) {
-    if (m->n_tokens <= PHI_AMXBF16_FEW_TOKENS || !m->x->wide.tiles || m->first_token % PHI_TILE_TOKENS != 0) {
+    if (m->n_tokens <= PHI_AMXBF16_FEW_TOKENS || !m->x->tiled.tiles || m->first_token % PHI_TILE_TOKENS != 0) {
         few(m);
         return;
     }
     /* Each time anew: other libraries in the process have tiles of their own. */
     phi_tiles_configure();
-    for (int row = 0; row < m->n_rows; row += PHI_WIDE_ROWS) {
-        const int end = row + PHI_WIDE_ROWS;
+    for (int row = 0; row < m->n_rows; row += PHI_TILED_ROWS) {
+        const int end = row + PHI_TILED_ROWS;
         multiply_rows(unpack_block, m, row, end < m->n_rows ? end : m->n_rows);
     }
     phi_tiles_release();

@@ -1,22 +1,22 @@
 /* The AMX-BF16 tier's table. Panels, products of few tokens, and those of F32, F16 and BF16 matrices, whose activations
- * stay in float, are those of the AVX-512 tier. Every product that takes wide activations is replaced together with
- * quantize_wide: their layout is not that of the amx tier, which lies between the two. */
+ * stay in float, are those of the AVX-512 tier. Every product that takes tiled activations is replaced together with
+ * quantize_tiled: their layout is not that of the amx tier, which lies between the two. */
 #include "amxbf16.h"
 
 const phi_kernels phi_kernels_amxbf16 = {
     .name = "amxbf16",
-    .few_tokens = PHI_AMXBF16_FEW_TOKENS,
+    .max_exact_batch = PHI_AMXBF16_FEW_TOKENS,
     .matmul_packed[PHI_TYPE_Q4_0] = phi_matmul_packed_q4_0_amxbf16,
     .matmul_packed[PHI_TYPE_Q4_1] = phi_matmul_packed_q4_1_amxbf16,
     .matmul_packed[PHI_TYPE_Q8_0] = phi_matmul_packed_q8_0_amxbf16,
     .matmul_packed[PHI_TYPE_Q4_K] = phi_matmul_packed_q4_k_amxbf16,
     .matmul_packed[PHI_TYPE_Q5_K] = phi_matmul_packed_q5_k_amxbf16,
     .matmul_packed[PHI_TYPE_Q6_K] = phi_matmul_packed_q6_k_amxbf16,
-    .takes_wide[PHI_TYPE_Q4_0] = true,
-    .takes_wide[PHI_TYPE_Q4_1] = true,
-    .takes_wide[PHI_TYPE_Q8_0] = true,
-    .takes_wide[PHI_TYPE_Q4_K] = true,
-    .takes_wide[PHI_TYPE_Q5_K] = true,
-    .takes_wide[PHI_TYPE_Q6_K] = true,
-    .quantize_wide = phi_quantize_wide_amxbf16,
+    .takes_tiled[PHI_TYPE_Q4_0] = true,
+    .takes_tiled[PHI_TYPE_Q4_1] = true,
+    .takes_tiled[PHI_TYPE_Q8_0] = true,
+    .takes_tiled[PHI_TYPE_Q4_K] = true,
+    .takes_tiled[PHI_TYPE_Q5_K] = true,
+    .takes_tiled[PHI_TYPE_Q6_K] = true,
+    .quantize_tiled = phi_quantize_tiled_amxbf16,
 };

@@ -252,9 +252,9 @@ PHI_INLINE void multiply_few(const format f, const uint8_t *panel, const phi_mat
         f.unpack_groups(panel, &g);
         UNROLL for (int j = 0; j < f.sub_blocks; j++) {
             const uint8_t *here = panel + (size_t)j * block_bytes;
-            if (m->prefetch.into_l1_bytes) prefetch(here + m->prefetch.into_l1_bytes, block_bytes);
-            if (m->prefetch.into_l2_bytes && (n_tokens > 1 || m->prefetch.into_l1_bytes))
-                prefetch_to_second_level(here + m->prefetch.into_l2_bytes, block_bytes);
+            if (m->prefetch.l1_bytes) prefetch(here + m->prefetch.l1_bytes, block_bytes);
+            const size_t l2_bytes = n_tokens == 1 ? m->prefetch.decode_l2_bytes : m->prefetch.l2_bytes;
+            if (l2_bytes) prefetch_to_second_level(here + l2_bytes, block_bytes);
             add_block(f, panel, NULL, &g, j, &a, b + (size_t)j, n_tokens, total);
         }
     }

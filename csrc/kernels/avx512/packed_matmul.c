@@ -72,9 +72,9 @@ INLINE void multiply_few(const format f, const uint8_t *panel, const phi_matmul 
         UNROLL for (int j = 0; j < f.sub_blocks; j++) {
             __m512i q[LINES];
             const uint8_t *here = panel + (size_t)j * part;
-            if (m->prefetch.into_l1_bytes) prefetch(here + m->prefetch.into_l1_bytes, part);
-            if (m->prefetch.into_l2_bytes && (n_tokens > 1 || m->prefetch.into_l1_bytes))
-                prefetch_to_second_level(here + m->prefetch.into_l2_bytes, part);
+            if (m->prefetch.l1_bytes) prefetch(here + m->prefetch.l1_bytes, part);
+            const size_t l2_bytes = n_tokens == 1 ? m->prefetch.decode_l2_bytes : m->prefetch.l2_bytes;
+            if (l2_bytes) prefetch_to_second_level(here + l2_bytes, part);
             f.unpack_lines(panel, j, q);
             UNROLL for (int t = 0; t < n_tokens; t++) {
                 const x_block x = x_block_of(f, m, token + t, b + (size_t)j);

@@ -243,7 +243,7 @@ PHI_INLINE void multiply_few(const format f, const uint8_t *panel, const phi_mat
         groups g;
         f.unpack_groups(panel, &g);
         for (int i = 0; i < f.sub_blocks / f.unrolled; i++) {
-            if (m->prefetch.into_l1_bytes) prefetch(panel + (size_t)i * part + m->prefetch.into_l1_bytes, part);
+            if (m->prefetch.l1_bytes) prefetch(panel + (size_t)i * part + m->prefetch.l1_bytes, part);
             UNROLL for (int j = 0; j < f.unrolled; j++) {
                 const uint8_t *unit = panel + (size_t)i * f.stride;
                 PHI_KEEP_ADDRESS(unit); /* so that lines are read again, not all kept for the next sub-block */

@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 
+import gguf
 from phi_c._core import TENSOR_TYPES, TensorType
 from phi_c.bench.shapes import SHAPES, Shape, tensor_type
-from phi_c.errors import OptionError
-from phi_c.hub.cache import cache_dir, written_whole
+from phi_c.errors import CacheError, OptionError
 from phi_c.model.config import ROPE_LONG, ROPE_SHORT, ModelConfig, expected_tensors
+from phi_c.storage import atomic_write, cache_dir
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -44,7 +44,7 @@ def random_model(name: str, progress: Callable[[int, int], None] = lambda done, 
         raise OptionError(f"there are no random weights for {name!r}, expected one of {', '.join(SHAPES)}")
     path = cache_dir() / "random" / f"{name}.gguf"
     if not path.is_file():
-        with written_whole(path) as file:
+        with atomic_write(path, CacheError) as file:
             _write(file, shape, progress)
     return path
 

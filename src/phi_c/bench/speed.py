@@ -16,8 +16,8 @@ from phi_c.bench.memory import read_rate
 from phi_c.engine.scheduler import pages_for
 from phi_c.engine.sequence import Sequence
 from phi_c.errors import OptionError
+from phi_c.gguf.reader import GGUFFile
 from phi_c.model.config import ModelConfig, read_config
-from phi_c.model.gguf_file import GGUFFile
 from phi_c.sampling.params import SamplingParams
 from phi_c.sampling.sampler import Sampler
 

@@ -54,7 +54,7 @@ def command(
     repeat: int,
     n_threads: int | None,
     layout: str | None,
-    kv: str | None,
+    kv_type: str | None,
     as_json: bool,
 ) -> None:
     """Measure how fast MODEL reads a prompt and writes text: a path, a preset, hf:... or pypi:...
@@ -76,7 +76,7 @@ def command(
     with _status() as say:
         source = model or _random_model(random_name or "", say)
         plan = speed.Plan(prefill, decode, n_seqs, contexts, repeat)
-        options = given({"n_threads": n_threads, "layout": layout, "kv": kv})
+        options = given({"n_threads": n_threads, "layout": layout, "kv_type": kv_type})
         report = speed.measure(source, plan, progress=say, **options)
     if as_json:
         click.echo(json.dumps(report))

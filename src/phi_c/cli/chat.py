@@ -72,7 +72,7 @@ def _reader() -> Callable[[], str | None]:
     from prompt_toolkit import PromptSession  # noqa: PLC0415 - for terminals only
     from prompt_toolkit.history import FileHistory, History, InMemoryHistory  # noqa: PLC0415
 
-    from phi_c.hub.cache import cache_dir  # noqa: PLC0415
+    from phi_c.storage import cache_dir  # noqa: PLC0415
 
     history: History = InMemoryHistory()
     path = cache_dir() / "chat_history"
@@ -123,14 +123,14 @@ def _obey(line: str, conversation: Conversation) -> bool:
 
 
 def _save(name: str, conversation: Conversation) -> None:
-    from phi_c.hub.cache import written_whole  # noqa: PLC0415
+    from phi_c.storage import atomic_write  # noqa: PLC0415
 
     if not name:
         click.echo("/save needs the name of a file", err=True)
         return
     path = Path(name).expanduser()
     try:
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             file.write(json.dumps(conversation.messages(), ensure_ascii=False, indent=2).encode("utf-8") + b"\n")
     except PhiError as error:
         click.echo(f"phi-c: error: {error}", err=True)

@@ -69,7 +69,7 @@ def _print(found: "Comparison", n_ctx: int) -> None:
         ("median", f"{found.kl_median:.5f}"),
         ("99 %", f"{found.kl_99:.5f}"),
         ("largest", f"{found.kl_max:.5f}"),
-        ("same top token", plus_minus(found.same_top, found.same_top_standard_error, ".2%")),
+        ("same top token", plus_minus(found.top1_agreement, found.top1_agreement_standard_error, ".2%")),
         ("perplexity of A", f"{found.perplexity_a:.4f}"),
         ("perplexity of B", f"{found.perplexity_b:.4f}"),
         ("B's over A's", plus_minus(found.perplexity_ratio, found.perplexity_ratio_standard_error, ".5f")),
@@ -84,5 +84,5 @@ def _print(found: "Comparison", n_ctx: int) -> None:
     console.print(table)
     by_position = Table("positions", "mean KL", "same top", box=None, title="by position", title_justify="left")
     for bucket in found.by_position:
-        by_position.add_row(f"{bucket.first}-{bucket.last}", f"{bucket.kl:.5f}", f"{bucket.same_top:.2%}")
+        by_position.add_row(f"{bucket.first}-{bucket.last}", f"{bucket.kl:.5f}", f"{bucket.top1_agreement:.2%}")
     console.print(by_position)

@@ -15,9 +15,10 @@ from rich.text import Text
 
 from phi_c import _core, hub, machine
 from phi_c.bench.memory import read_rate
-from phi_c.engine import disk_cache
+from phi_c.engine import prefix_cache
 from phi_c.errors import PhiError
-from phi_c.options import TIER_VARIABLE, choose_tier
+from phi_c.params import TIER_VARIABLE, choose_tier
+from phi_c.storage import cache_dir
 
 _EPILOG = """\b
 Examples:
@@ -53,11 +54,11 @@ def examine() -> tuple[dict[str, Any], list[PhiError]]:
     except PhiError as error:
         faults.append(error)
     try:
-        cache["folder"] = str(hub.cache_dir())
+        cache["folder"] = str(cache_dir())
         cache["models"] = [
             {"name": m.name, "source": m.source, "path": str(m.path), "n_bytes": m.n_bytes} for m in hub.cached()
         ]
-        cache["prefix_bytes"] = disk_cache.n_bytes_kept()
+        cache["prefix_bytes"] = prefix_cache.n_bytes_kept()
     except PhiError as error:
         faults.append(error)
     n_threads = machine.default_threads()
@@ -125,7 +126,7 @@ def _table(report: Mapping[str, Any]) -> Table:
         ("read rate", "; ".join(rates)),
         ("cache", cache["folder"] or "unknown"),
         ("models", "\n".join(models) or "none"),
-        ("prefix cache", f"{_size(cache['prefix_bytes'])} in {disk_cache.default_folder()}"),
+        ("prefix cache", f"{_size(cache['prefix_bytes'])} in {prefix_cache.default_folder()}"),
     ]
     table = Table(box=None, show_header=False)
     table.add_column(style="bold", no_wrap=True)

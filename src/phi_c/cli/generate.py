@@ -12,7 +12,7 @@ from phi_c.errors import OptionError
 
 if TYPE_CHECKING:
     from phi_c.llm import LLM
-    from phi_c.results import Piece, Usage
+    from phi_c.results import Chunk, Usage
     from phi_c.sampling.sampler import TokenLogprob
 
 _EPILOG = """\b
@@ -50,7 +50,7 @@ def command(
     if options["logprobs"] is not None and not as_json:
         raise OptionError("--logprobs needs --json")
     with load(model, **taken_for_loading(options)) as llm:
-        pieces: list[Piece] = []
+        pieces: list[Chunk] = []
         interrupted = False
         stream = llm.stream(text, **given(options))
         try:
@@ -90,7 +90,7 @@ def _prompt(argument: str | None, option: str | None) -> str:
     return text
 
 
-def _result(llm: "LLM", pieces: list["Piece"], options: dict[str, Any]) -> dict[str, Any]:
+def _result(llm: "LLM", pieces: list["Chunk"], options: dict[str, Any]) -> dict[str, Any]:
     usage = pieces[-1].usage if pieces else None
     result: dict[str, Any] = {
         "model": llm.config.name,
@@ -119,7 +119,7 @@ def _logprob(item: "TokenLogprob") -> dict[str, Any]:
     return {"token": item.token, "logprob": item.logprob, "top": [list(pair) for pair in item.top]}
 
 
-def _remark(llm: "LLM", pieces: list["Piece"], usage: "Usage", *, stats: bool, max_tokens: int | None) -> None:
+def _remark(llm: "LLM", pieces: list["Chunk"], usage: "Usage", *, stats: bool, max_tokens: int | None) -> None:
     if pieces[-1].finish_reason == "length" and usage.completion_tokens != max_tokens:
         click.echo(f"phi-c: the context of {llm.n_ctx} tokens is full (--n-ctx sets it)", err=True)
     if stats:

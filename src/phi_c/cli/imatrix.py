@@ -9,10 +9,10 @@ import click
 from phi_c.cli.loading import load
 from phi_c.cli.options import MODEL
 from phi_c.cli.windows import bar, read_text
-from phi_c.errors import CacheError, OptionError, PhiError
+from phi_c.errors import OptionError, OutputError, PhiError
 
 if TYPE_CHECKING:
-    from phi_c.model.imatrix import Imatrix
+    from phi_c.quantize.imatrix import Imatrix
 
 _EPILOG = """\b
 Examples:
@@ -84,7 +84,7 @@ def command(
     target = Path(output)
     _check_writable(target)
     text = None if text_file is None else read_text(text_file)
-    from phi_c.model.imatrix import Imatrix  # noqa: PLC0415 - with the next: `--help` does without
+    from phi_c.quantize.imatrix import Imatrix  # noqa: PLC0415 - with the next: `--help` does without
 
     imatrix = Imatrix(n_ctx)
     for name in in_files:
@@ -93,7 +93,7 @@ def command(
         imatrix.save(target)
         _report(imatrix, target)
         return 0
-    from phi_c.calibration import collect_imatrix  # noqa: PLC0415
+    from phi_c.quantize.calibration import collect_imatrix  # noqa: PLC0415
 
     imatrix.datasets.append("stdin" if text_file == "-" else str(text_file))
     n_before = imatrix.n_chunks
@@ -146,11 +146,11 @@ def _check_writable(target: Path) -> None:
     folder = target.parent
     if target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         reason = "it is a folder" if target.is_dir() else f"{folder} is no folder that can be written"
-        raise CacheError(f"{target} cannot be written: {reason}")
+        raise OutputError(f"{target} cannot be written: {reason}")
 
 
 def _merge(imatrix: "Imatrix", path: Path, n_ctx: int) -> None:
-    from phi_c.model.imatrix import load_imatrix  # noqa: PLC0415
+    from phi_c.quantize.imatrix import load_imatrix  # noqa: PLC0415
 
     try:
         imatrix.merge(load_imatrix(path, n_ctx))

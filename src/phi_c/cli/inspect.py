@@ -18,8 +18,8 @@ from rich.text import Text
 from phi_c import _core, hub
 from phi_c.cli.options import KV
 from phi_c.errors import OptionError, PhiError
+from phi_c.gguf.reader import GGUFFile, MetadataValue
 from phi_c.model.config import ModelConfig, read_config
-from phi_c.model.gguf_file import GGUFFile, MetadataValue
 
 _DEFAULT_N_CTX = 4096  # what loading takes when nobody says, if the model was trained on as much
 _MAX_N_CTX = 2**31 - 1
@@ -41,7 +41,9 @@ Examples:
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--kernels", is_flag=True, help="Show which tier multiplies each tensor type; needs no FILE.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(source: str | None, n_ctx: int | None, kv: str | None, tensors: bool, kernels: bool, as_json: bool) -> None:
+def command(
+    source: str | None, n_ctx: int | None, kv_type: str | None, tensors: bool, kernels: bool, as_json: bool
+) -> None:
     """Show a model file's metadata, its tensors by type, and the memory it will take.
 
     FILE may be anything that names a model: a path, a preset, hf:owner/repo/file.gguf, pypi:package/file.
@@ -59,7 +61,7 @@ def command(source: str | None, n_ctx: int | None, kv: str | None, tensors: bool
                 config = read_config(file)
             except PhiError as error:
                 config, refusal = None, error
-            report = describe_file(file, config, n_ctx, kv or "f16", tensors=tensors)
+            report = describe_file(file, config, n_ctx, kv_type or "f16", tensors=tensors)
         report["error"] = str(refusal) if refusal else None
     if kernels:
         report["kernels"] = _core.kernel_table()
@@ -72,7 +74,7 @@ def command(source: str | None, n_ctx: int | None, kv: str | None, tensors: bool
 
 
 def describe_file(
-    file: GGUFFile, config: ModelConfig | None, n_ctx: int | None = None, kv: str = "f16", *, tensors: bool = False
+    file: GGUFFile, config: ModelConfig | None, n_ctx: int | None = None, kv_type: str = "f16", *, tensors: bool = False
 ) -> dict[str, Any]:
     """Return what the command prints about a file, ready for JSON; config None: phi-c cannot run it."""
     by_type: dict[str, dict[str, int]] = {}
@@ -87,7 +89,7 @@ def describe_file(
         "metadata": {key: _plain(value) for key, value in file.metadata.items()},
         "tensor_types": by_type,
         "config": dataclasses.asdict(config) if config else None,
-        "memory": memory(file, config, n_ctx, kv) if config else None,
+        "memory": memory(file, config, n_ctx, kv_type) if config else None,
     }
     if tensors:
         report["tensors"] = [
@@ -102,7 +104,7 @@ def describe_file(
     return report
 
 
-def memory(file: GGUFFile, config: ModelConfig, n_ctx: int | None, kv: str = "f16") -> dict[str, int]:
+def memory(file: GGUFFile, config: ModelConfig, n_ctx: int | None, kv_type: str = "f16") -> dict[str, int]:
     """Return the bytes that a model takes: weights, mapped from the file, and the KV cache of a type.
 
     n_ctx None: what loading takes, the model's own context up to 4096. The cache comes in whole pages. Raises
@@ -112,7 +114,7 @@ def memory(file: GGUFFile, config: ModelConfig, n_ctx: int | None, kv: str = "f1
         raise OptionError(f"--n-ctx is {n_ctx}, expected at most {config.n_ctx_train} (the context of the training)")
     n_ctx = n_ctx or min(config.n_ctx_train, _DEFAULT_N_CTX)
     weights = sum(info.n_bytes for info in file.tensors.values())
-    kv_bytes = math.ceil(n_ctx / _core.PAGE_TOKENS) * _core.kv_page_bytes(config, kv)
+    kv_bytes = math.ceil(n_ctx / _core.PAGE_TOKENS) * _core.kv_page_bytes(config, kv_type)
     return {"n_ctx": n_ctx, "weights_bytes": weights, "kv_bytes": kv_bytes, "total_bytes": weights + kv_bytes}
 
 

@@ -24,8 +24,8 @@ def load(model: str, **options: Any) -> "LLM":
     loaded = llm.load(model, progress=is_terminal, **given(options))
     if is_terminal and (seconds := time.perf_counter() - start) > _NOTICE_SECONDS:
         click.echo(f"loaded {loaded.config.name} in {seconds:.1f} s", err=True)
-    if is_terminal and loaded.side_file is not None:
-        click.echo(f"packed weights for the next start are kept in {loaded.side_file}", err=True)
+    if is_terminal and loaded.packed_cache is not None:
+        click.echo(f"packed weights for the next start are kept in {loaded.packed_cache}", err=True)
     if is_terminal and loaded.kv_bytes >= _NOTICE_KV_BYTES:
         click.echo(kv_notice(loaded), err=True)
     return loaded
@@ -37,5 +37,7 @@ def kv_notice(loaded: "LLM") -> str:
 
     kv = loaded.engine.kv
     gib = {name: kv.n_pages * kv_page_bytes(loaded.config, name) / 2**30 for name in KV_TYPES}
-    others = ", ".join(f"{gib[name]:.1f} with --kv {name}" for name in KV_TYPES if name != loaded.kv)
-    return f"the keys and values of {kv.n_pages * PAGE_TOKENS} tokens take up to {gib[loaded.kv]:.1f} GiB ({others})"
+    others = ", ".join(f"{gib[name]:.1f} with --kv-type {name}" for name in KV_TYPES if name != loaded.kv_type)
+    return (
+        f"the keys and values of {kv.n_pages * PAGE_TOKENS} tokens take up to {gib[loaded.kv_type]:.1f} GiB ({others})"
+    )

@@ -46,7 +46,7 @@ LAYOUT = click.option(
 )
 
 KV = click.option(
-    "--kv", type=click.Choice(["f16", "q8"]), help="Type of the KV cache; q8: half the memory.  [default: f16]"
+    "--kv-type", type=click.Choice(["f16", "q8"]), help="Type of the KV cache; q8: half the memory.  [default: f16]"
 )
 
 TOKENIZER = click.option(
@@ -72,7 +72,7 @@ LOADING = _all(
         "--n-ctx", type=int, metavar="N", help="Context in tokens; 0: the model's own.  [default: at most 4096]"
     ),
     click.option(
-        "--n-cache", type=int, metavar="N", help="Positions kept in memory.  [default: as many as the context]"
+        "--kv-cache-tokens", type=int, metavar="N", help="Positions kept in memory.  [default: as many as the context]"
     ),
     click.option(
         "--prefix-cache", is_flag=True, default=None, help="Keep prompts' keys and values on disk, see doctor."
@@ -94,7 +94,7 @@ WINDOWS = _all(
 )
 
 _LOADING_NAMES = (
-    "tokenizer", "n_ctx", "n_cache", "n_threads", "layout", "kv", "rope", "prefix_cache", "n_batch"
+    "tokenizer", "n_ctx", "kv_cache_tokens", "n_threads", "layout", "kv_type", "rope", "prefix_cache", "n_batch"
 )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ SAMPLING = _all(
     click.option("--top-k", type=int, metavar="K", help="Keep the K likeliest tokens; 0: all.  [default: 0]"),
     click.option("--top-p", type=float, metavar="P", help="Keep the likeliest up to this share.  [default: 0.95]"),
     click.option("--min-p", type=float, metavar="P", help="Drop below this share of the likeliest.  [default: 0.05]"),
-    click.option("--repeat-penalty", type=float, metavar="X", help="Weaken repeated tokens; 1: off.  [default: 1.1]"),
+    click.option("--repeat-penalty", type=float, metavar="X", help="Weaken repeated tokens; 1: off.  [default: 1]"),
     click.option("--repeat-last-n", type=int, metavar="N", help="Tokens penalties look back on.  [default: 64]"),
     click.option("--presence-penalty", type=float, metavar="X", help="Taken off repeated tokens.  [default: 0]"),
     click.option("--frequency-penalty", type=float, metavar="X", help="The same for each time.  [default: 0]"),

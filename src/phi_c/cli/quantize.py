@@ -9,7 +9,7 @@ import click
 from phi_c.errors import OptionError
 
 if TYPE_CHECKING:
-    from phi_c.model.quantize import Plan
+    from phi_c.quantize.run import Plan
 
 _EPILOG = """\b
 Types, most bits first: F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q5_K_S Q5_1 Q5_0 Q4_K_M Q4_K_S
@@ -60,9 +60,9 @@ def command(
     whole.
     """
     from phi_c import hub  # noqa: PLC0415 - with the next: `--help` does without
-    from phi_c.model import quantize  # noqa: PLC0415
-    from phi_c.model.gguf_file import GGUFFile  # noqa: PLC0415
-    from phi_c.model.quant_mix import make_mix  # noqa: PLC0415
+    from phi_c.gguf.reader import GGUFFile  # noqa: PLC0415
+    from phi_c.quantize import run as quantize  # noqa: PLC0415
+    from phi_c.quantize.mix import make_mix  # noqa: PLC0415
 
     overrides = [_override(text) for text in tensor_types]
     shown = not quiet and sys.stderr.isatty()
@@ -76,7 +76,7 @@ def command(
         _print_mix(plan)
         click.echo(_sizes(plan))
         return
-    done = quantize.quantize(
+    done = quantize.quantize_model(
         path,
         target,
         file_type,

@@ -38,7 +38,7 @@ def command(
     from pathlib import Path  # noqa: PLC0415
 
     from phi_c import hub  # noqa: PLC0415 - with all below: `--help` does without
-    from phi_c.model.gguf_file import GGUFFile  # noqa: PLC0415
+    from phi_c.gguf.reader import GGUFFile  # noqa: PLC0415
     from phi_c.text.tokenizer import load_tokenizer  # noqa: PLC0415
 
     if text == "-":

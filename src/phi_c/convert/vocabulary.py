@@ -5,10 +5,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 from tokenizers import Tokenizer
 
+import gguf
 from phi_c.convert.hf_folder import read_json
 from phi_c.errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
 from phi_c.text.backend import build_backend, load_backend

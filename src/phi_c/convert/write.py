@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import gguf
-
 from phi_c.convert.plan import Plan, Target
 from phi_c.convert.safetensors_file import StoredTensor
 from phi_c.convert.values import DTYPES, cast
 from phi_c.errors import OutputError, UnsupportedModelError
-from phi_c.files import whole_file
+from phi_c.storage import atomic_write
 
 Progress = Callable[[int, int], None]  # is told how many bytes of all are written
 
@@ -30,7 +29,7 @@ def write_gguf(path: Path, plan: Plan, metadata: dict[str, Any], progress: Progr
     free = shutil.disk_usage(next(p for p in path.resolve().parents if p.is_dir())).free
     if free < total:
         raise OutputError(f"{path} takes {total / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there")
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         _pad(file, file.write(header))
         for target in plan.targets:
             for chunk in _chunks(target):

@@ -5,8 +5,8 @@ from collections import deque
 import numpy as np
 import numpy.typing as npt
 
-from phi_c._core import ENGINE, ForkLock, KvCache, Model, forward, head
-from phi_c.engine.pages import PagePool
+from phi_c._core import ENGINE, ForkLock, KvCache, Model, forward, lm_head
+from phi_c.engine.kv_pages import PagePool
 from phi_c.engine.scheduler import Scheduler, Work, pages_for
 from phi_c.engine.sequence import Finish, Sequence
 from phi_c.errors import Cancelled, ModelClosedError
@@ -19,20 +19,20 @@ Bytes = npt.NDArray[np.uint8]
 class Engine:
     """Runs sequences on one model and one KV cache; safe to call from several threads.
 
-    n_cache: positions that all running sequences share; n_ctx_orig, window: see Scheduler; kv: see KvCache.
+    kv_cache_tokens: positions that all running sequences share; n_ctx_orig, window: see Scheduler; kv: see KvCache.
     """
 
     def __init__(
         self,
         model: Model,
-        n_cache: int,
+        kv_cache_tokens: int,
         n_batch: int,
         n_ctx_orig: int | None = None,
-        kv: str = "f16",
+        kv_type: str = "f16",
         window: int | None = None,
     ) -> None:
         self.model = model
-        self.kv = KvCache(model, pages_for(n_cache), kv)
+        self.kv = KvCache(model, pages_for(kv_cache_tokens), kv_type)
         self.scheduler = Scheduler(PagePool(self.kv.n_pages), n_batch, n_ctx_orig, window)
         self._lock = ForkLock(ENGINE)
         self._leaving: deque[Sequence] = deque()  # removed while the lock was held
@@ -67,27 +67,27 @@ class Engine:
         if watched.error is not None:
             raise watched.error
 
-    def head(self, rows: Floats) -> Floats:
+    def lm_head(self, rows: Floats) -> Floats:
         """Return the logits, float32 [n, n_vocab], of rows [n, n_embd] of a sequence that is read.
 
         Between two calls the sequences that run get their steps, so a few rows at a time keep nobody waiting.
         """
         with self._lock:
             self._begin()
-            return head(self.model, self.kv, rows)
+            return lm_head(self.model, self.kv, rows)
 
     def known_keys(self) -> list[bytes]:
         """Return the keys of the pages that can be found, the longest unused first; raises ModelClosedError."""
         with self._lock:
             self._begin()
-            return self.scheduler.pool.known()
+            return self.scheduler.pool.registered_keys()
 
     @property
     def n_pages_free(self) -> int:
         """Pages that no running sequence may come to need; raises ModelClosedError."""
         with self._lock:
             self._begin()
-            return self.scheduler.n_unpromised
+            return self.scheduler.n_available_pages
 
     def read_page(self, key: bytes) -> Bytes | None:
         """Return a copy of the page that a key stands for, uint8 [page_bytes], or None where it is not known."""
@@ -103,17 +103,17 @@ class Engine:
             pool = self.scheduler.pool
             page = pool.find(key)
             if page is not None:
-                pool.share(page)
-                pool.release(page)
+                pool.incref(page)
+                pool.decref(page)
                 return True
-            if self.scheduler.n_unpromised <= 0:
+            if self.scheduler.n_available_pages <= 0:
                 return False
-            page = pool.take()
+            page = pool.allocate()
             try:
                 self.kv.write_page(page, data)
-                pool.remember(page, key)
+                pool.register(page, key)
             finally:  # an interrupt passes through
-                pool.release(page)
+                pool.decref(page)
             return True
 
     def close(self) -> None:
@@ -142,15 +142,15 @@ class Engine:
         work = self.scheduler.schedule()
         if not work:
             return
-        is_read = any(w.sequence.rows_from is not None for w in work)
+        wants_hidden_states = any(w.sequence.output_from is not None for w in work)
         try:
-            found = self._forward(work, watched, is_read)
+            found = self._forward(work, watched, wants_hidden_states)
         except Cancelled:
             return  # what was cancelled is taken out at the next step, the others go on
-        rows = dict(zip(work, np.split(found, np.cumsum([w.n_rows for w in work])[:-1]), strict=True))
+        rows = dict(zip(work, np.split(found, np.cumsum([w.n_output_rows for w in work])[:-1]), strict=True))
         wanting = [w for w in work if w.wants_logits]
-        if is_read and wanting:
-            logits = head(self.model, self.kv, np.concatenate([rows[w] for w in wanting]))
+        if wants_hidden_states and wanting:
+            logits = lm_head(self.model, self.kv, np.concatenate([rows[w] for w in wanting]))
             rows.update(zip(wanting, np.split(logits, len(wanting)), strict=True))
         for w in work:
             self._deliver(w, rows[w])
@@ -161,7 +161,7 @@ class Engine:
         Work is recorded as computed once what is read of it was taken, so what an interrupt leaves undone runs again.
         """
         sequence = work.sequence
-        if sequence.rows_from is None:
+        if sequence.output_from is None:
             wants_logits = work.wants_logits
             self.scheduler.computed(work)
             if wants_logits:
@@ -174,9 +174,9 @@ class Engine:
             sequence.rows[sequence.n_computed + work.n_tokens - len(rows)] = rows
         self.scheduler.computed(work)
         if sequence.n_computed == len(sequence.tokens):
-            self._finish(sequence, Finish.READ)
+            self._finish(sequence, Finish.OUTPUTS_READY)
 
-    def _forward(self, work: list[Work], watched: Sequence, embeddings: bool) -> Floats:
+    def _forward(self, work: list[Work], watched: Sequence, hidden_states: bool) -> Floats:
         """Return the wanted rows of all work, one after the other: logits, or what the head takes."""
         counts = [w.n_tokens for w in work]
         starts = [w.sequence.n_computed for w in work]
@@ -190,10 +190,12 @@ class Engine:
             np.repeat(np.arange(len(work), dtype=np.int32), counts),
             [_table(w.sequence.pages) for w in work],
             [w.sequence.long_rope for w in work],
-            np.concatenate([np.arange(end - w.n_rows, end, dtype=np.int32) for w, end in zip(work, ends, strict=True)]),
+            np.concatenate(
+                [np.arange(end - w.n_output_rows, end, dtype=np.int32) for w, end in zip(work, ends, strict=True)]
+            ),
             watched.cancel,
             None,
-            embeddings,
+            hidden_states,
         )
 
     def _emit(self, sequence: Sequence, logits: Floats) -> None:

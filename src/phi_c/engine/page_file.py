@@ -42,9 +42,9 @@ class Origin:
     """What the bits of a page depend on besides its prefix: pages are at home only where all of it is equal."""
 
     model: str  # GGUFFile.identity, in hexadecimal
-    kv: str
+    kv_type: str
     tier: str  # sums have another order on each, so the last bits differ
-    layout: str  # the same: "packed" or "file"
+    layout: str  # the same: "packed" or "mmap"
     page_version: int
     phi_c: str  # another release may compute otherwise
 

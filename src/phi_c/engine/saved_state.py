@@ -5,9 +5,9 @@ from pathlib import Path
 
 from phi_c._core import PAGE_TOKENS
 from phi_c.engine.engine import Engine
+from phi_c.engine.kv_pages import extend_keys
 from phi_c.engine.page_file import Origin, PageFile, write_pages
-from phi_c.engine.pages import extend_keys
-from phi_c.files import whole_file
+from phi_c.storage import atomic_write
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def save_state(engine: Engine, origin: Origin, path: Path, tokens: list[int] | N
     OutputError, ModelClosedError.
     """
     keys = engine.known_keys() if tokens is None else _known_keys_of(engine, tokens)
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         n_pages = write_pages(file, origin, keys, engine.kv.page_bytes, engine.read_page)
     return StateSummary(path, n_pages * PAGE_TOKENS, 0, path.stat().st_size)
 

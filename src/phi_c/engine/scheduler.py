@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from phi_c._core import PAGE_TOKENS
-from phi_c.engine.pages import GONE, PagePool, extend_keys, first_needed, usable
+from phi_c.engine.kv_pages import FREED, PagePool, extend_keys, first_needed, usable
 from phi_c.engine.sequence import Sequence, Status
 
 
@@ -18,14 +18,16 @@ class Work:
     n_tokens: int
 
     @property
-    def n_rows(self) -> int:
+    def n_output_rows(self) -> int:
         """How many of these tokens, the last ones, give rows that are wanted."""
-        return max(self.sequence.n_computed + self.n_tokens - max(self.sequence.first_row, self.sequence.n_computed), 0)
+        return max(
+            self.sequence.n_computed + self.n_tokens - max(self.sequence.output_start, self.sequence.n_computed), 0
+        )
 
     @property
     def wants_logits(self) -> bool:
         """Whether these tokens end what is known of the sequence, so that the next one can be sampled."""
-        return self.sequence.rows_from is None and self.n_rows > 0
+        return self.sequence.output_from is None and self.n_output_rows > 0
 
 
 def pages_for(n_tokens: int) -> int:
@@ -47,7 +49,7 @@ class _Claim(NamedTuple):
     held: Collection[int]
 
 
-class Shelf(Protocol):
+class KVConnector(Protocol):
     """Pages kept elsewhere, by key."""
 
     def refresh(self) -> None:
@@ -65,7 +67,7 @@ class Scheduler:
     n_ctx_orig: positions up to which LongRoPE's short factors hold, None without LongRoPE. A sequence that grows
     beyond is computed anew with the long factors, as transformers does. window: positions that a token sees, itself
     included, None: all. Pages that no later token sees are given back, so a text needs room for the window and a step.
-    shelf: where pages are looked for that the pool does not hold.
+    kv_connector: where pages are looked for that the pool does not hold.
     """
 
     def __init__(
@@ -74,13 +76,13 @@ class Scheduler:
         n_batch: int,
         n_ctx_orig: int | None = None,
         window: int | None = None,
-        shelf: Shelf | None = None,
+        kv_connector: KVConnector | None = None,
     ) -> None:
         self.pool = pool
         self.n_batch = n_batch
         self.n_ctx_orig = n_ctx_orig
         self.window = window
-        self.shelf = shelf
+        self.kv_connector = kv_connector
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
@@ -99,7 +101,7 @@ class Scheduler:
             n = min(budget, len(sequence.tokens) - sequence.n_computed)
             if n > 0:
                 while len(sequence.pages) < pages_for(sequence.n_computed + n):
-                    sequence.pages.append(self.pool.take())
+                    sequence.pages.append(self.pool.allocate())
                 work.append(Work(sequence, n))
                 budget -= n
         return work
@@ -110,13 +112,13 @@ class Scheduler:
         before, after = sequence.n_computed, sequence.n_computed + work.n_tokens
         extend_keys(sequence.keys, sequence.tokens, sequence.long_rope)
         for index in range(before // PAGE_TOKENS, after // PAGE_TOKENS):
-            self.pool.remember(sequence.pages[index], sequence.keys[index])
+            self.pool.register(sequence.pages[index], sequence.keys[index])
         sequence.n_computed = after
         first = first_needed(after, self.window)
-        for index in range(sequence.n_gone, first):
-            self.pool.release(sequence.pages[index])
-            sequence.pages[index] = GONE
-        sequence.n_gone = max(sequence.n_gone, first)
+        for index in range(sequence.n_freed, first):
+            self.pool.decref(sequence.pages[index])
+            sequence.pages[index] = FREED
+        sequence.n_freed = max(sequence.n_freed, first)
 
     def remove(self, sequence: Sequence) -> None:
         """Let a sequence go, wherever it is; its pages are free, its prefix stays findable."""
@@ -131,16 +133,16 @@ class Scheduler:
         return self.n_ctx_orig is not None and n_tokens > self.n_ctx_orig
 
     @property
-    def n_unpromised(self) -> int:
+    def n_available_pages(self) -> int:
         """Free pages that no running sequence may still take."""
-        return self._n_unpromised()
+        return self._n_available_pages()
 
-    def _n_unpromised(self, *more: _Claim) -> int:
+    def _n_available_pages(self, *more: _Claim) -> int:
         """The same with further sequences: negative where there is no room for all."""
         n_needed = 0
         lasting: set[int] = set()
         sliding: set[int] = set()
-        for claim in (*(_Claim(s, len(s.pages), s.pages[s.n_gone :]) for s in self.running), *more):
+        for claim in (*(_Claim(s, len(s.pages), s.pages[s.n_freed :]) for s in self.running), *more):
             n_longest = claim.sequence.n_longest
             whole, at_once = pages_for(n_longest), pages_at_once(n_longest, self.n_batch, self.window)
             if at_once < whole:
@@ -151,7 +153,7 @@ class Scheduler:
                 lasting.update(claim.held)
         # What a sliding sequence holds it takes the next pages for, and where several share a page the last one does;
         # it may not count on a page that another one keeps.
-        return self.pool.n_free - (n_needed - len(sliding - lasting))
+        return self.pool.n_free_pages - (n_needed - len(sliding - lasting))
 
     def _admit(self) -> None:
         while self.waiting:
@@ -159,10 +161,10 @@ class Scheduler:
             sequence.long_rope = self.needs_long(len(sequence.tokens))
             extend_keys(sequence.keys, sequence.tokens, sequence.long_rope)
             # One token at least is computed: its row is wanted.
-            if self.shelf is not None:
-                self.shelf.refresh()
-            keys = sequence.keys[: sequence.first_row // PAGE_TOKENS]
-            if not self._take_known(sequence, keys):
+            if self.kv_connector is not None:
+                self.kv_connector.refresh()
+            keys = sequence.keys[: sequence.output_start // PAGE_TOKENS]
+            if not self._allocate_prefix(sequence, keys):
                 return
             self.waiting.popleft()
             sequence.n_computed = len(sequence.pages) * PAGE_TOKENS
@@ -171,36 +173,36 @@ class Scheduler:
             sequence.status = Status.RUNNING
             self.running.append(sequence)
 
-    def _take_known(self, sequence: Sequence, keys: list[bytes]) -> bool:
+    def _allocate_prefix(self, sequence: Sequence, keys: list[bytes]) -> bool:
         """Give a sequence the pages that are known of its prefix; False where there is no room for the rest."""
         while True:
             span = usable(keys, self.window, self._is_known)
             pages = {i: page for i in span if (page := self.pool.find(keys[i])) is not None}
             for page in pages.values():
-                self.pool.share(page)
+                self.pool.incref(page)
             missing = [i for i in span if i not in pages]
-            if self._n_unpromised(_Claim(sequence, span.stop - len(missing), pages.values())) < 0:
+            if self._n_available_pages(_Claim(sequence, span.stop - len(missing), pages.values())) < 0:
                 self._release(pages.values())
                 return False
-            taken = {i: self.pool.take() for i in missing}
+            taken = {i: self.pool.allocate() for i in missing}
             is_there = not taken
             try:
-                if taken and self.shelf is not None:
-                    is_there = self.shelf.fetch({keys[i]: page for i, page in taken.items()})
+                if taken and self.kv_connector is not None:
+                    is_there = self.kv_connector.fetch({keys[i]: page for i, page in taken.items()})
             finally:  # an interrupt passes through
                 if not is_there:
                     self._release([*pages.values(), *taken.values()])
             if is_there:
                 break
         for i, page in taken.items():
-            self.pool.remember(page, keys[i])
+            self.pool.register(page, keys[i])
         pages |= taken
-        sequence.pages = [GONE] * span.start + [pages[i] for i in span]
-        sequence.n_gone = span.start
+        sequence.pages = [FREED] * span.start + [pages[i] for i in span]
+        sequence.n_freed = span.start
         return True
 
     def _is_known(self, key: bytes) -> bool:
-        return self.pool.find(key) is not None or (self.shelf is not None and key in self.shelf)
+        return self.pool.find(key) is not None or (self.kv_connector is not None and key in self.kv_connector)
 
     def _switch_rope(self, sequence: Sequence) -> None:
         if sequence.long_rope or not self.needs_long(len(sequence.tokens)):
@@ -213,12 +215,12 @@ class Scheduler:
 
     def _stop(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self._release(sequence.pages[sequence.n_gone :])
+        self._release(sequence.pages[sequence.n_freed :])
         sequence.pages = []
-        sequence.n_gone = 0
+        sequence.n_freed = 0
         sequence.n_computed = 0
 
     def _release(self, pages: Collection[int]) -> None:
         # The last first: the beginning of a prefix is worth more than its end when room is needed.
         for page in reversed(list(pages)):
-            self.pool.release(page)
+            self.pool.decref(page)

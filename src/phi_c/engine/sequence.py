@@ -17,7 +17,7 @@ class Finish(Enum):
     STOP = "stop"  # an end-of-generation token, or a stop string
     LENGTH = "length"  # max_tokens, or the end of the context
     CANCELLED = "cancelled"
-    READ = "read"  # all the rows that were wanted are there
+    OUTPUTS_READY = "outputs_ready"  # all the rows that were wanted are there
 
 
 class Status(Enum):
@@ -32,7 +32,7 @@ class Status(Enum):
 class Sequence:
     """Tokens, and how many of them are in the cache. tokens[:n_prompt] is the prompt.
 
-    It is continued by its sampler, or, with rows_from, only read: the rows after the final norm, from that position to
+    It is continued by its sampler, or, with output_from, only read: the rows after the final norm, from that position to
     the end, are put into `rows`, and whoever waits takes them from there.
     """
 
@@ -43,11 +43,11 @@ class Sequence:
     n_top_logprobs: int | None = None  # None: no log-probabilities
     cancel: CancelFlag | None = None
     accept: Callable[[int], bool] = lambda token: True  # False: the text is complete
-    rows_from: int | None = None
+    output_from: int | None = None
 
     n_prompt: int = field(init=False)
-    pages: list[int] = field(default_factory=list)  # GONE where the window has passed
-    n_gone: int = 0  # pages, the first ones, that the window has passed
+    pages: list[int] = field(default_factory=list)  # FREED where the window has passed
+    n_freed: int = 0  # pages, the first ones, that the window has passed
     keys: list[bytes] = field(default_factory=list)  # of the pages that tokens fill, see extend_keys
     n_computed: int = 0  # tokens whose keys and values are in the cache
     n_cached: int = 0  # of the prompt, found in the prefix cache
@@ -72,9 +72,9 @@ class Sequence:
         return self.tokens[self.n_prompt :]
 
     @property
-    def first_row(self) -> int:
+    def output_start(self) -> int:
         """The first position whose row is wanted; what lies before may come from the cache."""
-        return len(self.tokens) - 1 if self.rows_from is None else self.rows_from
+        return len(self.tokens) - 1 if self.output_from is None else self.output_from
 
     @property
     def n_longest(self) -> int:

@@ -7,13 +7,13 @@ import numpy as np
 import numpy.typing as npt
 
 from phi_c._core import CancelFlag
-from phi_c.engine.reading import logits_by_chunk, read_all
+from phi_c.engine.prompt_outputs import logits_by_chunk, read_all
 from phi_c.engine.sequence import Sequence
 from phi_c.errors import OptionError, PhiError
-from phi_c.evaluate.distances import distances, perplexity_of, standard_error
 from phi_c.evaluate.likelihood import DEFAULT_N_CTX
+from phi_c.evaluate.metrics import distances, perplexity_of, standard_error
 from phi_c.llm import LLM
-from phi_c.options import check_count
+from phi_c.params import check_count
 from phi_c.text.windows import disjoint
 
 _N_BUCKETS = 8
@@ -26,20 +26,20 @@ class Bucket:
     first: int
     last: int
     kl: float  # mean
-    same_top: float  # share
+    top1_agreement: float  # share
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """KL is KL(A || B) in nats a token; errors are phi_c.evaluate.distances.standard_error over windows."""
+    """KL is KL(A || B) in nats a token; errors are phi_c.evaluate.metrics.standard_error over windows."""
 
     kl: float  # mean
     kl_standard_error: float
     kl_median: float
     kl_99: float  # what 99 % of the tokens stay below
     kl_max: float
-    same_top: float  # how often the likeliest token is the same
-    same_top_standard_error: float
+    top1_agreement: float  # how often the likeliest token is the same
+    top1_agreement_standard_error: float
     perplexity_a: float  # of every token after a window's first
     perplexity_b: float
     perplexity_ratio: float  # B's over A's
@@ -72,7 +72,7 @@ def compare(
     check_count("n_windows", n_windows, 1, None)
     ids = _same_ids(a, b, text)
     windows = disjoint(a.tokenizer, ids, n_ctx, n_windows)
-    found: dict[str, list[npt.NDArray[np.float64]]] = {"kl": [], "same_top": [], "nll": [], "reference_nll": []}
+    found: dict[str, list[npt.NDArray[np.float64]]] = {"kl": [], "top1_agreement": [], "nll": [], "reference_nll": []}
     for window in windows:
         for name, values in _compare_window(a, b, window.tokens, cancel).items():
             found[name].append(values)
@@ -98,7 +98,7 @@ def _same_ids(a: LLM, b: LLM, text: str) -> list[int]:
 
 def _compare_window(a: LLM, b: LLM, tokens: list[int], cancel: CancelFlag | None) -> dict[str, npt.NDArray[np.float64]]:
     following = np.asarray(tokens[1:])
-    sequences = [Sequence(list(tokens), rows_from=0, cancel=cancel) for _ in (a, b)]
+    sequences = [Sequence(list(tokens), output_from=0, cancel=cancel) for _ in (a, b)]
     rows = [read_all(llm.engine, sequence) for llm, sequence in zip((a, b), sequences, strict=True)]
     chunks = (logits_by_chunk(llm.engine, s, r) for llm, s, r in zip((a, b), sequences, rows, strict=True))
     with np.errstate(invalid="ignore"):  # seen below
@@ -110,7 +110,7 @@ def _compare_window(a: LLM, b: LLM, tokens: list[int], cancel: CancelFlag | None
 
 def _summary(found: dict[str, npt.NDArray[np.float64]]) -> Comparison:
     """Return the figures of values [n_windows, n_tokens]."""
-    kl, same_top = found["kl"], found["same_top"]
+    kl, top1_agreement = found["kl"], found["top1_agreement"]
     ratio = perplexity_of(float((found["nll"] - found["reference_nll"]).mean()))
     n_windows, n_tokens = kl.shape
     parts = np.array_split(np.arange(n_tokens), min(_N_BUCKETS, n_tokens))
@@ -120,14 +120,14 @@ def _summary(found: dict[str, npt.NDArray[np.float64]]) -> Comparison:
         kl_median=float(np.median(kl)),
         kl_99=float(np.quantile(kl, 0.99)),
         kl_max=float(kl.max()),
-        same_top=float(same_top.mean()),
-        same_top_standard_error=_error(same_top),
+        top1_agreement=float(top1_agreement.mean()),
+        top1_agreement_standard_error=_error(top1_agreement),
         perplexity_a=perplexity_of(float(found["reference_nll"].mean())),
         perplexity_b=perplexity_of(float(found["nll"].mean())),
         perplexity_ratio=ratio,
         perplexity_ratio_standard_error=ratio * _error(found["nll"] - found["reference_nll"]),
         by_position=tuple(
-            Bucket(int(part[0]), int(part[-1]), float(kl[:, part].mean()), float(same_top[:, part].mean()))
+            Bucket(int(part[0]), int(part[-1]), float(kl[:, part].mean()), float(top1_agreement[:, part].mean()))
             for part in parts
         ),
         n_tokens=kl.size,

@@ -20,7 +20,7 @@ from phi_c import llm
 from phi_c._core import CancelFlag
 from phi_c.errors import ChatTemplateError, ContextLengthError, OptionError
 from phi_c.scoring import Pair, encode_pair, prefix_ids, score_pairs
-from phi_c.text.chat import ChatTemplate
+from phi_c.text.chat_template import ChatTemplate
 
 _N_TOGETHER = 8
 _MAX_GEN_TOKS = 256

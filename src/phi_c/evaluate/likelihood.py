@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from phi_c._core import CancelFlag
-from phi_c.evaluate.distances import perplexity_of, standard_error
+from phi_c.evaluate.metrics import perplexity_of, standard_error
 from phi_c.llm import LLM
-from phi_c.options import check_count
+from phi_c.params import check_count
 from phi_c.scoring import score_pairs
 from phi_c.text.windows import disjoint, strided
 
@@ -20,7 +20,7 @@ class Perplexity:
     perplexity: float
     standard_error: float  # of the perplexity: itself times that of nll; NaN for a single window
     nll: float  # mean, nats a token
-    nll_standard_error: float  # windows counted as independent: phi_c.evaluate.distances.standard_error
+    nll_standard_error: float  # windows counted as independent: phi_c.evaluate.metrics.standard_error
     n_tokens: int  # that count
     n_windows: int
 

@@ -8,15 +8,14 @@ from pathlib import Path
 
 from phi_c.errors import ModelNotFoundError, OptionError, PhiError
 from phi_c.hub import huggingface, wheel
-from phi_c.hub.cache import cache_dir
 from phi_c.hub.presets import DEFAULT, PRESETS, Preset
+from phi_c.storage import cache_dir
 
 __all__ = [
     "DEFAULT",
     "PRESETS",
     "CachedModel",
     "Preset",
-    "cache_dir",
     "cached",
     "find",
     "resolve",

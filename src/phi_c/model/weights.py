@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from phi_c._core import TENSOR_TYPES, Matrix, dequantize
+from phi_c.gguf.reader import GGUFFile
 from phi_c.model.config import ROPE_FREQS, ROPE_LONG, ROPE_SHORT, ModelConfig
-from phi_c.model.gguf_file import GGUFFile
 
 Floats = npt.NDArray[np.float32]
 

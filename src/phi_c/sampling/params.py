@@ -11,15 +11,15 @@ from phi_c.errors import OptionError
 class SamplingParams:
     """How the next token is chosen. Raises OptionError for values outside the ranges given here.
 
-    The defaults are those for chat with small quantised models: some freedom, no long tail, a light penalty against
-    loops. The order is penalties, bias, temperature, top_k, min_p, top_p.
+    The defaults suit chat with small quantised models. Penalties are off. The order is penalties, bias, temperature,
+    top_k, min_p, top_p.
     """
 
     temperature: float = 0.7  # divides the logits; 0 or less: always the likeliest token
     top_k: int = 0  # keep so many of the likeliest tokens; 0: all
     top_p: float = 0.95  # keep the likeliest tokens up to the one that crosses this share; outside 0..1: all
     min_p: float = 0.05  # drop tokens less likely than this share of the likeliest one; 0: none
-    repeat_penalty: float = 1.1  # divides positive, multiplies negative logits of tokens among the last ones; 1: off
+    repeat_penalty: float = 1.0  # divides positive, multiplies negative logits of tokens among the last ones; 1: off
     repeat_last_n: int = 64  # generated tokens that the three penalties look back on; -1: all, 0: none
     presence_penalty: float = 0.0  # subtracted from the logit of a token among them
     frequency_penalty: float = 0.0  # subtracted as often as it is among them

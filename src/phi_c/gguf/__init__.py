@@ -1,0 +1,1 @@
+"""The GGUF file format: the only code that reads or writes it."""
