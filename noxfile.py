@@ -74,7 +74,7 @@ def lowest(session: nox.Session) -> None:
 
 @nox.session
 def sanitize(session: nox.Session) -> None:
-    """The C tests, and what Python hands to C, forward passes and damaged files, under ASan and UBSan (gcc)."""
+    """The C tests, and what Python hands to C, forward passes and corrupt files, under ASan and UBSan (gcc)."""
     # A build folder of its own, here and below: CMake would remember the option for the next build.
     session.install(
         *("-C", "cmake.define.PHI_SANITIZE=ON", "-C", "cmake.build-type=RelWithDebInfo"),
@@ -122,7 +122,7 @@ def emulate_amx(session: nox.Session) -> None:
 def reference(session: nox.Session) -> None:
     """Converted models against transformers and llama.cpp, and docs/models.md against what the code gives."""
     session.install(".[reference]")
-    # Without these the tests would be left out, and nobody would see it.
+    # Without these the tests would skip and nobody would notice.
     needed = "libgguf, lm_eval, safetensors, sentencepiece, tiktoken, torch, transformers, xllamacpp"
     session.run("python", "-c", f"import {needed}")
     session.run("pytest", *(session.posargs or REFERENCE_TESTS))
@@ -229,9 +229,9 @@ def platforms(session: nox.Session) -> None:
         options = ("-DCMAKE_TOOLCHAIN_FILE=cmake/zig.cmake", f"-DPHI_ZIG={zig}", f"-DPHI_ZIG_TARGET={target}")
         folder = build_c(session, f"zig-{target}", *options, target="phi_tests" if "musl" in target else "phi")
         compiled = {Path(entry["file"]) for entry in json.loads((folder / "compile_commands.json").read_text("utf-8"))}
-        left_out = c_files_for(target) - compiled
-        if left_out:
-            session.error(f"{target}: not compiled: {', '.join(map(str, sorted(left_out)))}")
+        missing = c_files_for(target) - compiled
+        if missing:
+            session.error(f"{target}: not compiled: {', '.join(map(str, sorted(missing)))}")
         if target == "x86_64-linux-musl":
             run_native(session, folder, "musl-x86_64")
         elif target == "aarch64-linux-musl":

@@ -21,7 +21,7 @@ _DESELECTED = pytest.StashKey[int]()
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
-    """Count the exhaustive tests that this run leaves out."""
+    """Count the exhaustive tests that this run deselects."""
     if items:
         stash = items[0].config.stash
         n_exhaustive = sum(item.get_closest_marker("exhaustive") is not None for item in items)
