@@ -70,7 +70,7 @@ def tested_tiers(name: str) -> frozenset[str] | None:
 
 
 def built_tiers(folder: str) -> frozenset[str] | None:
-    """Return the tiers whose kernels a zig build contains; None without a build that succeeded (warnings are errors)."""
+    """Return the tiers whose kernels a zig build contains; None without a successful build (warnings fail it)."""
     commands = BUILDS / folder / "compile_commands.json"
     if not commands.exists() or not (BUILDS / folder / "libphi.a").exists():
         return None
