@@ -22,7 +22,8 @@ from draft import (
 
 from phi_c import errors
 from phi_c.gguf.reader import GGUFFile
-from phi_c.model.config import ARCHITECTURES, ModelConfig, expected_tensors, read_config
+from phi_c.model.architectures import ARCHITECTURES
+from phi_c.model.config import ModelConfig, expected_tensors, read_config
 from raw_gguf import ARRAY, BOOL, F32, I32, STRING, U8, U16, U32
 
 
@@ -177,7 +178,7 @@ class TestRope:
     def test_long_rope_factors_are_sane(self, phi3: Draft, factor: float) -> None:
         phi3.long_rope(factors=factor)
         phi3.set("rope.scaling.original_context_length", U32, 4096)
-        with pytest.raises(errors.ModelFileError, match=r"'rope_factors_long\.weight' holds"):
+        with pytest.raises(errors.ModelFileError, match=r"'rope_factors_long\.weight' contains"):
             phi3.read()
 
     def test_long_rope_beside_frequencies(self, phi3: Draft) -> None:
@@ -207,7 +208,7 @@ class TestRope:
         with pytest.raises(errors.UnsupportedModelError, match="'yarn', expected none, linear or longrope"):
             draft.read()
         draft.set("rope.scaling.type", STRING, "longrope")
-        with pytest.raises(errors.ModelFileError, match="lacks rope_factors_long"):
+        with pytest.raises(errors.ModelFileError, match="but rope_factors_long"):
             draft.read()
 
 
@@ -328,7 +329,7 @@ class TestArchitecture:
 
     @pytest.mark.parametrize(
         ("key_name", "value", "message"),
-        [("expert_used_count", 1, "expert_used_count is 1, .* of 2 a token"), ("expert_count", 1, "expert_count is 1")],
+        [("expert_used_count", 1, "expert_used_count is 1, expected 2"), ("expert_count", 1, "expert_count is 1")],
     )
     def test_experts(self, tmp_path: Path, key_name: str, value: int, message: str) -> None:
         draft = Draft(tmp_path / "tiny.gguf", "phimoe")
@@ -361,7 +362,7 @@ class TestArchitecture:
     def test_vocabulary_only(self, phi3_vocab: Path) -> None:
         with (
             GGUFFile(phi3_vocab) as file,
-            pytest.raises(errors.UnsupportedModelError, match="holds no tensors"),
+            pytest.raises(errors.UnsupportedModelError, match="has no tensors"),
         ):
             read_config(file)
 
@@ -393,7 +394,7 @@ def change_shape(name: str, shape: tuple[int, ...]) -> Callable[[Draft], None]:
             errors.UnsupportedModelError,
             "'blk.0.attn_q.bias' is not",
         ),
-        (change_shape("blk.2.ffn_norm.weight", (32,)), errors.UnsupportedModelError, "of 2 layers"),
+        (change_shape("blk.2.ffn_norm.weight", (32,)), errors.UnsupportedModelError, "with 2 layers"),
     ],
 )
 def test_tensors_that_do_not_fit(

@@ -155,7 +155,8 @@ def test_a_crash_leaves_nothing(path: Path, cache: Path, monkeypatch: pytest.Mon
 def test_two_processes(path: Path, cache: Path) -> None:
     code = (
         "import sys, phi_c\n"
-        "with phi_c.load(sys.argv[1], layout='packed-cache', n_ctx=64) as llm: print(llm.logits([5, 6, 7]).tobytes().hex())"
+        "with phi_c.load(sys.argv[1], layout='packed-cache', n_ctx=64) as llm:\n"
+        "    print(llm.logits([5, 6, 7]).tobytes().hex())"
     )
     runs = [subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE) for _ in range(2)]
     texts = [run.communicate(timeout=120)[0] for run in runs]
@@ -189,9 +190,7 @@ def test_a_folder_that_cannot_be_written(path: Path, tmp_path: Path, monkeypatch
 @needs_packing
 def test_a_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6, 1000))
-    with pytest.raises(
-        CacheError, match="GiB are free: set PHI_C_CACHE to use another folder, layout packed needs none$"
-    ):
+    with pytest.raises(CacheError, match="GiB free: set PHI_C_CACHE to use another folder, or use layout packed$"):
         logits(path)
 
 
