@@ -292,8 +292,8 @@ def _check_sizes(file: GGUFFile, config: ModelConfig) -> None:
             f"at most the file's {len(file.tensors)} tensors",
         ),
     )
-    for holds, found, expected in checks:
-        if not holds:
+    for is_valid, found, expected in checks:
+        if not is_valid:
             raise ModelFileError(f"{file.path}: {found}, expected {expected}")
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     n_tokens = len(tokens) if isinstance(tokens, list) else 0
