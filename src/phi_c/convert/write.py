@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import gguf
-from phi_c.convert.plan import Plan, Target
+from phi_c.convert.plan import ConversionPlan, Target
 from phi_c.convert.safetensors_file import StoredTensor
 from phi_c.convert.values import DTYPES, cast
 from phi_c.errors import OutputError, UnsupportedModelError
@@ -19,7 +19,7 @@ Progress = Callable[[int, int], None]  # is told how many bytes of all are writt
 _CHUNK_ELEMENTS = 4 << 20
 
 
-def write_gguf(path: Path, plan: Plan, metadata: dict[str, Any], progress: Progress) -> None:
+def write_gguf(path: Path, plan: ConversionPlan, metadata: dict[str, Any], progress: Progress) -> None:
     """Write the file, which appears under its name when it is whole.
 
     Raises OutputError when there is no room or the folder cannot be written, ModelFileError when a source is damaged.
@@ -38,7 +38,7 @@ def write_gguf(path: Path, plan: Plan, metadata: dict[str, Any], progress: Progr
             _pad(file, file.tell())
 
 
-def _header(plan: Plan, metadata: dict[str, Any]) -> bytes:
+def _header(plan: ConversionPlan, metadata: dict[str, Any]) -> bytes:
     with tempfile.TemporaryDirectory(prefix="phi-c-") as folder:
         name = Path(folder) / "header.gguf"
         writer = gguf.GGUFWriter(name, plan.architecture.name)
