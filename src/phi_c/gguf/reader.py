@@ -104,7 +104,7 @@ class GGUFFile:
         n_keys = cursor.count("the number of metadata keys", _MIN_KEY_BYTES)
         self.metadata, self._value_spans = _read_metadata(cursor, n_keys)
         self.alignment = _alignment(self.metadata, self.path)
-        _refuse_split(self.metadata, self.path)
+        _reject_split(self.metadata, self.path)
         cursor.check_count(n_tensors, "the number of tensors", _MIN_TENSOR_BYTES)
         entries = [_read_tensor_entry(cursor) for _ in range(n_tensors)]
         self.data_offset = -(-cursor.offset // self.alignment) * self.alignment
@@ -340,7 +340,7 @@ def _alignment(metadata: dict[str, MetadataValue], path: Path) -> int:
     return value
 
 
-def _refuse_split(metadata: dict[str, MetadataValue], path: Path) -> None:
+def _reject_split(metadata: dict[str, MetadataValue], path: Path) -> None:
     n_parts = metadata.get("split.count", 1)
     if isinstance(n_parts, int) and n_parts > 1:
         raise UnsupportedModelError(
@@ -386,7 +386,7 @@ def _place_tensors(
                 f"at offset {offset}, the file has {file_bytes} bytes"
             )
         tensors[name] = TensorInfo(name, type_id, shape, offset, n_bytes)
-    _refuse_overlap(tensors.values(), path)
+    _reject_overlap(tensors.values(), path)
     return tensors
 
 
@@ -420,7 +420,7 @@ def _type_name(type_id: int) -> str:
         return f"{type_id} (unknown)"
 
 
-def _refuse_overlap(tensors: Iterable[TensorInfo], path: Path) -> None:
+def _reject_overlap(tensors: Iterable[TensorInfo], path: Path) -> None:
     previous: TensorInfo | None = None
     for info in sorted(tensors, key=lambda info: info.offset):
         if previous is not None and info.offset < previous.offset + previous.n_bytes:
