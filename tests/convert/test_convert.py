@@ -296,7 +296,7 @@ def test_values_beyond_f16_range(tmp_path: Path) -> None:
     tensors = random_weights("Phi3", json.loads((folder / "config.json").read_text()), "F32")
     tensors["lm_head.weight"][1][7, 7] = 1e6
     write_safetensors(folder / "model.safetensors", tensors)
-    with pytest.raises(UnsupportedModelError, match="beyond what F16 holds"):
+    with pytest.raises(UnsupportedModelError, match="beyond the range of F16"):
         convert(folder, tmp_path / "m.gguf", outtype="f16")
     assert not list(tmp_path.glob("m.gguf*"))
     convert(folder, tmp_path / "m.gguf", outtype="bf16")
@@ -327,7 +327,7 @@ def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_folder(tmp_path / "model")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(OutputError, match="0.0 GB are free there"):
+    with pytest.raises(OutputError, match="its disk has 0.0 GB free"):
         convert(folder, tmp_path / "m.gguf")
 
 
