@@ -1,4 +1,4 @@
-"""Files that several tests need: the real vocabulary of Phi-3, and a small model with real weights."""
+"""Fixtures shared by all tests: the real Phi-3 vocabulary, and a small model with real weights."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import pytest
 
 from phi_c.errors import DownloadError
 
-# A shell starts background jobs with Ctrl-C ignored, and so would the processes be that the tests interrupt.
+# A shell starts background jobs with SIGINT ignored, and child processes inherit that. Some tests send SIGINT to them.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -19,7 +19,7 @@ def phi3_vocab() -> Path:
     beside = Path(__file__).parents[2] / "shared/data/ggml-vocab-phi-3.gguf"
     path = Path(os.environ.get("PHI_C_TEST_VOCAB", beside))
     if not path.is_file():
-        pytest.skip("no Phi-3 vocabulary: PHI_C_TEST_VOCAB=path/to/ggml-vocab-phi-3.gguf names one")
+        pytest.skip("no Phi-3 vocabulary: set PHI_C_TEST_VOCAB to the path of ggml-vocab-phi-3.gguf")
     return path
 
 
@@ -31,4 +31,4 @@ def smollm2_path() -> Path:
     try:
         return resolve("smollm2")
     except DownloadError as error:
-        pytest.skip(f"no network and no smollm2 in the cache: {error}")
+        pytest.skip(f"smollm2 is not cached and cannot be downloaded: {error}")

@@ -109,5 +109,5 @@ def test_an_interrupted_download(server: FakeHub, tmp_path: Path) -> None:
 def test_sources_that_are_none() -> None:
     with pytest.raises(OptionError, match=r"expected hf:owner/repo\[@revision\]"):
         hub.resolve_folder("hf:owner", FILES)
-    with pytest.raises(ModelNotFoundError, match="is no folder"):
+    with pytest.raises(ModelNotFoundError, match="does not exist, expected a folder"):
         hub.resolve_folder("nowhere/at/all", FILES)
