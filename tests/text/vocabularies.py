@@ -213,7 +213,7 @@ def read_tiktoken(path: Path) -> dict[bytes, int]:
 
 
 def merges_from_ranks(ranks: dict[bytes, int]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return the vocabulary and merges equivalent to ranks. A merge joins the two parts left by merges of lower rank."""
+    """Return the vocabulary and merges equivalent to ranks. A merge joins the two parts left by lower ranks."""
     table = byte_characters()
 
     def to_text(token: bytes) -> str:
