@@ -30,7 +30,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "top_p alone": {"min_p": 0.0},
     "top_p, temperature 1.5": {"min_p": 0.0, "temperature": 1.5},
     "no filter": {"top_p": 1.0, "min_p": 0.0},
-    "greedy": {"temperature": 0.0, "repeat_penalty": 1.0},
+    "repeat_penalty 1.1": {"repeat_penalty": 1.1},
+    "greedy": {"temperature": 0.0},
 }
 
 
