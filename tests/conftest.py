@@ -16,8 +16,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.fixture(scope="session")
 def phi3_vocab() -> Path:
     """Return a GGUF file with Phi-3's vocabulary and no tensors (ggml-vocab-phi-3.gguf of llama.cpp)."""
-    beside = Path(__file__).parents[2] / "shared/data/ggml-vocab-phi-3.gguf"
-    path = Path(os.environ.get("PHI_C_TEST_VOCAB", beside))
+    default = Path(__file__).parents[2] / "shared/data/ggml-vocab-phi-3.gguf"
+    path = Path(os.environ.get("PHI_C_TEST_VOCAB", default))
     if not path.is_file():
         pytest.skip("no Phi-3 vocabulary: set PHI_C_TEST_VOCAB to the path of ggml-vocab-phi-3.gguf")
     return path

@@ -81,7 +81,7 @@ def test_what_the_hub_refuses(server: FakeHub, tmp_path: Path) -> None:
         assert message in done.stderr
         assert done.stderr.count("\n") == 1
     gone = run(tmp_path, "hf:owner/tiny-model", HF_ENDPOINT="http://127.0.0.1:9")
-    assert "which the cache lacks" in gone.stderr
+    assert "which is not cached" in gone.stderr
     assert gone.stderr.count("\n") == 1
     assert run(tmp_path, "hf:owner/tiny-model/file.gguf", HF_ENDPOINT=server.url).returncode == 2
 
