@@ -34,7 +34,7 @@ import numpy.typing as npt
 import quality_files
 from phi_c import hub
 from phi_c.errors import PhiError
-from phi_c.evaluate import metrics as distances
+from phi_c.evaluate import metrics
 from phi_c.gguf.reader import GGUFFile
 from phi_c.text.tokenizer import load_tokenizer
 from quality_workers import Task
@@ -99,7 +99,7 @@ def _measure_all(options: argparse.Namespace) -> int:
         expansion = quality_files.expand(path, folder / "float32.gguf")
         text = options.text.read_text(encoding="utf-8") if options.text else english()
         windows = cut(path, text, options.windows, options.tokens)
-        task = Task(str(path), windows, options.threads, distances.__file__, str(folder / "reference.npy"))
+        task = Task(str(path), windows, options.threads, metrics.__file__, str(folder / "reference.npy"))
         _run("reference", sys.executable, replace(task, model=str(expansion)))
         found = []
         for tier in options.tier or [None]:
@@ -202,7 +202,7 @@ def _row(label: str, found: dict[str, list[list[float]]]) -> Found:
 
 def standard_error(values: npt.NDArray[Any]) -> float:
     """Return that of the mean of [n_windows, n_tokens]."""
-    return distances.standard_error(values.sum(1, dtype=np.float64), [values.shape[1]] * len(values))
+    return metrics.standard_error(values.sum(1, dtype=np.float64), [values.shape[1]] * len(values))
 
 
 def _print_table(title: str, found: list[Found]) -> None:

@@ -93,13 +93,13 @@ def compare(engine: Callable[[Task], Iterator[Floats]], task: Task) -> dict[str,
 
 
 def _distances(path: str) -> Callable[..., dict[str, npt.NDArray[Any]]]:
-    """Return phi_c.evaluate.metrics.distances from its file: an interpreter without phi_c runs it too."""
+    """Return phi_c.evaluate.metrics.token_metrics from its file: an interpreter without phi_c runs it too."""
     spec = importlib.util.spec_from_file_location("distances", path)
     if spec is None or spec.loader is None:
         raise RuntimeError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found: Callable[..., dict[str, npt.NDArray[Any]]] = module.distances
+    found: Callable[..., dict[str, npt.NDArray[Any]]] = module.token_metrics
     return found
 
 

@@ -11,7 +11,7 @@ import pytest
 import phi_c
 from phi_c._core import PAGE_TOKENS
 from phi_c.engine import engine as engine_module
-from phi_c.engine.scheduler import pages_at_once
+from phi_c.engine.scheduler import max_resident_pages
 from phi_c.errors import MemoryLimitError, OptionError
 from reference import Reference
 from tiny_gguf import write_tiny
@@ -25,7 +25,7 @@ def tokens_of(n: int, seed: int = 0) -> list[int]:
 
 
 def least_cache(n_ctx: int, n_batch: int) -> int:
-    return pages_at_once(n_ctx, n_batch, WINDOW) * PAGE_TOKENS
+    return max_resident_pages(n_ctx, n_batch, WINDOW) * PAGE_TOKENS
 
 
 def n_free_pages(llm: phi_c.LLM) -> int:
@@ -145,7 +145,7 @@ def test_many_long_texts_at_once(windowed: Path, whole: phi_c.LLM) -> None:
 def test_a_cache_too_small(windowed: Path, tmp_path: Path) -> None:
     least = least_cache(2048, 64)
     with pytest.raises(
-        OptionError, match=f"kv_cache_tokens is {least - 32}, expected at least {least}: what one text of n_ctx"
+        OptionError, match=f"kv_cache_tokens is {least - 32}, expected at least {least}: what one sequence of n_ctx"
     ):
         phi_c.load(windowed, n_ctx=0, n_batch=64, kv_cache_tokens=least - 32)
     for wrong in (0, -1, 2.5, True, "many"):
@@ -166,7 +166,8 @@ def test_a_long_context_is_stated_before_it_is_taken(tmp_path: Path, monkeypatch
         assert llm.generate([5, 6, 7], max_tokens=3, **GREEDY).usage.completion_tokens
     monkeypatch.setattr("phi_c.machine.memory_available", lambda: 64 << 20)
     with pytest.raises(
-        MemoryLimitError, match=r"a context of 131072 0.1 GiB, 0.1 GiB are free: n_ctx of at most \d+ fits"
+        MemoryLimitError,
+        match=r"a KV cache of 131072 tokens 0.1 GiB, but 0.1 GiB are free: reduce n_ctx to at most \d+",
     ):
         phi_c.load(path, n_ctx=131072)
 

@@ -61,7 +61,7 @@ def test_scores_do_not_depend_on_chunks_or_batches(llm: phi_c.LLM, path: Path, m
     assert [llm.score(PROMPT, [c])[0].logprobs for c in CONTINUATIONS] == expected
     for n_batch, head_rows, n_together, n_ctx in ((1, 1, 1, 256), (7, 5, 2, 320), (64, 1000, 64, 1024)):
         monkeypatch.setattr(prompt_outputs, "LM_HEAD_ROWS", head_rows)
-        monkeypatch.setattr(prompt_outputs, "_N_TOGETHER", n_together)
+        monkeypatch.setattr(prompt_outputs, "_MAX_ACTIVE_SEQUENCES", n_together)
         with phi_c.load(path, n_batch=n_batch, n_ctx=n_ctx) as other:
             assert [s.logprobs for s in other.score(PROMPT, CONTINUATIONS)] == expected
 
@@ -176,24 +176,26 @@ def test_the_longest_that_fits(path: Path) -> None:
     with phi_c.load(path, n_ctx=64) as llm:
         prompt = list(range(3, 43))
         assert len(llm.score(prompt, [list(range(3, 28))])[0].logprobs) == 25
-        with pytest.raises(ContextLengthError, match=r"the prompt with continuation 1 has 65 tokens, the context 64"):
+        with pytest.raises(
+            ContextLengthError, match=r"the prompt with continuation 1 has 65 tokens, more than the context size of 64"
+        ):
             llm.score(prompt, [[5], list(range(3, 29))])
-        with pytest.raises(ContextLengthError, match="a text has 65 tokens, the context 64"):
+        with pytest.raises(ContextLengthError, match="input 0 has 65 tokens, more than the context size of 64"):
             llm.embed([[5] * 65])
 
 
 def test_what_score_refuses(llm: phi_c.LLM) -> None:
     with pytest.raises(OptionError, match="continuations is a str"):
         llm.score("the", "and")
-    with pytest.raises(OptionError, match="continuation 1 has no token of its own"):
+    with pytest.raises(OptionError, match="continuation 1 adds no token"):
         llm.score("the", [" and", ""])
-    with pytest.raises(OptionError, match="continuation 0 has no token of its own"):
+    with pytest.raises(OptionError, match="continuation 0 adds no token"):
         llm.score([5], [[]])
     with pytest.raises(OptionError, match="token id 99999 is outside the vocabulary"):
         llm.score("the", [[99999]])
     with pytest.raises(OptionError, match="pooling is 'max', expected one of mean, last"):
         llm.embed(["the"], pooling="max")
-    with pytest.raises(OptionError, match="texts is a str"):
+    with pytest.raises(OptionError, match="inputs is a str"):
         llm.embed("the")
     with pytest.raises(OptionError, match="the prompt is empty"):
         llm.embed([""])

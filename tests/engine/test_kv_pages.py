@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi_c._core import PAGE_TOKENS
-from phi_c.engine.kv_pages import PagePool, extend_keys, first_needed, usable
+from phi_c.engine.kv_pages import PagePool, extend_keys, first_needed, usable_prefix
 
 
 def keys_of(tokens: list[int], long_rope: bool = False) -> list[bytes]:
@@ -24,7 +24,7 @@ def fill(pool: PagePool, tokens: list[int], long_rope: bool = False) -> list[int
 
 def find(pool: PagePool, tokens: list[int], long_rope: bool = False, window: int | None = None) -> list[int | None]:
     keys = keys_of(tokens, long_rope)
-    return [pool.find(keys[i]) for i in usable(keys, window, lambda key: pool.find(key) is not None)]
+    return [pool.find(keys[i]) for i in usable_prefix(keys, window, lambda key: pool.find(key) is not None)]
 
 
 def decref(pool: PagePool, pages: list[int]) -> None:
@@ -114,7 +114,7 @@ def test_first_needed(window: int, position: int) -> None:
 @given(st.lists(st.booleans(), max_size=12), st.none() | st.integers(1, 200))
 def test_usable_is_the_longest_part_whose_needed_pages_are_there(known: list[bool], window: int | None) -> None:
     keys = [bytes([i]) for i in range(len(known))]
-    span = usable(keys, window, lambda key: known[key[0]])
+    span = usable_prefix(keys, window, lambda key: known[key[0]])
     lengths = [
         n
         for n in range(len(known) + 1)

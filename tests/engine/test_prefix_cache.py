@@ -147,7 +147,7 @@ def test_a_file_replaced_by_one_with_fewer_pages(path: Path, tmp_path: Path, los
             kv_connector = other.engine.scheduler.kv_connector
             assert isinstance(kv_connector, prefix_cache.DiskPrefixCache)
             kv_connector.refresh()  # knows the whole file
-            keys = llm.engine.known_keys()
+            keys = llm.engine.registered_keys()
             kept = [key for key in kv_connector._keys[file.name] if key != kv_connector._keys[file.name][lost]]
             assert len(kept) == len(keys) - 1 == 5
             with file.with_suffix(".new").open("xb") as replacement:
@@ -260,7 +260,7 @@ def test_the_size_is_bounded(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_folder_that_cannot_be_written(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(CacheError, match="cannot be made"):
+    with pytest.raises(CacheError, match="cannot be created"):
         phi_c.load(path, prefix_cache=tmp_path / "file")
 
     def full(*_: object) -> None:
@@ -268,7 +268,7 @@ def test_a_folder_that_cannot_be_written(path: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(prefix_cache, "atomic_write", full)
     with phi_c.load(path, prefix_cache=tmp_path / "c") as llm:
-        with pytest.warns(RuntimeWarning, match="the prefix cache keeps nothing more: no room"):
+        with pytest.warns(RuntimeWarning, match="the prefix cache on disk is disabled: no room"):
             text = generate(llm, tokens_of(200))
         assert len(text.tokens) == 12
         with warnings.catch_warnings():
@@ -281,7 +281,7 @@ def test_the_default_folder(path: Path, tmp_path: Path, monkeypatch: pytest.Monk
     with phi_c.load(path, prefix_cache=True) as llm:
         generate(llm, tokens_of(200))
     assert len(files_of(tmp_path / "prefix")) == 1
-    assert prefix_cache.n_bytes_kept() == files_of(tmp_path / "prefix")[0].stat().st_size
+    assert prefix_cache.stored_bytes() == files_of(tmp_path / "prefix")[0].stat().st_size
     with phi_c.load(path) as llm:
         assert generate(llm, tokens_of(200)).usage.cached_tokens == 0
 

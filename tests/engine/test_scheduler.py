@@ -20,7 +20,7 @@ def run(scheduler: Scheduler) -> list[tuple[Sequence, int]]:
     work = scheduler.schedule()
     for w in work:
         wants = w.wants_logits
-        scheduler.computed(w)
+        scheduler.commit(w)
         if wants:
             w.sequence.tokens.append(7)
     return [(w.sequence, w.n_tokens) for w in work]
@@ -116,7 +116,7 @@ def test_what_is_read_gives_rows_from_its_first_position_on() -> None:
         (w,) = scheduler.schedule()
         assert not w.wants_logits
         rows.append((w.n_tokens, w.n_output_rows))
-        scheduler.computed(w)
+        scheduler.commit(w)
     assert rows == [(20, 0), (20, 10), (5, 5)]
     assert scheduler.schedule() == []
     scheduler.remove(s)
@@ -136,7 +136,7 @@ def test_generation_asks_for_one_row() -> None:
     for _ in range(2):
         (w,) = scheduler.schedule()
         found.append((w.n_tokens, w.n_output_rows, w.wants_logits))
-        scheduler.computed(w)
+        scheduler.commit(w)
     assert found == [(20, 0, False), (5, 1, True)]
 
 

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from phi_c._core import PAGE_TOKENS
 from phi_c.engine.kv_pages import FREED, PagePool
-from phi_c.engine.scheduler import Scheduler, Work, pages_at_once, pages_for
+from phi_c.engine.scheduler import Scheduler, Work, max_resident_pages, pages_for
 from phi_c.engine.sequence import Sequence, Status
 from phi_c.sampling.params import SamplingParams
 from phi_c.sampling.sampler import Sampler
@@ -68,7 +68,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             earlier = data.draw(st.sampled_from(self.texts))
             tokens = earlier[: data.draw(st.integers(0, len(earlier)))]
         sequence = Sequence([*tokens, *[letter] * n_new], max_tokens, SAMPLER, frozenset())
-        if pages_at_once(sequence.n_longest, self.n_batch, self.window) <= self.pool.n_pages:
+        if max_resident_pages(sequence.max_positions, self.n_batch, self.window) <= self.pool.n_pages:
             self.scheduler.add(sequence)
             self.all.append(sequence)
 
@@ -88,7 +88,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.compute(w)
         for w in work:
             wants = w.wants_logits
-            self.scheduler.computed(w)
+            self.scheduler.commit(w)
             if wants:
                 self.emit(w.sequence)
 
@@ -146,7 +146,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.pool.n_free_pages == self.pool.n_pages - len(set(held))
         assert self.scheduler.n_available_pages >= 0
         for s in self.scheduler.running:
-            assert len(s.pages) - s.n_freed <= pages_at_once(s.n_longest, self.n_batch, self.window)
+            assert len(s.pages) - s.n_freed <= max_resident_pages(s.max_positions, self.n_batch, self.window)
         for s in self.all:
             assert s.status is not Status.DONE or not s.pages
 
@@ -178,7 +178,7 @@ TestScheduler.settings = settings(
 )
 
 
-def test_pages_at_once_is_the_most_that_any_step_needs() -> None:
+def test_max_resident_pages_is_the_most_that_any_step_needs() -> None:
     for window in (1, 2, 31, 32, 33, 64, 65, 100):
         for n_batch in (1, 2, 31, 32, 33, 64):
             most = 0
@@ -186,4 +186,4 @@ def test_pages_at_once_is_the_most_that_any_step_needs() -> None:
                 end = start + n_batch
                 first = max(start + 1 - window, 0) // PAGE_TOKENS
                 most = max(most, pages_for(end) - first)
-            assert pages_at_once(10**6, n_batch, window) == most
+            assert max_resident_pages(10**6, n_batch, window) == most
