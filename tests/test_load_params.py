@@ -27,7 +27,7 @@ def test_error_says_why_amx_is_unavailable(
 ) -> None:
     monkeypatch.setattr(params, "tiers", lambda *, known=False: built if known else available)
     monkeypatch.setattr(params, "cpu_features", lambda: features)
-    expected = f"is {tier!r}{reason}, expected one that this machine available: {', '.join(available)}"
+    expected = f"is {tier!r}{reason}, expected one that this machine runs: {', '.join(available)}"
     with pytest.raises(OptionError, match=f"^tier {re.escape(expected)}$"):
         params.choose_tier(tier)
     monkeypatch.setenv("PHI_C_ISA", tier)
