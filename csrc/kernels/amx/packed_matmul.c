@@ -73,7 +73,7 @@ INLINE void requantise(const format f, int half_quant, const uint8_t *unit, bloc
         __m512i q[LINES];
         /* The next 256 columns, a part at a time, as bursts stall; behind a panel's last ones follows the next panel.
          */
-        prefetch(unit + (size_t)(SUB_BLOCKS + j) * part, part);
+        prefetch_l1(unit + (size_t)(SUB_BLOCKS + j) * part, part);
         f.unpack_lines(unit + (size_t)(j / f.sub_blocks) * f.unit_bytes, j % f.sub_blocks, q);
         UNROLL for (int k = 0; k < f.groups_per_block; k++) {
             const int group = j * f.groups_per_block + k, n_lines = LINES / f.groups_per_block;

@@ -64,7 +64,7 @@ INLINE void unpack(const format f, const uint8_t *unit, block *w) {
             __m512i q[LINES];
             /* The next 256 columns, a part at a time, as bursts stall; behind a panel's last ones follows the next
              * panel. */
-            prefetch(unit + (size_t)(STEPS + j) * part, part);
+            prefetch_l1(unit + (size_t)(STEPS + j) * part, part);
             f.unpack_lines(unit, j, q);
             UNROLL for (int i = 0; i < LINES; i++) {
                 const int group = j * f.groups_per_block + i / n_lines;

@@ -11,7 +11,7 @@
 #define PHI_AVX2_PACKED_H
 
 #include "../generic/pack.h"
-#include "prefetch.h"
+#include "../x86/prefetch.h"
 #include "simd.h"
 
 /* Compilers like to add up in trees, and run out of registers. */
@@ -252,9 +252,9 @@ PHI_INLINE void multiply_few(const format f, const uint8_t *panel, const phi_mat
         f.unpack_groups(panel, &g);
         UNROLL for (int j = 0; j < f.sub_blocks; j++) {
             const uint8_t *here = panel + (size_t)j * block_bytes;
-            if (m->prefetch.l1_bytes) prefetch(here + m->prefetch.l1_bytes, block_bytes);
+            if (m->prefetch.l1_bytes) prefetch_l1(here + m->prefetch.l1_bytes, block_bytes);
             const size_t l2_bytes = n_tokens == 1 ? m->prefetch.decode_l2_bytes : m->prefetch.l2_bytes;
-            if (l2_bytes) prefetch_to_second_level(here + l2_bytes, block_bytes);
+            if (l2_bytes) prefetch_l2(here + l2_bytes, block_bytes);
             add_block(f, panel, NULL, &g, j, &a, b + (size_t)j, n_tokens, total);
         }
     }
@@ -295,7 +295,7 @@ PHI_INLINE void multiply_chunk(const format f, const chunk *c, size_t first_bloc
         }
     }
     for (int j = 0; j < n_blocks; j++) {
-        if (next) prefetch(next + (size_t)j * block_bytes, block_bytes);
+        if (next) prefetch_l1(next + (size_t)j * block_bytes, block_bytes);
         add_block(f, NULL, c->lines, &c->g, j, &a, first_block + (size_t)j, n_tokens, total);
     }
     UNROLL for (int t = 0; t < n_tokens; t++) {

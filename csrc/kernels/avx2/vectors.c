@@ -167,7 +167,7 @@ PHI_INLINE __m256 each_twice(const float *p) {
     return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), order);
 }
 
-void phi_rope_norm_avx2(float *x, int rope_dims, const float *cos, const float *sin) {
+void phi_rope_interleaved_avx2(float *x, int rope_dims, const float *cos, const float *sin) {
     const size_t n = (size_t)rope_dims;
     size_t i = 0;
     for (; i + 8 <= n; i += 8) {

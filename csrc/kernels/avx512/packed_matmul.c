@@ -72,9 +72,9 @@ INLINE void multiply_few(const format f, const uint8_t *panel, const phi_matmul 
         UNROLL for (int j = 0; j < f.sub_blocks; j++) {
             __m512i q[LINES];
             const uint8_t *here = panel + (size_t)j * part;
-            if (m->prefetch.l1_bytes) prefetch(here + m->prefetch.l1_bytes, part);
+            if (m->prefetch.l1_bytes) prefetch_l1(here + m->prefetch.l1_bytes, part);
             const size_t l2_bytes = n_tokens == 1 ? m->prefetch.decode_l2_bytes : m->prefetch.l2_bytes;
-            if (l2_bytes) prefetch_to_second_level(here + l2_bytes, part);
+            if (l2_bytes) prefetch_l2(here + l2_bytes, part);
             f.unpack_lines(panel, j, q);
             UNROLL for (int t = 0; t < n_tokens; t++) {
                 const x_block x = x_block_of(f, m, token + t, b + (size_t)j);
@@ -168,7 +168,7 @@ INLINE void multiply_chunk(const format f, const chunk *c, size_t first_block, i
     for (int j = 0; j < n_blocks; j++) {
         const int first = j * f.groups_per_block;
         for (int p = 0; next && p < n_panels; p++)
-            prefetch(next + (size_t)p * panel_bytes + (size_t)j * block_bytes, block_bytes);
+            prefetch_l1(next + (size_t)p * panel_bytes + (size_t)j * block_bytes, block_bytes);
         x_block x[MANY_AT_A_TIME];
         UNROLL for (int t = 0; t < n_tokens; t++) x[t] = x_block_of(f, m, token + t, first_block + (size_t)j);
         __m512i dot[MANY_AT_A_TIME][PAIR][2];

@@ -10,7 +10,7 @@
 
 #include <immintrin.h>
 
-#include "../avx2/prefetch.h"
+#include "../x86/prefetch.h"
 #include "../generic/pack.h"
 #include "../generic/unroll.h"
 
