@@ -1,4 +1,4 @@
-/* The AVX2 tier's kernels, gathered into one table by table.c. Needs AVX2, FMA and F16C. */
+/* Kernels of the AVX2 tier, listed in table.c. Requires AVX2, FMA and F16C. */
 #ifndef PHI_AVX2_H
 #define PHI_AVX2_H
 

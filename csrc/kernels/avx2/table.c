@@ -1,4 +1,4 @@
-/* The AVX2 tier's table. Slots left out come from the scalar tier: they are not worth a kernel. */
+/* Kernel table of the AVX2 tier. Dequantisation, which is not speed-critical, is inherited from the scalar tier. */
 #include "avx2.h"
 
 #include "../generic/pack.h"
