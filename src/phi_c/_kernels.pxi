@@ -216,8 +216,9 @@ def attention(const float[:, :, ::1] q not None, const float[:, ::1] k not None,
     """
     cdef const phi_kernels *kernels = _kernels(tier)
     cdef int n = <int>k.shape[0], head_dim = <int>k.shape[1], n_pages = (n + PHI_PAGE_TOKENS - 1) // PHI_PAGE_TOKENS
-    if not (0 < q.shape[0] <= PHI_ATTENTION_ROWS and 0 <= query_start and query_start + q.shape[0] <= n and q.shape[1] > 0
-            and q.shape[2] == v.shape[1] == head_dim and v.shape[0] == n and head_dim > 0 and head_dim % 2 == 0):
+    if not (0 < q.shape[0] <= PHI_ATTENTION_ROWS and 0 <= query_start and query_start + q.shape[0] <= n
+            and q.shape[1] > 0 and q.shape[2] == v.shape[1] == head_dim and v.shape[0] == n
+            and head_dim > 0 and head_dim % 2 == 0):
         raise ValueError("the shapes of q, k and v do not fit")
     cdef phi_kv_type type = _kv_type(kv_type)
     cdef size_t page_bytes = phi_page_head_bytes(type, head_dim)
