@@ -88,7 +88,7 @@ def sanitize(session: nox.Session) -> None:
     session.run(
         "pytest",
         # avxvnni is avx2, and amxbf16 is amx, but for products, which ctest has just run.
-        *(session.posargs or [*SANITIZED, "-k", "not smollm2 and not avxvnni and not amxbf16"]),
+        *(session.posargs or ["-m", "", *SANITIZED, "-k", "not smollm2 and not avxvnni and not amxbf16"]),
         env={
             "LD_PRELOAD": " ".join(libraries),
             # The interpreter keeps memory until it exits: leaks are not ours to report.
@@ -115,7 +115,9 @@ def emulate_amx(session: nox.Session) -> None:
     if "amx" not in str(tiers).split():
         session.skip("all need AVX-512 VNNI, which this machine lacks")
     # "amx" means amxbf16 too, which is there where the machine has AVX512-BF16.
-    session.run("pytest", *(session.posargs or [*EMULATED, "-k", "(amx or avxvnni) and (wide or not test_kernels)"]))
+    session.run(
+        "pytest", *(session.posargs or ["-m", "", *EMULATED, "-k", "(amx or avxvnni) and (wide or not test_kernels)"])
+    )
 
 
 @nox.session
@@ -125,7 +127,7 @@ def reference(session: nox.Session) -> None:
     # Without these the tests would skip and nobody would notice.
     needed = "libgguf, lm_eval, safetensors, sentencepiece, tiktoken, torch, transformers, xllamacpp"
     session.run("python", "-c", f"import {needed}")
-    session.run("pytest", *(session.posargs or REFERENCE_TESTS))
+    session.run("pytest", *(session.posargs or ["-m", "", *REFERENCE_TESTS]))
     session.run("python", "benchmarks/models.py", "--check")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from hf_files import write_safetensors
 
 import gguf
@@ -89,6 +90,7 @@ def write_tokenizer(path: Path, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
+@pytest.mark.exhaustive
 def test_smollm2_round_trip(smollm2_path: Path, tmp_path: Path) -> None:
     folder = tmp_path / "SmolLM2"
     tensors = dequantise_to_folder(smollm2_path, folder)

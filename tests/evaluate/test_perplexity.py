@@ -153,6 +153,7 @@ def test_invalid_options(llm: phi_c.LLM) -> None:
         perplexity(llm, TEXT, n_ctx=48, cancel=flag)
 
 
+@pytest.mark.exhaustive
 def test_smollm2_on_english(smollm2_path: Path) -> None:
     """Int8 activations change the mean NLL by less than 0.01 nats from that of float32."""
     with phi_c.load(smollm2_path) as llm:

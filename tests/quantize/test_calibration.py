@@ -36,7 +36,7 @@ def expected_means(path: Path, ids: list[int], n_chunks: int) -> dict[str, npt.N
 
 
 @pytest.mark.parametrize("tier", _core.tiers())
-@pytest.mark.parametrize("weight_type", ["F32", "Q4_0"])
+@pytest.mark.parametrize("weight_type", ["F32", pytest.param("Q4_0", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(("architecture", "vocabulary"), [("phi3", "spm"), ("llama", "bpe")])
 def test_means_match_the_reference(
     tmp_path: Path, architecture: str, vocabulary: str, weight_type: str, tier: str

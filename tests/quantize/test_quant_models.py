@@ -45,6 +45,7 @@ def log_probabilities(path: Path, text: str) -> Doubles:
     return np.asarray(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
 
 
+@pytest.mark.exhaustive
 def test_kl_divergence_from_float32(padded: Path, padded_q4_k_m: Path) -> None:
     text = Path(__file__).parents[1].joinpath("english.txt").read_text(encoding="utf-8")
     padded_q8_0 = phi_c.quantize_model(padded, padded.with_name("Q8_0.gguf"), "Q8_0").path
@@ -69,12 +70,14 @@ def greedy_outputs(path: Path) -> tuple[list[str], list[str]]:
     return ours, [response["choices"][0]["text"] for response in responses]
 
 
+@pytest.mark.exhaustive
 def test_same_output_as_llama_cpp(padded_q4_k_m: Path) -> None:
     ours, llama_cpp = greedy_outputs(padded_q4_k_m)
     assert ours == llama_cpp
     assert ours[0].startswith(" 8, 9, 10")
 
 
+@pytest.mark.exhaustive
 def test_same_output_as_llama_cpp_for_a_phi3_file(smollm2_path: Path, tmp_path: Path) -> None:
     """Rows of 576 columns, which have fallback types, and fused matrices."""
     float32 = quality_files.expand(smollm2_path, tmp_path / "float32.gguf")
