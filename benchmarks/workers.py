@@ -29,10 +29,10 @@ class Task:
 
 def phi_c(task: Task) -> dict[str, Any]:
     """phi-c's own measurement; PHI_C_ISA chooses the tier."""
-    from phi_c.bench.speed import Plan, measure
+    from phi_c.bench.speed import Workload, measure
 
-    plan = Plan(task.n_prefill, task.n_decode, task.n_seqs, n_repeats=1)
-    found = measure(task.model, plan, n_threads=task.n_threads)
+    workload = Workload(task.n_prefill, task.n_decode, task.n_seqs, n_repeats=1)
+    found = measure(task.model, workload, n_threads=task.n_threads)
     batch = {row["n_seqs"]: row["tok_s"] for row in found["batch"]}
     return {"prefill": found["prefill_tok_s"], "decode": found["decode_tok_s"], "batch": batch}
 
