@@ -190,7 +190,7 @@ def test_kernels_lists_every_type_on_every_tier(monkeypatch: pytest.MonkeyPatch)
         (["--threads", "0", "--batch", "1"], "n_threads is 0, expected an integer from 1 to 1024"),
     ],
 )
-def test_bad_options(tiny: Path, arguments: list[str], message: str) -> None:
+def test_option_errors(tiny: Path, arguments: list[str], message: str) -> None:
     done = run_cli("bench", "-m", tiny, *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -214,7 +214,7 @@ def test_unknown_random_model() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
-def test_interrupt(tiny: Path) -> None:
+def test_ctrl_c_exits_with_130(tiny: Path) -> None:
     """Ctrl-C ends the command with exit code 130 and without a traceback."""
     arguments = command("bench", "-m", tiny, "--batch", "1", "--repeat", "100000")
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ) as process:

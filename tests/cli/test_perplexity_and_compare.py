@@ -67,7 +67,7 @@ def test_compare_reports_kl_divergence_and_top1_agreement(model: Path, text: Pat
     assert "56-63" in table.stdout
 
 
-def test_errors(model: Path, text: Path, tmp_path: Path) -> None:
+def test_errors_are_one_line(model: Path, text: Path, tmp_path: Path) -> None:
     binary = tmp_path / "binary"
     binary.write_bytes(b"ab\xff")
     cases: list[tuple[tuple[object, ...], int, str]] = [
@@ -96,7 +96,7 @@ def test_errors(model: Path, text: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 @pytest.mark.parametrize("verb", ["perplexity", "compare"])
-def test_ctrl_c(model: Path, verb: str) -> None:
+def test_ctrl_c_exits_with_130(model: Path, verb: str) -> None:
     arguments = {
         "perplexity": ("perplexity", "-m", model, "-c", "4096", "--stride", "8", "--json", "-"),
         "compare": ("compare", "-m", model, "--reference", model, "-c", "4096", "--json", "--text", "-"),

@@ -67,11 +67,11 @@ def command(
 
     A vector is pooled from the hidden states after the final norm.
     """
-    given = [line for text in inputs for line in (read_stdin().splitlines() if text == "-" else [text])]
-    if not given:
+    all_inputs = [line for text in inputs for line in (read_stdin().splitlines() if text == "-" else [text])]
+    if not all_inputs:
         raise OptionError("there is no input on stdin, expected one per line")
     with load(model, **opt.pop_loading_options(options)) as llm:
-        vectors = llm.embed(given, pooling=pooling, normalize=not no_normalize, parse_special=parse_special)
+        vectors = llm.embed(all_inputs, pooling=pooling, normalize=not no_normalize, parse_special=parse_special)
     if output is None:
         for index, vector in enumerate(vectors):
             # The shortest decimal numbers that are read back as the same float32.
