@@ -109,7 +109,7 @@ def test_unsupported_file_is_shown_with_exit_code_1(phi3_vocab: Path) -> None:
         assert "phi3.context_length" in result.stdout
     parsed = json.loads(result.stdout)
     assert parsed["config"] is parsed["memory"] is None
-    assert "holds no tensors" in parsed["error"]
+    assert "has no tensors" in parsed["error"]
     assert "cannot run" in run("-m", phi3_vocab).stdout
 
 

@@ -1,6 +1,6 @@
-/* Products of F32, F16 and BF16 rows with float activations: generic/float_products.h on vectors of four.
- * A tile is 4 rows x 6 tokens: 24 FMAs for 10 loads, in 31 of 32 registers. Halves are converted by what every AArch64
- * has; products in half precision would round what they sum. */
+/* Products of F32, F16 and BF16 rows with float activations: generic/float_products.h on vectors of four floats.
+ * A tile is 4 rows x 6 tokens: 24 FMAs per 10 loads, in 31 of 32 registers. F16 weights are converted to float32 by
+ * base AArch64 instructions; FEAT_FP16 products would round every sum to half precision. */
 #include "neon.h"
 #include "simd.h"
 
@@ -14,24 +14,24 @@ typedef float32x4_t four;
 INLINE vector zeros(void) { return vdupq_n_f32(0.0f); }
 INLINE vector multiply_add(vector a, vector b, vector sum) { return vfmaq_f32(sum, a, b); }
 
-/* The sums of four vectors, each in the same order. */
+/* The sum of each of four vectors, all in the same order. */
 INLINE four add_up(vector a, vector b, vector c, vector d) { return vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)); }
 
-/* The others are 0. */
+/* The first n of four floats; the others are 0. */
 INLINE four load_first(const float *p, int n) {
-    float some[4] = {0};
+    float padded[4] = {0};
     if (n == 4) return vld1q_f32(p);
-    for (int i = 0; i < n; i++) some[i] = p[i];
-    return vld1q_f32(some);
+    for (int i = 0; i < n; i++) padded[i] = p[i];
+    return vld1q_f32(padded);
 }
 INLINE void store_first(float *p, int n, four v) {
-    float some[4];
+    float padded[4];
     if (n == 4) {
         vst1q_f32(p, v);
         return;
     }
-    vst1q_f32(some, v);
-    for (int i = 0; i < n; i++) p[i] = some[i];
+    vst1q_f32(padded, v);
+    for (int i = 0; i < n; i++) p[i] = padded[i];
 }
 INLINE four add_four(four a, four b) { return vaddq_f32(a, b); }
 INLINE void ask_for(const uint8_t *line) { phi_prefetch_line(line); }
