@@ -103,7 +103,7 @@ def test_requantising_needs_a_flag(tiny: Path, tmp_path: Path) -> None:
         (["{tiny}", "{out}", "Q4_0", "--tensor-type", "(=Q8_0"], 2, "invalid regular expression '('"),
         (["{tiny}", "{out}", "Q4_0", "--threads", "0"], 2, "n_threads is 0, expected 1 to 1024"),
         (["{tiny}", "{out}", "Q4_0", "--no-such"], 2, "No such option"),
-        (["{none}", "{out}", "Q4_0"], 1, "is no file and no preset"),
+        (["{none}", "{out}", "Q4_0"], 1, "is neither a file nor a preset"),
         (["{cut}", "{out}", "Q4_0"], 1, "the file is truncated or corrupt"),
         (["{tiny}", "{tiny}", "Q4_0", "--force"], 1, "is the source file, expected another file name"),
     ],

@@ -81,7 +81,7 @@ def test_hub_errors_are_one_line(server: FakeHub, tmp_path: Path) -> None:
         assert message in done.stderr
         assert done.stderr.count("\n") == 1
     unreachable = run(tmp_path, "hf:owner/tiny-model", HF_ENDPOINT="http://127.0.0.1:9")
-    assert "which the cache lacks" in unreachable.stderr
+    assert "which is not cached" in unreachable.stderr
     assert unreachable.stderr.count("\n") == 1
     assert run(tmp_path, "hf:owner/tiny-model/file.gguf", HF_ENDPOINT=server.url).returncode == 2
 
@@ -109,5 +109,5 @@ def test_interrupted_download_can_be_repeated(server: FakeHub, tmp_path: Path) -
 def test_invalid_sources() -> None:
     with pytest.raises(OptionError, match=r"expected hf:owner/repo\[@revision\]"):
         hub.resolve_folder("hf:owner", FILES)
-    with pytest.raises(ModelNotFoundError, match="nowhere/at/all"):
+    with pytest.raises(ModelNotFoundError, match="does not exist, expected a folder"):
         hub.resolve_folder("nowhere/at/all", FILES)

@@ -97,10 +97,10 @@ def test_strided_windows_of_transformers(llm: phi_c.LLM, path: Path, n_ctx: int,
 def test_every_token_counts_once() -> None:
     for n, n_ctx, stride in ((10, 4, 1), (10, 4, 3), (11, 4, 2), (3, 8, 2), (9, 4, 4), (2, 2, 1)):
         ids = list(range(n))
-        counted = [t for w in strided(ids, n_ctx, stride) for t in w.tokens[w.first :]]
+        counted = [t for w in strided(ids, n_ctx, stride) for t in w.tokens[w.n_context :]]
         skipped = {0} if stride < n_ctx else set(range(0, n, n_ctx))
         assert counted == [i for i in ids if i not in skipped]
-        assert all(1 <= w.first < len(w.tokens) <= n_ctx for w in strided(ids, n_ctx, stride))
+        assert all(1 <= w.n_context < len(w.tokens) <= n_ctx for w in strided(ids, n_ctx, stride))
 
 
 def test_standard_error_covers_the_truth() -> None:

@@ -54,7 +54,8 @@ def perplexity(
         windows = strided(ids, n_ctx, stride, n_windows)
     sums: list[float] = []
     counts: list[int] = []
-    for index, score in score_pairs(llm.engine, ((w.tokens[: w.first], w.tokens[w.first :]) for w in windows), cancel):
+    pairs = ((w.tokens[: w.n_context], w.tokens[w.n_context :]) for w in windows)
+    for index, score in score_pairs(llm.engine, pairs, cancel):
         sums.append(-score.logprob)
         counts.append(windows[index].n_scored)
         if progress is not None:
