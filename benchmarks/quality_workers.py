@@ -83,23 +83,23 @@ def write_reference(task: Task) -> dict[str, Any]:
 
 def compare(engine: Callable[[Task], Iterator[Floats]], task: Task) -> dict[str, Any]:
     """Return an engine's distances from the reference, lists [n_windows][n_tokens] by name (phi_c.evaluate.metrics)."""
-    distances = _load_distances(task.metrics)
+    token_metrics = _load_metrics(task.metrics)
     reference = np.load(task.reference, mmap_mode="r")
     results: dict[str, Any] = {"kl": [], "top1_agreement": [], "nll": [], "reference_nll": []}
     for window, expected, logits in zip(task.windows, reference, engine(task), strict=True):
-        for name, values in distances(expected, logits, np.asarray(window[1:])).items():
+        for name, values in token_metrics(expected, logits, np.asarray(window[1:])).items():
             results[name].append(values.tolist())
     return results
 
 
-def _load_distances(path: str) -> Callable[..., dict[str, npt.NDArray[Any]]]:
-    """Load phi_c.evaluate.metrics.distances from its file, since the interpreter may not have phi_c."""
+def _load_metrics(path: str) -> Callable[..., dict[str, npt.NDArray[Any]]]:
+    """Load phi_c.evaluate.metrics.token_metrics from its file, since the interpreter may not have phi_c."""
     spec = importlib.util.spec_from_file_location("metrics", path)
     if spec is None or spec.loader is None:
         raise RuntimeError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    function: Callable[..., dict[str, npt.NDArray[Any]]] = module.distances
+    function: Callable[..., dict[str, npt.NDArray[Any]]] = module.token_metrics
     return function
 
 

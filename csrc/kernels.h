@@ -105,11 +105,11 @@ typedef struct {
     const uint8_t *pages; /* the head's keys and values in page 0 */
     size_t page_bytes;    /* from a page to the next */
     const int32_t *page_table;
-    int last;       /* position of the first token, which is the last one that it sees */
-    int window;     /* positions that a token sees, itself included; 0: all */
-    float scale;    /* multiplies the scores */
-    float *scratch; /* [phi_attention_scratch_floats] */
-    float *out;     /* as q */
+    int query_start; /* position of the first token; token t attends to positions up to query_start + t */
+    int window;      /* positions that a token sees, itself included; 0: all */
+    float scale;     /* multiplies the scores */
+    float *scratch;  /* [phi_attention_scratch_floats] */
+    float *out;      /* as q */
 } phi_attention;
 
 static inline int phi_first_seen(int position, int window) {

@@ -206,17 +206,19 @@ def store_kv(const float[::1] k not None, const float[::1] v not None, int slot,
 
 
 def attention(const float[:, :, ::1] q not None, const float[:, ::1] k not None, const float[:, ::1] v not None,
-              int last, int window, float scale, tier=None, kv_type="f16"):
-    """Return softmax(scale * q @ k.T) @ v over the positions that each token sees: float32, shaped as q.
+              int query_start, int window, float scale, tier=None, kv_type="f16"):
+    """Return the attention output softmax(scale * q @ k.T) @ v, causal: float32, shaped as q.
 
-    q is [n_tokens, n_queries, head_dim], at positions last, last + 1, ...; k and v are [n_positions, head_dim] of one
-    key/value head. A token sees `window` positions, itself included (0: all). Keys and values are stored in a type of
-    KV cache, in pages that lie in reverse order; what is not stored is NaN.
+    q: [n_tokens, n_queries, head_dim], at positions query_start, query_start + 1, ...
+    k, v: [n_positions, head_dim] of one key/value head; stored in a KV cache in reverse page order, other slots NaN.
+    window: sliding window in positions, the token's own included; 0: no window.
+    kv_type: storage type of the KV cache, "f16" or "q8".
     """
     cdef const phi_kernels *kernels = _kernels(tier)
     cdef int n = <int>k.shape[0], head_dim = <int>k.shape[1], n_pages = (n + PHI_PAGE_TOKENS - 1) // PHI_PAGE_TOKENS
-    if not (0 < q.shape[0] <= PHI_ATTENTION_ROWS and 0 <= last and last + q.shape[0] <= n and q.shape[1] > 0
-            and q.shape[2] == v.shape[1] == head_dim and v.shape[0] == n and head_dim > 0 and head_dim % 2 == 0):
+    if not (0 < q.shape[0] <= PHI_ATTENTION_ROWS and 0 <= query_start and query_start + q.shape[0] <= n
+            and q.shape[1] > 0 and q.shape[2] == v.shape[1] == head_dim and v.shape[0] == n
+            and head_dim > 0 and head_dim % 2 == 0):
         raise ValueError("the shapes of q, k and v do not fit")
     cdef phi_kv_type type = _kv_type(kv_type)
     cdef size_t page_bytes = phi_page_head_bytes(type, head_dim)
@@ -234,7 +236,7 @@ def attention(const float[:, :, ::1] q not None, const float[:, ::1] k not None,
     a.pages = &pages[0]
     a.page_bytes = page_bytes
     a.page_table = &table[0]
-    a.last, a.window, a.scale = last, window, scale
+    a.query_start, a.window, a.scale = query_start, window, scale
     cdef float[::1] scratch = np.full(phi_attention_scratch_floats(head_dim), np.nan, np.float32)
     a.scratch = &scratch[0]
     a.out = &out[0, 0, 0]

@@ -55,7 +55,7 @@ def test_full_context_keeps_the_conversation(model: Path, tmp_path: Path) -> Non
     lines = ["Hi", "the " * 60, f"/save {saved}", "/reset", "Hi"]
     done = run_cli("chat", "-m", model, "-c", "64", "--max-tokens", "2", "--seed", "1", stdin="\n".join(lines))
     assert done.returncode == 0
-    assert "the context 64: shorten it" in done.stderr
+    assert "more than the context size of 64: shorten it" in done.stderr
     assert "/reset clears the conversation" in done.stderr
     assert len(json.loads(saved.read_text(encoding="utf-8"))) == 2
 

@@ -46,7 +46,7 @@ def test_errors_are_one_line(model: Path, tmp_path: Path) -> None:
     cases: list[tuple[tuple[str, ...], bytes, int, str]] = [
         (("-",), b"", 2, "there is no input on stdin, expected one per line"),
         (("-",), b"\xff", 2, "stdin is not UTF-8 text"),
-        (("-c", "8", "the in of " * 20), b"", 1, "context 8"),
+        (("-c", "8", "the in of " * 20), b"", 1, "context size of 8"),
         (("--output", str(tmp_path), "the"), b"", 1, "cannot be written"),
     ]
     for arguments, stdin, code, message in cases:

@@ -74,7 +74,7 @@ INLINE void requantise(const format f, int half_quant, const uint8_t *unit, bloc
         __m512i q[LINES];
         /* Prefetches the next 256 columns, one sub-block at a time: bursts stall. The last columns of a panel are
          * followed by the next panel. */
-        prefetch(unit + (size_t)(SUB_BLOCKS + j) * sub_block_bytes, sub_block_bytes);
+        prefetch_l1(unit + (size_t)(SUB_BLOCKS + j) * sub_block_bytes, sub_block_bytes);
         f.unpack_lines(unit + (size_t)(j / f.sub_blocks) * f.unit_bytes, j % f.sub_blocks, q);
         UNROLL for (int k = 0; k < f.groups_per_block; k++) {
             const int group = j * f.groups_per_block + k, n_lines = LINES / f.groups_per_block;

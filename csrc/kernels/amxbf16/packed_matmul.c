@@ -64,7 +64,7 @@ INLINE void unpack(const format f, const uint8_t *unit, block *w) {
             __m512i q[LINES];
             /* Prefetches the next 256 columns, one sub-block at a time: bursts stall. The last columns of a panel are
              * followed by the next panel. */
-            prefetch(unit + (size_t)(STEPS + j) * sub_block_bytes, sub_block_bytes);
+            prefetch_l1(unit + (size_t)(STEPS + j) * sub_block_bytes, sub_block_bytes);
             f.unpack_lines(unit, j, q);
             UNROLL for (int i = 0; i < LINES; i++) {
                 const int group = j * f.groups_per_block + i / n_lines;

@@ -9,22 +9,24 @@
 enum { STEP = 4 };
 
 typedef float32x4_t vector;
-typedef float32x4_t four;
+typedef float32x4_t float4;
 
-INLINE vector zeros(void) { return vdupq_n_f32(0.0f); }
+INLINE vector set_zero(void) { return vdupq_n_f32(0.0f); }
 INLINE vector multiply_add(vector a, vector b, vector sum) { return vfmaq_f32(sum, a, b); }
 
-/* The sum of each of four vectors, all in the same order. */
-INLINE four add_up(vector a, vector b, vector c, vector d) { return vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)); }
+/* The sums of four vectors, each in the same order. */
+INLINE float4 sum_each(vector a, vector b, vector c, vector d) {
+    return vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d));
+}
 
-/* The first n of four floats; the others are 0. */
-INLINE four load_first(const float *p, int n) {
+/* The others are 0. */
+INLINE float4 float4_load(const float *p, int n) {
     float padded[4] = {0};
     if (n == 4) return vld1q_f32(p);
     for (int i = 0; i < n; i++) padded[i] = p[i];
     return vld1q_f32(padded);
 }
-INLINE void store_first(float *p, int n, four v) {
+INLINE void float4_store(float *p, int n, float4 v) {
     float padded[4];
     if (n == 4) {
         vst1q_f32(p, v);
@@ -33,25 +35,25 @@ INLINE void store_first(float *p, int n, four v) {
     vst1q_f32(padded, v);
     for (int i = 0; i < n; i++) p[i] = padded[i];
 }
-INLINE four add_four(four a, four b) { return vaddq_f32(a, b); }
-INLINE void ask_for(const uint8_t *line) { phi_prefetch_line(line); }
+INLINE float4 float4_add(float4 a, float4 b) { return vaddq_f32(a, b); }
+INLINE void prefetch_weights(const uint8_t *line) { phi_prefetch_line(line); }
 
 INLINE vector load_f32(const uint8_t *w) { return vreinterpretq_f32_u8(vld1q_u8(w)); }
 INLINE vector load_f16(const uint8_t *w) { return phi_load_half(w); }
 INLINE vector load_bf16(const uint8_t *w) {
     return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(w)), 16));
 }
-INLINE vector load_some_f32(const uint8_t *w, size_t n) {
+INLINE vector load_partial_f32(const uint8_t *w, size_t n) {
     uint8_t bytes[STEP * 4] = {0};
     memcpy(bytes, w, n * 4);
     return load_f32(bytes);
 }
-INLINE vector load_some_f16(const uint8_t *w, size_t n) {
+INLINE vector load_partial_f16(const uint8_t *w, size_t n) {
     uint8_t bytes[STEP * 2] = {0};
     memcpy(bytes, w, n * 2);
     return load_f16(bytes);
 }
-INLINE vector load_some_bf16(const uint8_t *w, size_t n) {
+INLINE vector load_partial_bf16(const uint8_t *w, size_t n) {
     uint8_t bytes[STEP * 2] = {0};
     memcpy(bytes, w, n * 2);
     return load_bf16(bytes);
@@ -59,6 +61,6 @@ INLINE vector load_some_bf16(const uint8_t *w, size_t n) {
 
 #include "../generic/float_products.h"
 
-void phi_matmul_f32_neon(const phi_matmul *m) { matmul((format){4, load_f32, load_some_f32}, m); }
-void phi_matmul_f16_neon(const phi_matmul *m) { matmul((format){2, load_f16, load_some_f16}, m); }
-void phi_matmul_bf16_neon(const phi_matmul *m) { matmul((format){2, load_bf16, load_some_bf16}, m); }
+void phi_matmul_f32_neon(const phi_matmul *m) { matmul((format){4, load_f32, load_partial_f32}, m); }
+void phi_matmul_f16_neon(const phi_matmul *m) { matmul((format){2, load_f16, load_partial_f16}, m); }
+void phi_matmul_bf16_neon(const phi_matmul *m) { matmul((format){2, load_bf16, load_partial_bf16}, m); }

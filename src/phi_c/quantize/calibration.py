@@ -114,7 +114,7 @@ def _check_same_model(llm: LLM, imatrix: Imatrix) -> None:
 
 
 def _forward_chunk(llm: LLM, kv: KvCache, tokens: npt.NDArray[np.int32], observer: Observer) -> None:
-    long_rope = llm.engine.scheduler.needs_long(len(tokens))
+    long_rope = llm.engine.scheduler.needs_long_rope(len(tokens))
     page_table = np.arange(kv.n_pages, dtype=np.int32)
     no_logits = np.empty(0, np.int32)
     for start in range(0, len(tokens), llm.engine.scheduler.n_batch):
