@@ -109,7 +109,8 @@ def test_loading_options(verb: str) -> None:
         if verb in RUNS_A_MODEL or name in options:
             assert options[name].opts == opts
     assert ("tier" in options) == (verb in RUNS_A_MODEL)
-    assert not {"--n-ctx", "--ctx", "--n-batch"} & {name for option in options.values() for name in option.opts}
+    names = {name for option in options.values() for name in option.opts}
+    assert {name for name in names if "ctx" in name or "batch" in name} <= {"--ctx-size", "--batch-size", "--batch"}
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -81,7 +81,7 @@ def test_completion_completes() -> None:
     assert done.stdout.strip() == "plain,generate"
     for words, expected in (
         ("phi-c generate --temp", "plain,--temperature"),
-        ("phi-c score --ctx", "plain,--ctx-size"),
+        ("phi-c score --ctx-s", "plain,--ctx-size"),
         ("phi-c embed --pool", "plain,--pooling"),
         ("phi-c rm --dry", "plain,--dry-run"),
     ):

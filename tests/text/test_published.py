@@ -111,7 +111,7 @@ def small_tokenizer(family: v.Family) -> tuple[v.Content, dict[str, float]]:
 
 
 def cases(*parts: str) -> list[Any]:
-    """Return the names that contain all parts; the published tokenizers, with 12,000 texts each, are exhaustive."""
+    """Return the names that contain all parts; the published tokenizers, with 12,000 strings each, are exhaustive."""
     names = [f"{name}/{size}" for name in v.FAMILIES for size in ("small", "published")]
     return [
         pytest.param(name, marks=pytest.mark.exhaustive if "published" in name else ())
