@@ -382,7 +382,7 @@ static void lay_out(forward *f, arena *a) {
     const int q_dim = model->n_heads * model->head_dim;
 
     const size_t attention = phi_attention_scratch_floats(model->head_dim);
-    const int most = takes_tiled(model->kernels, n_tokens) ? PHI_TILED_ROWS : CHUNK_ROWS;
+    const int most = takes_tiled(model->kernels, n_tokens) ? PHI_TILED_TASK_ROWS : CHUNK_ROWS;
     const size_t products = 2 * n_tokens * (size_t)max_int(most, model->head_dim);
     f->scratch_floats = round_up(attention > products ? attention : products, PHI_ALIGN_BYTES / sizeof(float));
 

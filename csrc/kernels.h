@@ -13,10 +13,10 @@ enum {
     PHI_Q8_BLOCK = 32,    /* activations that share a scale */
     PHI_SUM_BLOCK = 16,   /* activations whose sum is kept: the smallest sub-block of a weight type */
     PHI_TILED_BLOCK = 256, /* tiled activations that share a scale */
-    PHI_TILED_STEPS = 254, /* steps of the low part of a tiled activation in one of the high part */
+    PHI_TILED_LOW_STEPS = 254, /* steps of the low part of a tiled activation in one of the high part */
     PHI_TILE_TOKENS = 16, /* tokens of a tile of tiled activations, and bytes of each: columns in int8 */
     PHI_TILE_COLS = 64,
-    PHI_TILED_ROWS = 256,      /* rows that products of tiled activations like best */
+    PHI_TILED_TASK_ROWS = 256,      /* rows that products of tiled activations like best */
     PHI_KV_BLOCK = 32,        /* dimensions that share a scale in an int8 page */
     PHI_KV_GROUP = 16,        /* positions that lie side by side in a key page */
     PHI_ATTENTION_ROWS = 64,  /* (token, query head) pairs that share a walk through the pages; tokens a call */
@@ -35,7 +35,7 @@ typedef struct {
 } phi_q8;
 
 /* From an element on that begins a block. */
-static inline phi_q8 phi_q8_from(phi_q8 q, size_t element) {
+static inline phi_q8 phi_q8_at(phi_q8 q, size_t element) {
     return (phi_q8){q.quants + element,
                     q.scales + element / PHI_Q8_BLOCK,
                     q.sums + element / PHI_SUM_BLOCK,
@@ -46,7 +46,7 @@ static inline phi_q8 phi_q8_from(phi_q8 q, size_t element) {
 
 /* Activations as products of many tokens take them, in tiles of [PHI_TILE_TOKENS, PHI_TILE_COLS] bytes: by 256 columns,
  * so that what these need of all tokens lies together, then by 16 tokens.
- * amx: int8 in two parts, x = scale * (high + low / PHI_TILED_STEPS), four tiles of the high one, then of the low one;
+ * amx: int8 in two parts, x = scale * (high + low / PHI_TILED_LOW_STEPS), four tiles of the high one, then of the low one;
  * amxbf16: eight tiles of bf16, which have half as many columns, and no scales. */
 typedef struct {
     int8_t *tiles;   /* [n_cols / PHI_TILED_BLOCK, n_tokens / PHI_TILE_TOKENS, 8] */
@@ -112,7 +112,7 @@ typedef struct {
     float *out;     /* as q */
 } phi_attention;
 
-static inline int phi_first_seen(int position, int window) {
+static inline int phi_first_visible(int position, int window) {
     return window > 0 && position >= window ? position + 1 - window : 0;
 }
 
@@ -161,7 +161,7 @@ struct phi_kernels {
     void (*gelu)(const float *x, size_t n, float *y);
     void (*add)(const float *x, size_t n, float *y); /* y += x */
     /* one position's key and value into a page's head */
-    void (*store_kv[PHI_N_KV_TYPES])(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head);
+    void (*store_kv[PHI_N_KV_TYPES])(const float *k, const float *v, int head_dim, int slot, uint8_t *slice);
     void (*attention[PHI_N_KV_TYPES])(const phi_attention *a);
 };
 
@@ -185,7 +185,7 @@ extern const phi_kernels phi_kernels_i8mm;
  * are followed by half precision scales, of keys [n_blocks, PHI_PAGE_TOKENS] and of values [PHI_PAGE_TOKENS, n_blocks].
  */
 static inline size_t phi_kv_blocks(int head_dim) { return ((size_t)head_dim + PHI_KV_BLOCK - 1) / PHI_KV_BLOCK; }
-static inline size_t phi_page_head_bytes(phi_kv_type type, int head_dim) {
+static inline size_t phi_kv_slice_bytes(phi_kv_type type, int head_dim) {
     const size_t n = (size_t)PHI_PAGE_TOKENS * (size_t)head_dim * 2;
     if (type == PHI_KV_F16) return n * sizeof(uint16_t);
     return n + PHI_PAGE_TOKENS * phi_kv_blocks(head_dim) * 2 * sizeof(uint16_t);
@@ -195,13 +195,13 @@ static inline size_t phi_page_head_bytes(phi_kv_type type, int head_dim) {
 typedef struct {
     uint8_t *keys, *values;
     uint16_t *key_scales, *value_scales; /* NULL in half precision */
-} phi_page_head;
+} phi_kv_slice;
 
-static inline phi_page_head phi_page_head_of(phi_kv_type type, int head_dim, uint8_t *page_head) {
+static inline phi_kv_slice phi_kv_slice_of(phi_kv_type type, int head_dim, uint8_t *slice) {
     const size_t n = (size_t)PHI_PAGE_TOKENS * (size_t)head_dim;
-    if (type == PHI_KV_F16) return (phi_page_head){page_head, page_head + n * sizeof(uint16_t), NULL, NULL};
-    uint16_t *scales = (uint16_t *)(void *)(page_head + 2 * n);
-    return (phi_page_head){page_head, page_head + n, scales, scales + PHI_PAGE_TOKENS * phi_kv_blocks(head_dim)};
+    if (type == PHI_KV_F16) return (phi_kv_slice){slice, slice + n * sizeof(uint16_t), NULL, NULL};
+    uint16_t *scales = (uint16_t *)(void *)(slice + 2 * n);
+    return (phi_kv_slice){slice, slice + n, scales, scales + PHI_PAGE_TOKENS * phi_kv_blocks(head_dim)};
 }
 
 #endif

@@ -1,4 +1,4 @@
-/* Where a head's keys and values lie: pages [page][layer][kv head][phi_page_head_bytes]. */
+/* Where a head's keys and values lie: pages [page][layer][kv head][phi_kv_slice_bytes]. */
 #ifndef PHI_KV_CACHE_H
 #define PHI_KV_CACHE_H
 

@@ -73,7 +73,7 @@ static inline void end_phase(worker *w) {
 static inline void quantize(const phi_kernels *k, const phi_activations *x, int token, size_t first_col, size_t n) {
     const size_t n_cols = (size_t)x->n_cols, at = (size_t)token * n_cols + first_col;
     if (n_cols % PHI_Q8_BLOCK != 0 || !x->q8.quants) return;
-    k->quantize_q8(x->f32 + at, n, phi_q8_from(x->q8, at));
+    k->quantize_q8(x->f32 + at, n, phi_q8_at(x->q8, at));
 }
 
 /* A whole row as products of many tokens take it, where they do. */
@@ -120,7 +120,7 @@ static inline void multiply(const forward *f, const phi_matrix *w, int first_row
 }
 
 /* Rows of a weight matrix a task, at most, for products of x. */
-static inline int most_rows(const phi_activations *x) { return x->tiled.tiles ? PHI_TILED_ROWS : CHUNK_ROWS; }
+static inline int most_rows(const phi_activations *x) { return x->tiled.tiles ? PHI_TILED_TASK_ROWS : CHUNK_ROWS; }
 
 /* Cuts n_rows into tasks of at most so many rows: at least eight for each thread where that leaves whole blocks, so
  * that none waits for long. */

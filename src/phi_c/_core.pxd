@@ -196,7 +196,7 @@ cdef extern from "kernels.h":
     const int PHI_TILED_BLOCK
     const int PHI_KV_GROUP
     const int PHI_ATTENTION_ROWS
-    size_t phi_page_head_bytes(phi_kv_type type, int head_dim)
+    size_t phi_kv_slice_bytes(phi_kv_type type, int head_dim)
     size_t phi_attention_scratch_floats(int head_dim)
     size_t phi_tiled_bytes(size_t n_tokens, size_t n_cols)
     size_t phi_tiled_n_scales(size_t n_tokens, size_t n_cols)

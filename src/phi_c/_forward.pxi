@@ -12,7 +12,7 @@ cdef phi_kv_type _kv_type(kv_type) except *:
 
 def kv_page_bytes(config, kv_type="f16"):
     """Return the bytes of PAGE_TOKENS positions of a model in a KV cache of a type. Raises OptionError for another."""
-    return config.n_layers * config.n_kv_heads * phi_page_head_bytes(_kv_type(kv_type), config.head_dim)
+    return config.n_layers * config.n_kv_heads * phi_kv_slice_bytes(_kv_type(kv_type), config.head_dim)
 
 
 cdef class KvCache:

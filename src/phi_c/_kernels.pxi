@@ -199,7 +199,7 @@ def store_kv(const float[::1] k not None, const float[::1] v not None, int slot,
     if v.shape[0] != head_dim or head_dim == 0 or not 0 <= slot < PHI_PAGE_TOKENS:
         raise ValueError("k and v differ in length, or are empty, or there is no such slot")
     cdef phi_kv_type type = _kv_type(kv_type)
-    page = np.full(phi_page_head_bytes(type, head_dim), 0xff, np.uint8)
+    page = np.full(phi_kv_slice_bytes(type, head_dim), 0xff, np.uint8)
     cdef uint8_t[::1] view = page
     kernels.store_kv[<int>type](&k[0], &v[0], head_dim, slot, &view[0])
     return page
@@ -219,7 +219,7 @@ def attention(const float[:, :, ::1] q not None, const float[:, ::1] k not None,
             and q.shape[2] == v.shape[1] == head_dim and v.shape[0] == n and head_dim > 0 and head_dim % 2 == 0):
         raise ValueError("the shapes of q, k and v do not fit")
     cdef phi_kv_type type = _kv_type(kv_type)
-    cdef size_t page_bytes = phi_page_head_bytes(type, head_dim)
+    cdef size_t page_bytes = phi_kv_slice_bytes(type, head_dim)
     cdef uint8_t[::1] pages = np.full(n_pages * page_bytes, 0xff, np.uint8)
     cdef int32_t[::1] table = np.arange(n_pages - 1, -1, -1, dtype=np.int32)
     cdef int p

@@ -34,7 +34,7 @@ void phi_quantize_tiled_amx(const float *x, size_t n_cols, const phi_tiled *tile
             const __m512 rest = _mm512_sub_ps(clamped, _mm512_cvtepi32_ps(high)); /* exact, at most a half */
             store_16(high_part, high);
             store_16(high_part + PHI_TILE_TOKENS * PHI_TILED_BLOCK,
-                     _mm512_cvtps_epi32(_mm512_mul_ps(rest, _mm512_set1_ps((float)PHI_TILED_STEPS))));
+                     _mm512_cvtps_epi32(_mm512_mul_ps(rest, _mm512_set1_ps((float)PHI_TILED_LOW_STEPS))));
         }
         tiled->scales[b * tiled->n_tokens + token] = scale;
     }

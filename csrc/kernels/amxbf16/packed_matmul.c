@@ -160,7 +160,7 @@ static void multiply_tokens(const phi_matmul *m, const block *w, size_t b, int r
 static void multiply_rows(unpack_fn unpack_block, const phi_matmul *m, int first, int end) {
     const size_t n_blocks = (size_t)m->n_cols / PHI_TILED_BLOCK, panel_bytes = ROWS * m->row_bytes;
     const size_t block_bytes = panel_bytes / n_blocks;
-    float rest[PHI_TILE_TOKENS][PHI_TILED_ROWS];
+    float rest[PHI_TILE_TOKENS][PHI_TILED_TASK_ROWS];
     block w[PANELS];
     for (size_t b = 0; b < n_blocks; b++) {
         for (int row = first; row < end; row += PANELS * ROWS) {
@@ -184,8 +184,8 @@ static void matmul(unpack_fn unpack_block, void (*few)(const phi_matmul *), cons
     }
     /* Each time anew: other libraries in the process have tiles of their own. */
     phi_tiles_configure();
-    for (int row = 0; row < m->n_rows; row += PHI_TILED_ROWS) {
-        const int end = row + PHI_TILED_ROWS;
+    for (int row = 0; row < m->n_rows; row += PHI_TILED_TASK_ROWS) {
+        const int end = row + PHI_TILED_TASK_ROWS;
         multiply_rows(unpack_block, m, row, end < m->n_rows ? end : m->n_rows);
     }
     phi_tiles_release();

@@ -1,5 +1,5 @@
 /* Attention over pages in half precision or int8; generic/attention_tile.h has the way through them, here are its
- * steps. Layout: phi_page_head: keys [16 positions side by side][head_dim][16], values [position][head_dim]. Idea: four
+ * steps. Layout: phi_kv_slice: keys [16 positions side by side][head_dim][16], values [position][head_dim]. Idea: four
  * rows by two vectors in registers, from converted keys (16 positions at a time) and values (16 dimensions); one row
  * reads the pages themselves, asking for what it reads next. Bound: one row: reading the pages, 4 bytes a position and
  * dimension (int8: 2.1); many: the multiplications. */
@@ -15,13 +15,13 @@ enum { ROWS = 4, BLOCK = PHI_ATTENTION_BLOCK, LINE_BYTES = 64 };
 /* Into the second level: it waits for far more lines at a time than the first one does. */
 PHI_INLINE void ask_for(const void *line) { _mm_prefetch((const char *)line, _MM_HINT_T1); }
 
-PHI_INLINE phi_page_head head_of(const phi_attention *a, phi_kv_type type, int position) {
-    return phi_page_head_of(type, a->head_dim, (uint8_t *)phi_page_of(a, position));
+PHI_INLINE phi_kv_slice head_of(const phi_attention *a, phi_kv_type type, int position) {
+    return phi_kv_slice_of(type, a->head_dim, (uint8_t *)phi_page_of(a, position));
 }
 
 /* Scales of eight keys from position `first` of the page on, for PHI_KV_BLOCK dimensions from d on; half precision has
  * none. */
-PHI_INLINE __m256 key_scales(phi_kv_type type, const phi_page_head *page, size_t d, size_t first) {
+PHI_INLINE __m256 key_scales(phi_kv_type type, const phi_kv_slice *page, size_t d, size_t first) {
     if (type == PHI_KV_F16) return _mm256_setzero_ps();
     return phi_load_half(page->key_scales + d / PHI_KV_BLOCK * PHI_PAGE_TOKENS + first);
 }
@@ -29,7 +29,7 @@ PHI_INLINE __m256 key_scales(phi_kv_type type, const phi_page_head *page, size_t
 PHI_INLINE __m256 floats_of(__m128i q) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q)); }
 
 /* Dimension d of eight keys. */
-PHI_INLINE __m256 load_keys(phi_kv_type type, const phi_page_head *page, size_t head_dim, size_t d, size_t first,
+PHI_INLINE __m256 load_keys(phi_kv_type type, const phi_kv_slice *page, size_t head_dim, size_t d, size_t first,
                             __m256 scales) {
     const size_t at = (first / PHI_KV_GROUP * head_dim + d) * PHI_KV_GROUP + first % PHI_KV_GROUP;
     if (type == PHI_KV_F16) return phi_load_half((const uint16_t *)(const void *)page->keys + at);
@@ -37,7 +37,7 @@ PHI_INLINE __m256 load_keys(phi_kv_type type, const phi_page_head *page, size_t 
 }
 
 /* n, at most 8, dimensions from d on of the value in a slot, then zeros. */
-PHI_INLINE __m256 load_values(phi_kv_type type, const phi_page_head *page, size_t head_dim, size_t slot, size_t d,
+PHI_INLINE __m256 load_values(phi_kv_type type, const phi_kv_slice *page, size_t head_dim, size_t slot, size_t d,
                               size_t n) {
     const size_t at = slot * head_dim + d, element = type == PHI_KV_F16 ? 2 : 1;
     const uint8_t *values = page->values + at * element;
@@ -57,7 +57,7 @@ PHI_INLINE size_t element_bytes(phi_kv_type type) { return type == PHI_KV_F16 ? 
 
 PHI_INLINE void convert_keys(const phi_attention *a, phi_kv_type type, int page, float *keys) {
     const size_t head_dim = (size_t)a->head_dim;
-    const phi_page_head p = head_of(a, type, page);
+    const phi_kv_slice p = head_of(a, type, page);
     for (size_t b = 0; b < head_dim; b += PHI_KV_BLOCK) {
         for (size_t first = 0; first < PHI_PAGE_TOKENS; first += 8) {
             const __m256 scales = key_scales(type, &p, b, first);
@@ -72,7 +72,7 @@ PHI_INLINE void convert_values(const phi_attention *a, phi_kv_type type, int fir
                                float *values) {
     const size_t head_dim = (size_t)a->head_dim, left = head_dim - first_dim;
     for (int p = first; p < end; p++, values += PHI_VALUE_DIMS) {
-        const phi_page_head page = head_of(a, type, p);
+        const phi_kv_slice page = head_of(a, type, p);
         const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
         for (size_t d = 0; d < PHI_VALUE_DIMS; d += 8) {
             const size_t n = left <= d ? 0 : left - d < 8 ? left - d : 8;
@@ -122,7 +122,7 @@ static void score(const phi_attention *a, const phi_tile *t, int page, const flo
 
 PHI_INLINE void score_one(const phi_attention *a, phi_kv_type type, const phi_tile *t, int page, float *scores) {
     const size_t head_dim = (size_t)a->head_dim, line = PHI_KV_GROUP * element_bytes(type);
-    const phi_page_head p = head_of(a, type, page);
+    const phi_kv_slice p = head_of(a, type, page);
     for (size_t i = 0; i < PHI_PAGE_TOKENS; i += PHI_KV_GROUP) {
         __m256 s[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
         for (size_t b = 0; b < head_dim; b += PHI_KV_BLOCK) {
@@ -198,7 +198,7 @@ PHI_INLINE void weigh_dims(const phi_attention *a, phi_kv_type type, const phi_t
     UNROLL for (int i = 0; i < n_vectors; i++) sum[i] =
         _mm256_mul_ps(_mm256_loadu_ps(sums + 8 * i), _mm256_set1_ps(t->kept[0]));
     for (int p = first; p < end;) {
-        const phi_page_head page = head_of(a, type, p);
+        const phi_kv_slice page = head_of(a, type, p);
         const uint8_t *ahead = p + BLOCK < t->seen_end ? phi_page_of(a, p + BLOCK) : NULL; /* keys of the next block */
         const int page_end = phi_min(end, (p / PHI_PAGE_TOKENS + 1) * PHI_PAGE_TOKENS);
         for (; p < page_end; p++, weights++) {

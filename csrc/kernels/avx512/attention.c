@@ -1,5 +1,5 @@
 /* Attention over pages in half precision or int8; generic/attention_tile.h has the way through them, here are its
- * steps. Layout: phi_page_head: keys [16 positions side by side][head_dim][16], values [position][head_dim]. Idea:
+ * steps. Layout: phi_kv_slice: keys [16 positions side by side][head_dim][16], values [position][head_dim]. Idea:
  * eight rows by two vectors in registers, from converted keys (32 positions a page) and values (32 dimensions); one row
  * reads the pages themselves, asking for what it reads next. Bound: one row: reading the pages, 4 bytes a position and
  * dimension (int8: 2.1); many: the multiplications. */
@@ -19,18 +19,18 @@ PHI_INLINE __m512 load_halves(const uint16_t *h) {
 /* Into the second level: it waits for far more lines at a time than the first one does. */
 PHI_INLINE void ask_for(const void *line) { _mm_prefetch((const char *)line, _MM_HINT_T1); }
 
-PHI_INLINE phi_page_head head_of(const phi_attention *a, phi_kv_type type, int position) {
-    return phi_page_head_of(type, a->head_dim, (uint8_t *)phi_page_of(a, position));
+PHI_INLINE phi_kv_slice head_of(const phi_attention *a, phi_kv_type type, int position) {
+    return phi_kv_slice_of(type, a->head_dim, (uint8_t *)phi_page_of(a, position));
 }
 
 /* Scales of 16 keys for PHI_KV_BLOCK dimensions from d on; half precision has none. */
-PHI_INLINE __m512 key_scales(phi_kv_type type, const phi_page_head *page, size_t d, size_t group) {
+PHI_INLINE __m512 key_scales(phi_kv_type type, const phi_kv_slice *page, size_t d, size_t group) {
     if (type == PHI_KV_F16) return _mm512_setzero_ps();
     return load_halves(page->key_scales + d / PHI_KV_BLOCK * PHI_PAGE_TOKENS + group * PHI_KV_GROUP);
 }
 
 /* Dimension d of 16 keys. */
-PHI_INLINE __m512 load_keys(phi_kv_type type, const phi_page_head *page, size_t head_dim, size_t d, size_t group,
+PHI_INLINE __m512 load_keys(phi_kv_type type, const phi_kv_slice *page, size_t head_dim, size_t d, size_t group,
                             __m512 scales) {
     const size_t at = (group * head_dim + d) * PHI_KV_GROUP;
     if (type == PHI_KV_F16) return load_halves((const uint16_t *)(const void *)page->keys + at);
@@ -39,7 +39,7 @@ PHI_INLINE __m512 load_keys(phi_kv_type type, const phi_page_head *page, size_t 
 }
 
 /* `lanes` of 16 dimensions from d on of the value in a slot. */
-PHI_INLINE __m512 load_values(phi_kv_type type, const phi_page_head *page, size_t head_dim, size_t slot, size_t d,
+PHI_INLINE __m512 load_values(phi_kv_type type, const phi_kv_slice *page, size_t head_dim, size_t slot, size_t d,
                               __mmask16 lanes) {
     const size_t at = slot * head_dim + d;
     if (type == PHI_KV_F16) {
@@ -56,7 +56,7 @@ PHI_INLINE size_t element_bytes(phi_kv_type type) { return type == PHI_KV_F16 ? 
 
 PHI_INLINE void convert_keys(const phi_attention *a, phi_kv_type type, int page, float *keys) {
     const size_t head_dim = (size_t)a->head_dim;
-    const phi_page_head p = head_of(a, type, page);
+    const phi_kv_slice p = head_of(a, type, page);
     for (size_t b = 0; b < head_dim; b += PHI_KV_BLOCK) {
         const __m512 low = key_scales(type, &p, b, 0), high = key_scales(type, &p, b, 1);
         for (size_t d = b; d < head_dim && d < b + PHI_KV_BLOCK; d++) {
@@ -72,7 +72,7 @@ PHI_INLINE void convert_values(const phi_attention *a, phi_kv_type type, int fir
     const size_t head_dim = (size_t)a->head_dim, left = head_dim - first_dim;
     const __mmask16 low = phi_lanes(left), high = left > 16 ? phi_lanes(left - 16) : 0;
     for (int p = first; p < end; p++, values += PHI_VALUE_DIMS) {
-        const phi_page_head page = head_of(a, type, p);
+        const phi_kv_slice page = head_of(a, type, p);
         const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
         _mm512_storeu_ps(values, load_values(type, &page, head_dim, slot, first_dim, low));
         _mm512_storeu_ps(values + 16, load_values(type, &page, head_dim, slot, first_dim + 16, high));
@@ -127,7 +127,7 @@ static void score(const phi_attention *a, const phi_tile *t, int page, const flo
 
 PHI_INLINE void score_one(const phi_attention *a, phi_kv_type type, const phi_tile *t, int page, float *scores) {
     const size_t head_dim = (size_t)a->head_dim, line = PHI_PAGE_TOKENS * element_bytes(type);
-    const phi_page_head p = head_of(a, type, page);
+    const phi_kv_slice p = head_of(a, type, page);
     __m512 even[2], odd[2];
     even[0] = even[1] = odd[0] = odd[1] = _mm512_setzero_ps();
     for (size_t b = 0; b < head_dim; b += PHI_KV_BLOCK) {
@@ -202,7 +202,7 @@ PHI_INLINE void weigh_dims(const phi_attention *a, phi_kv_type type, const phi_t
     UNROLL for (int i = 0; i < n_vectors; i++) sum[i] =
         _mm512_mul_ps(_mm512_loadu_ps(sums + 16 * i), _mm512_set1_ps(t->kept[0]));
     for (int p = first; p < end;) {
-        const phi_page_head page = head_of(a, type, p);
+        const phi_kv_slice page = head_of(a, type, p);
         const uint8_t *ahead = p + BLOCK < t->seen_end ? phi_page_of(a, p + BLOCK) : NULL; /* keys of the next block */
         const int page_end = phi_min(end, (p / PHI_PAGE_TOKENS + 1) * PHI_PAGE_TOKENS);
         for (; p < page_end; p++, weights++) {

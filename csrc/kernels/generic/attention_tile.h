@@ -79,7 +79,7 @@ static inline void phi_start_tile(const phi_attention *a, int first_row, int n_r
         t->out[r] = a->out + at;
         t->top[r] = -FLT_MAX; /* finite: a difference with minus infinity is a number */
         t->last[r] = a->last + token;
-        t->first[r] = phi_first_seen(t->last[r], a->window);
+        t->first[r] = phi_first_visible(t->last[r], a->window);
         t->seen_first = phi_min(t->seen_first, t->first[r]);
         t->seen_end = phi_max(t->seen_end, t->last[r] + 1);
         t->all_first = phi_max(t->all_first, t->first[r]);

@@ -1,5 +1,5 @@
 /* Attention over pages in half precision or int8; generic/attention_tile.h has the way through them, here are its
- * steps. Layout: phi_page_head: keys [16 positions side by side][head_dim][16], values [position][head_dim]. Idea: four
+ * steps. Layout: phi_kv_slice: keys [16 positions side by side][head_dim][16], values [position][head_dim]. Idea: four
  * rows by four vectors in registers, from converted keys (16 positions at a time) and values (16 dimensions); one row
  * reads the pages themselves, 32 keys side by side. Bound: one row: reading the pages, 4 bytes a position and dimension
  * (int8: 2.1); many: the multiplications. */
@@ -12,8 +12,8 @@
 
 enum { ROWS = 4, BLOCK = PHI_ATTENTION_BLOCK, PAGE_VECTORS = PHI_PAGE_TOKENS / 4, GROUP_VECTORS = PHI_KV_GROUP / 4 };
 
-PHI_INLINE phi_page_head head_of(const phi_attention *a, phi_kv_type type, int position) {
-    return phi_page_head_of(type, a->head_dim, (uint8_t *)phi_page_of(a, position));
+PHI_INLINE phi_kv_slice head_of(const phi_attention *a, phi_kv_type type, int position) {
+    return phi_kv_slice_of(type, a->head_dim, (uint8_t *)phi_page_of(a, position));
 }
 
 /* Eight bytes as floats. */
@@ -24,7 +24,7 @@ PHI_INLINE void floats_of(int8x8_t q, float32x4_t f[2]) {
 }
 
 /* Scales of the page's keys, for PHI_KV_BLOCK dimensions from d on; half precision has none. */
-PHI_INLINE void load_key_scales(phi_kv_type type, const phi_page_head *page, size_t d, float32x4_t *scales) {
+PHI_INLINE void load_key_scales(phi_kv_type type, const phi_kv_slice *page, size_t d, float32x4_t *scales) {
     for (size_t i = 0; i < PAGE_VECTORS; i++) {
         scales[i] = type == PHI_KV_F16 ? vdupq_n_f32(0.0f)
                                        : phi_load_half(page->key_scales + d / PHI_KV_BLOCK * PHI_PAGE_TOKENS + 4 * i);
@@ -32,7 +32,7 @@ PHI_INLINE void load_key_scales(phi_kv_type type, const phi_page_head *page, siz
 }
 
 /* Dimension d of the page's keys. */
-PHI_INLINE void load_keys(phi_kv_type type, const phi_page_head *page, size_t head_dim, size_t d,
+PHI_INLINE void load_keys(phi_kv_type type, const phi_kv_slice *page, size_t head_dim, size_t d,
                           const float32x4_t *scales, float32x4_t *keys) {
     UNROLL for (size_t i = 0; i < PAGE_VECTORS; i += 2) {
         const size_t at = (i / GROUP_VECTORS * head_dim + d) * PHI_KV_GROUP + i % GROUP_VECTORS * 4;
@@ -48,7 +48,7 @@ PHI_INLINE void load_keys(phi_kv_type type, const phi_page_head *page, size_t he
 }
 
 /* n, at most 8, dimensions from d on of the value in a slot, then zeros. */
-PHI_INLINE void load_values(phi_kv_type type, const phi_page_head *page, size_t head_dim, size_t slot, size_t d,
+PHI_INLINE void load_values(phi_kv_type type, const phi_kv_slice *page, size_t head_dim, size_t slot, size_t d,
                             size_t n, float32x4_t v[2]) {
     const size_t at = slot * head_dim + d, element = type == PHI_KV_F16 ? 2 : 1;
     const uint8_t *values = page->values + at * element;
@@ -71,7 +71,7 @@ PHI_INLINE void load_values(phi_kv_type type, const phi_page_head *page, size_t 
 
 PHI_INLINE void convert_keys(const phi_attention *a, phi_kv_type type, int page, float *keys) {
     const size_t head_dim = (size_t)a->head_dim;
-    const phi_page_head p = head_of(a, type, page);
+    const phi_kv_slice p = head_of(a, type, page);
     for (size_t b = 0; b < head_dim; b += PHI_KV_BLOCK) {
         float32x4_t scales[PAGE_VECTORS], k[PAGE_VECTORS];
         load_key_scales(type, &p, b, scales);
@@ -86,7 +86,7 @@ PHI_INLINE void convert_values(const phi_attention *a, phi_kv_type type, int fir
                                float *values) {
     const size_t head_dim = (size_t)a->head_dim, left = head_dim - first_dim;
     for (int p = first; p < end; p++, values += PHI_VALUE_DIMS) {
-        const phi_page_head page = head_of(a, type, p);
+        const phi_kv_slice page = head_of(a, type, p);
         const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
         for (size_t d = 0; d < PHI_VALUE_DIMS; d += 8) {
             const size_t n = left <= d ? 0 : left - d < 8 ? left - d : 8;
@@ -133,7 +133,7 @@ static void score(const phi_attention *a, const phi_tile *t, int page, const flo
 
 PHI_INLINE void score_one(const phi_attention *a, phi_kv_type type, const phi_tile *t, int page, float *scores) {
     const size_t head_dim = (size_t)a->head_dim;
-    const phi_page_head p = head_of(a, type, page);
+    const phi_kv_slice p = head_of(a, type, page);
     float32x4_t s[PAGE_VECTORS];
     UNROLL for (int i = 0; i < PAGE_VECTORS; i++) s[i] = vdupq_n_f32(0.0f);
     for (size_t b = 0; b < head_dim; b += PHI_KV_BLOCK) {
@@ -204,7 +204,7 @@ PHI_INLINE void weigh_dims(const phi_attention *a, phi_kv_type type, const phi_t
         sum[i][1] = vmulq_n_f32(vld1q_f32(sums + 8 * i + 4), t->kept[0]);
     }
     for (int p = first; p < end; p++, weights++) {
-        const phi_page_head page = head_of(a, type, p);
+        const phi_kv_slice page = head_of(a, type, p);
         const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
         UNROLL for (int i = 0; i < n_pairs; i++) {
             float32x4_t v[2];

@@ -157,7 +157,7 @@ typedef struct {
 /* From sub-block `block` on; the token is counted from the product's first. */
 PHI_INLINE x_blocks x_blocks_of(const format f, const phi_matmul *m, int token, size_t block) {
     const size_t n_cols = (size_t)m->n_cols;
-    const phi_q8 q8 = phi_q8_from(m->x->q8, (size_t)(m->first_token + token) * n_cols + block * PHI_Q8_BLOCK);
+    const phi_q8 q8 = phi_q8_at(m->x->q8, (size_t)(m->first_token + token) * n_cols + block * PHI_Q8_BLOCK);
     const bool whole = f.groups_per_block == 1;
     return (x_blocks){q8.quants, q8.scales, whole ? q8.block_sums : q8.sums, whole ? q8.block_offsets : q8.offsets};
 }
