@@ -43,7 +43,7 @@ uint8_t *phi_kv_page(const phi_model *model, const phi_kv *kv, int page) {
     return kv->pages + (size_t)page * phi_kv_page_bytes(model, kv->type);
 }
 
-uint8_t *phi_kv_head(const phi_model *model, const phi_kv *kv, int layer, int kv_head) {
+uint8_t *phi_kv_first_slice(const phi_model *model, const phi_kv *kv, int layer, int kv_head) {
     const size_t head = (size_t)layer * (size_t)model->n_kv_heads + (size_t)kv_head;
     return kv->pages + head * phi_kv_slice_bytes(kv->type, model->head_dim);
 }

@@ -40,7 +40,7 @@ TENSOR_TYPES = {
         phi_types[i].gguf_id,
         phi_types[i].block_elements,
         phi_types[i].block_bytes,
-        phi_types[i].activation == PHI_ACTIVATION_Q8,
+        phi_types[i].activation_format == PHI_ACTIVATION_Q8,
     )
     for i in range(PHI_N_TYPES)
 }
@@ -277,7 +277,7 @@ cdef class Model:
         m.rope_style = PHI_ROPE_NEOX if config.rope_style == "neox" else PHI_ROPE_INTERLEAVED
         m.rope_attn_factor, m.norm_eps = config.rope_attn_factor, config.norm_eps
         m.norm_kind = PHI_LAYER_NORM if config.norm == "layer" else PHI_RMS_NORM
-        m.activation = PHI_FFN_GELU if config.activation == "gelu" else PHI_FFN_SWIGLU
+        m.ffn_activation = PHI_FFN_GELU if config.activation == "gelu" else PHI_FFN_SWIGLU
         m.parallel, m.n_experts = config.parallel, config.n_experts
         self.n_ffns = max(1, m.n_experts)
         m.window = config.window or 0
@@ -312,7 +312,7 @@ cdef class Model:
                 raise ValueError(f"{len(w.ffn)} feed-forwards in a layer, expected {self.n_ffns}")
             for k, f in enumerate(w.ffn):
                 ffn = layer.ffn + <int>k
-                if m.activation == PHI_FFN_SWIGLU:
+                if m.ffn_activation == PHI_FFN_SWIGLU:
                     ffn.gate = self._matrix(f.gate, m.n_ffn, m.n_embd)
                 ffn.up = self._matrix(f.up, m.n_ffn, m.n_embd)
                 ffn.down = self._matrix(f.down, m.n_embd, m.n_ffn)

@@ -1,4 +1,4 @@
-/* Storing of keys and values, and attention, over pages whose order is scattered and whose other slots hold NaN. */
+/* store_kv and attention, over pages in random order whose unused slots contain NaN. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,7 +11,7 @@ enum { N_QUERIES = 3 };
 
 static const char *const kv_names[PHI_N_KV_TYPES] = {"f16", "q8"};
 
-/* ---- storing: the bytes of the scalar tier ---- */
+/* ---- store_kv: the bytes of the scalar tier ---- */
 
 static void check_store(const phi_kernels *k, phi_kv_type type, int head_dim, int slot, int special) {
     static const float specials[] = {0.0f,     1e-42f, 6e-8f, -2.9e-8f, 6.1e-5f,   65504.0f, 65519.9f,
@@ -51,17 +51,18 @@ static void test_store(const phi_kernels *k, phi_kv_type type) {
     }
 }
 
-/* ---- attention: against double, on what the pages hold ---- */
+/* ---- attention: against double precision, with the stored keys and values ---- */
 
 typedef struct {
     phi_kv_type type;
     int head_dim, n_positions;
     uint8_t *pages;
     int32_t *page_table;
-    double *keys, *values; /* [n_positions, head_dim], as held */
+    double *keys, *values; /* [n_positions, head_dim], as stored */
 } cache;
 
-static void read_held(cache *c, int position) {
+/* Reads a position's key and value back from its page. */
+static void read_position(cache *c, int position) {
     const size_t n = (size_t)c->head_dim, slot = (size_t)(position % PHI_PAGE_TOKENS), at = (size_t)position * n;
     const size_t page_bytes = phi_kv_slice_bytes(c->type, c->head_dim), n_blocks = phi_kv_blocks(c->head_dim);
     uint8_t *bytes = c->pages + (size_t)c->page_table[position / PHI_PAGE_TOKENS] * page_bytes;
@@ -97,7 +98,7 @@ static cache make_cache(const phi_kernels *k, generator *g, phi_kv_type type, in
     float *key = floats(n), *value = floats(n);
     memset(c.pages, 0xff, (size_t)n_pages * page_bytes);
     for (int i = 0; i < n_pages; i++) c.page_table[i] = i;
-    for (int i = n_pages - 1; i > 0; i--) { /* scattered */
+    for (int i = n_pages - 1; i > 0; i--) { /* random order */
         const int j = next_below(g, i + 1);
         const int32_t page = c.page_table[i];
         c.page_table[i] = c.page_table[j];
@@ -106,18 +107,18 @@ static cache make_cache(const phi_kernels *k, generator *g, phi_kv_type type, in
     for (int p = 0; p < n_positions; p++) {
         fill_normal(g, n, key);
         fill_normal(g, n, value);
-        value[n / 2] *= 30.0f; /* a channel that is larger than the rest */
+        value[n / 2] *= 30.0f; /* an outlier channel */
         k->store_kv[type](key, value, head_dim, p % PHI_PAGE_TOKENS,
                           c.pages + (size_t)c.page_table[p / PHI_PAGE_TOKENS] * page_bytes);
-        read_held(&c, p);
+        read_position(&c, p);
     }
     free(key);
     free(value);
     return c;
 }
 
-/* As a value that half precision cannot hold is stored: infinite. */
-static void break_value(cache *c, int position) {
+/* Makes a position's value infinite, as values that overflow half precision are stored. */
+static void make_infinite(cache *c, int position) {
     const size_t n = (size_t)c->head_dim, slot = (size_t)(position % PHI_PAGE_TOKENS),
                  n_blocks = phi_kv_blocks(c->head_dim);
     uint8_t *bytes =
@@ -135,8 +136,8 @@ static void free_cache(cache *c) {
     free(c->values);
 }
 
-/* One query at a position. */
-static void attend_exactly(const cache *c, const float *q, int position, int window, double scale, double *out) {
+/* Attention of one query, in double precision. */
+static void exact_attention(const cache *c, const float *q, int position, int window, double scale, double *out) {
     const size_t n = (size_t)c->head_dim;
     const int first = phi_first_visible(position, window);
     double *scores = memory((size_t)(position + 1) * sizeof *scores), largest = -INFINITY, total = 0.0;
@@ -155,9 +156,10 @@ static void attend_exactly(const cache *c, const float *q, int position, int win
     free(scores);
 }
 
-/* Tokens at positions from last on, together and alone. After position `broken` values are infinite. */
+/* n_tokens tokens from position `last` on, in one call and one by one. Values after position last_finite are infinite.
+ */
 static void check_attention(const phi_kernels *k, phi_kv_type type, int head_dim, int last, int n_tokens, int window,
-                            int broken) {
+                            int last_finite) {
     generator g = {(uint64_t)(last * 1000 + head_dim)};
     const size_t n = (size_t)head_dim, stride = N_QUERIES * n + 4, n_floats = (size_t)n_tokens * stride;
     cache c = make_cache(k, &g, type, head_dim, last + n_tokens);
@@ -165,7 +167,7 @@ static void check_attention(const phi_kernels *k, phi_kv_type type, int head_dim
     float *scratch = floats(phi_attention_scratch_floats(head_dim));
     double *exact = memory(n * sizeof *exact);
     fill_normal(&g, n_floats, q);
-    for (int p = broken + 1; p < c.n_positions; p++) break_value(&c, p);
+    for (int p = last_finite + 1; p < c.n_positions; p++) make_infinite(&c, p);
     memset(scratch, 0xff, phi_attention_scratch_floats(head_dim) * sizeof *scratch);
     phi_attention a = {
         .q = q,
@@ -191,8 +193,8 @@ static void check_attention(const phi_kernels *k, phi_kv_type type, int head_dim
         k->attention[type](&a);
         for (size_t i = 0; i < N_QUERIES; i++) {
             const size_t at = (size_t)t * stride + i * n;
-            attend_exactly(&c, q + at, last + t, window, (double)a.scale, exact);
-            for (size_t d = 0; d < n && last + t <= broken; d++) {
+            exact_attention(&c, q + at, last + t, window, (double)a.scale, exact);
+            for (size_t d = 0; d < n && last + t <= last_finite; d++) {
                 CHECK(near(out[at + d], exact[d], 2e-5, 6e-6),
                       "%s: attention %s, head_dim %d, window %d, token %d of %d at %d, query %zu, dimension %zu is "
                       "%.9g, expected %.9g",
@@ -200,7 +202,8 @@ static void check_attention(const phi_kernels *k, phi_kv_type type, int head_dim
                       exact[d]);
             }
             CHECK(first_difference(out + at, alone + i * n, n) == n,
-                  "%s: attention %s, head_dim %d, window %d, token %d of %d at %d, query %zu differs when alone",
+                  "%s: attention %s, head_dim %d, window %d, token %d of %d at %d, query %zu differs from a call of "
+                  "its own",
                   k->name, kv_names[type], head_dim, window, t, n_tokens, last, i);
         }
     }
