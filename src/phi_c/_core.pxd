@@ -1,4 +1,4 @@
-# What _core.pyx uses of csrc/; the headers say what each part means.
+# The parts of csrc/ that _core.pyx uses. The headers document them.
 
 from libc.stddef cimport size_t
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t
@@ -163,7 +163,8 @@ cdef extern from "phi.h":
         void *poll_context
         const phi_observer *observer
     phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batch) nogil
-    phi_status phi_lm_head(const phi_model *model, phi_kv *kv, int n_rows, const float *hidden_states, float *logits) nogil
+    phi_status phi_lm_head(const phi_model *model, phi_kv *kv, int n_rows, const float *hidden_states,
+                           float *logits) nogil
 
 cdef extern from "kernels.h":
     ctypedef struct phi_activations:
