@@ -230,7 +230,7 @@ cdef class Matrix:
             self.matrix.bias = &bias[0]
 
     def packed(self, tier=None):
-        """Return the matrix packed for a tier's kernels; without its bias; itself if they use it unpacked."""
+        """Return a copy packed for a tier's kernels, without the bias; the matrix itself if they use it unpacked."""
         cdef const phi_kernels *kernels = _kernels(tier)
         cdef size_t n_bytes = phi_packed_bytes(kernels, &self.matrix)
         cdef uint8_t[::1] panels
