@@ -1,4 +1,4 @@
-"""What a change must pass: `nox` runs all of it, `nox -s lint` one part."""
+"""The checks that a change must pass. `nox` runs the default sessions, `nox -s lint` runs one."""
 
 import json
 import os
@@ -8,10 +8,12 @@ from pathlib import Path
 
 import nox
 
-nox.options.sessions = ["lint", "types", "tests", "sanitize", "emulate_amx", "reference", "native", "qemu"]
+nox.options.sessions = [
+    *("lint", "types", "tests", "exhaustive", "lowest", "sanitize", "emulate_amx", "reference", "native", "qemu")
+]
 nox.options.default_venv_backend = "venv"
 C_SOURCES = sorted(str(p) for folder in ("csrc", "tests", "benchmarks") for p in Path(folder).rglob("*.[ch]"))
-# Those that hold our numbers against other libraries, as far as these are installed.
+# Tests that compare with other libraries; they skip where these are not installed.
 REFERENCE_TESTS = [
     "tests/transformers_reference",
     "tests/convert/test_safetensors_file.py",
@@ -33,12 +35,13 @@ PYTHON = ["src", "tests", "benchmarks", "noxfile.py"]
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style of Python and C, and the direction of imports."""
+    """Style of Python and C, the direction of imports, and the words in names, messages and documents."""
     session.install(".[dev]")
     session.run("ruff", "check", *PYTHON)
     session.run("ruff", "format", "--check", *PYTHON)
     session.run("clang-format", "--dry-run", "-Werror", *C_SOURCES)
     session.run("lint-imports")
+    session.run("python", "tests/lint/words.py")
 
 
 @nox.session
@@ -57,8 +60,24 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def exhaustive(session: nox.Session) -> None:
+    """The tests that plain `pytest` deselects: whole grids of types, tiers and shapes, and long runs."""
+    session.install(".[test]")
+    session.run("pytest", *(session.posargs or ["-m", "exhaustive"]))
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """The tests with the lowest versions of the dependencies that pyproject.toml allows."""
+    session.install("uv")
+    environment = {"VIRTUAL_ENV": session.virtualenv.location}
+    session.run("uv", "pip", "install", "--resolution", "lowest-direct", ".[test]", env=environment)
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
 def sanitize(session: nox.Session) -> None:
-    """The C tests, and what Python hands to C, forward passes and damaged files, under ASan and UBSan (gcc)."""
+    """The C tests, and what Python hands to C, forward passes and corrupt files, under ASan and UBSan (gcc)."""
     # A build folder of its own, here and below: CMake would remember the option for the next build.
     session.install(
         *("-C", "cmake.define.PHI_SANITIZE=ON", "-C", "cmake.build-type=RelWithDebInfo"),
@@ -72,7 +91,7 @@ def sanitize(session: nox.Session) -> None:
     session.run(
         "pytest",
         # avxvnni is avx2, and amxbf16 is amx, but for products, which ctest has just run.
-        *(session.posargs or [*SANITIZED, "-k", "not smollm2 and not avxvnni and not amxbf16"]),
+        *(session.posargs or ["-m", "", *SANITIZED, "-k", "not smollm2 and not avxvnni and not amxbf16"]),
         env={
             "LD_PRELOAD": " ".join(libraries),
             # The interpreter keeps memory until it exits: leaks are not ours to report.
@@ -99,17 +118,19 @@ def emulate_amx(session: nox.Session) -> None:
     if "amx" not in str(tiers).split():
         session.skip("all need AVX-512 VNNI, which this machine lacks")
     # "amx" means amxbf16 too, which is there where the machine has AVX512-BF16.
-    session.run("pytest", *(session.posargs or [*EMULATED, "-k", "(amx or avxvnni) and (tiled or not test_kernels)"]))
+    session.run(
+        "pytest", *(session.posargs or ["-m", "", *EMULATED, "-k", "(amx or avxvnni) and (tiled or not test_kernels)"])
+    )
 
 
 @nox.session
 def reference(session: nox.Session) -> None:
     """Converted models against transformers and llama.cpp, and docs/models.md against what the code gives."""
     session.install(".[reference]")
-    # Without these the tests would be left out, and nobody would see it.
+    # Without these the tests would skip and nobody would notice.
     needed = "libgguf, lm_eval, safetensors, sentencepiece, tiktoken, torch, transformers, xllamacpp"
     session.run("python", "-c", f"import {needed}")
-    session.run("pytest", *(session.posargs or REFERENCE_TESTS))
+    session.run("pytest", *(session.posargs or ["-m", "", *REFERENCE_TESTS]))
     session.run("python", "benchmarks/models.py", "--check")
 
 
@@ -213,9 +234,9 @@ def platforms(session: nox.Session) -> None:
         options = ("-DCMAKE_TOOLCHAIN_FILE=cmake/zig.cmake", f"-DPHI_ZIG={zig}", f"-DPHI_ZIG_TARGET={target}")
         folder = build_c(session, f"zig-{target}", *options, target="phi_tests" if "musl" in target else "phi")
         compiled = {Path(entry["file"]) for entry in json.loads((folder / "compile_commands.json").read_text("utf-8"))}
-        left_out = c_files_for(target) - compiled
-        if left_out:
-            session.error(f"{target}: not compiled: {', '.join(map(str, sorted(left_out)))}")
+        missing = c_files_for(target) - compiled
+        if missing:
+            session.error(f"{target}: not compiled: {', '.join(map(str, sorted(missing)))}")
         if target == "x86_64-linux-musl":
             run_native(session, folder, "musl-x86_64")
         elif target == "aarch64-linux-musl":
@@ -261,10 +282,8 @@ def x86_wheel(session: nox.Session, zig: str) -> None:
     """A wheel for x86_64, installed and run under every tier where there is no compiler, then without AVX."""
     wheel = build_wheel(session, zig, "x86_64-linux-gnu.2.28")
     fresh = BUILDS / "wheel-fresh"
-    session.run("python", "-m", "venv", "--clear", str(fresh))
     alone = {"PATH": str(fresh / "bin")}  # no compiler, nor anything else
-    python = str(fresh / "bin/python")
-    session.run(python, "-m", "pip", "install", "-q", "--only-binary=:all:", str(wheel), env=alone, external=True)
+    python = fresh_environment(session, fresh, wheel, **alone)
     session.run(python, "-c", "import shutil; assert not shutil.which('cc')", env=alone, external=True)
     check = "tests/wheels/check_wheel.py"
     session.run(python, check, env=alone, external=True)
@@ -295,6 +314,33 @@ def arm_wheel(session: nox.Session, zig: str) -> None:
     for cpu, tiers in (("max", "scalar,neon,dotprod,i8mm"), ("cortex-a72", "scalar,neon")):
         check = ("tests/wheels/check_wheel.py", "--tiers", tiers)
         session.run("qemu-aarch64", "-cpu", cpu, str(python), *check, env=environment, external=True)
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """A dry run of what .github/workflows/wheels.yml does on one platform: sdist, wheel, checks, fresh installation."""
+    session.install("build", "twine", "cyclonedx-bom")
+    folder = Path("build/release").resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(folder))  # the wheel is built from the sdist
+    session.run("twine", "check", "--strict", *map(str, folder.iterdir()))
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    session.log(f"{sdist.name}: {sdist.stat().st_size} bytes, {wheel.name}: {wheel.stat().st_size} bytes")
+    if wheel.stat().st_size >= 3_000_000:
+        session.error("a wheel must stay below 3 MB")
+    python = fresh_environment(session, folder / "fresh", wheel)
+    session.run(python, "tests/wheels/check_wheel.py", external=True)
+    session.run(python, "-m", "phi_c", "doctor", external=True)
+    session.run("cyclonedx-py", "environment", python, "--output-file", str(folder / "phi-c.cdx.json"))
+
+
+def fresh_environment(session: nox.Session, folder: Path, wheel: Path, **environment: str) -> str:
+    """Install a wheel and its dependencies, as wheels only, into a new virtual environment; return its Python."""
+    session.run("python", "-m", "venv", "--clear", str(folder))
+    python = str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
+    install = (python, "-m", "pip", "install", "-q", "--only-binary=:all:", str(wheel))
+    session.run(*install, env=environment, external=True)
+    return python
 
 
 @nox.session

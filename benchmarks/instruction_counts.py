@@ -1,11 +1,12 @@
-"""Count the instructions that ARM kernels take for a super-block, since an emulator tells no time.
+"""Count the instructions that ARM kernels execute per super-block: qemu cannot measure time.
 
     python benchmarks/instruction_counts.py BUILD_DIR
 
-BUILD_DIR is a build of the C library for aarch64 (docs/arm.md). Products run under qemu-aarch64, which logs the address
-of every instruction; those within the kernel are counted and named by the disassembly. Taken at 1024 and at 512
-columns, the difference is what 512 columns cost, without a product's beginning and end. Printed for one row and token
-and 256 columns: all instructions, and those that multiply bytes.
+BUILD_DIR is a build of the C library for aarch64 (docs/arm.md). Each product runs under qemu-aarch64, which logs the
+address of every instruction it executes; the disassembly of the kernel gives their mnemonics. A product runs with 1024
+and with 512 columns: the difference is the cost of 512 columns without the product's prologue and epilogue.
+
+Prints a Markdown table: instructions per row, token and 256 columns, in brackets those that multiply bytes.
 """
 
 import re
@@ -14,11 +15,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-TYPES = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
-FILE_TYPES = (*TYPES, "Q5_0", "Q5_1", "Q2_K", "Q3_K")
+TYPES = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "Q5_0", "Q5_1", "Q2_K", "Q3_K")
 TIERS = ("neon", "dotprod", "i8mm")
-MULTIPLIES = {"smull", "smull2", "smlal", "smlal2", "sdot", "smmla"}
-SHAPES = (("packed", 16, 1), ("packed", 16, 4), ("packed", 16, 64))  # layout, rows, tokens
+BYTE_MULTIPLIES = {"smull", "smull2", "smlal", "smlal2", "sdot", "smmla"}
+# Column title, weight layout, rows, tokens.
+COLUMNS = (
+    ("packed, decode", "packed", 16, 1),
+    ("packed, batch of 4", "packed", 16, 4),
+    ("packed, prefill of 64", "packed", 16, 64),
+    ("mmap, decode", "mmap", 4, 1),
+    ("mmap, batch of 4", "mmap", 4, 4),
+)
 FEW_COLS, MANY_COLS = 512, 1024
 
 
@@ -35,8 +42,8 @@ def build_runner(build: Path, folder: Path) -> Path:
     return runner
 
 
-def mnemonics(runner: Path) -> dict[str, dict[int, str]]:
-    """Return function -> address -> mnemonic, for the kernels."""
+def disassemble(runner: Path) -> dict[str, dict[int, str]]:
+    """Return kernel function -> address -> mnemonic."""
     functions: dict[str, dict[int, str]] = {}
     current: dict[int, str] = {}
     for line in output_of("aarch64-linux-gnu-objdump", "-d", str(runner)).splitlines():
@@ -49,23 +56,20 @@ def mnemonics(runner: Path) -> dict[str, dict[int, str]]:
     return functions
 
 
-def executed(runner: Path, log: Path, function: dict[int, str], *arguments: str) -> tuple[int, int]:
-    """Return how many instructions of a function ran, and how many of them multiply bytes."""
-    within = f"{min(function):#x}..{max(function) + 3:#x}"
-    options = ("-cpu", "max", "-singlestep", "-d", "exec,nochain", "-dfilter", within, "-D", str(log))
+def count_executed(runner: Path, log: Path, function: dict[int, str], *arguments: str) -> tuple[int, int]:
+    """Run a product; return the number of executed instructions of `function`, and how many of them multiply bytes."""
+    address_range = f"{min(function):#x}..{max(function) + 3:#x}"
+    options = ("-cpu", "max", "-singlestep", "-d", "exec,nochain", "-dfilter", address_range, "-D", str(log))
     output_of("qemu-aarch64", *options, str(runner), *arguments)
     addresses = [int(a, 16) for a in re.findall(r"\[\w+/(\w+)/", log.read_text())]
-    ran = [function[a] for a in addresses if a in function]
-    return len(ran), sum(name in MULTIPLIES for name in ran)
+    executed = [function[a] for a in addresses if a in function]
+    return len(executed), sum(name in BYTE_MULTIPLIES for name in executed)
 
 
-def count(runner: Path, log: Path, function: dict[int, str], tier: str, name: str, shape: tuple[str, int, int]) -> str:
-    layout, n_rows, n_tokens = shape
-    few, many = (
-        executed(runner, log, function, tier, name, layout, str(n_rows), str(n_tokens), str(n_cols))
-        for n_cols in (FEW_COLS, MANY_COLS)
-    )
-    blocks = (MANY_COLS - FEW_COLS) / 256 * n_rows * n_tokens
+def format_cell(runner: Path, log: Path, function: dict[int, str], arguments: list[str], n_pairs: int) -> str:
+    """Return the counts per 256 columns. n_pairs: number of (row, token) pairs of the product."""
+    few, many = (count_executed(runner, log, function, *arguments, str(n_cols)) for n_cols in (FEW_COLS, MANY_COLS))
+    blocks = (MANY_COLS - FEW_COLS) / 256 * n_pairs
     return f"{(many[0] - few[0]) / blocks:.1f} ({(many[1] - few[1]) / blocks:.1f})"
 
 
@@ -73,19 +77,20 @@ def main() -> None:
     build = Path(sys.argv[1])
     with tempfile.TemporaryDirectory() as folder:
         runner, log = build_runner(build, Path(folder)), Path(folder) / "log"
-        functions = mnemonics(runner)
-        print("| type | tier | packed, 1 token | 4 tokens | 64 tokens | file, 1 token | 4 tokens |")
-        print("|---|---|---|---|---|---|---|")
-        for name in FILE_TYPES:
+        functions = disassemble(runner)
+        print("| type | tier |", " | ".join(title for title, *_ in COLUMNS), "|")
+        print("|---" * (2 + len(COLUMNS)) + "|")
+        for type_name in TYPES:
             for tier in TIERS:
                 cells = []
-                for layout, n_rows, n_tokens in (*SHAPES, ("mmap", 4, 1), ("mmap", 4, 4)):
+                for _, layout, n_rows, n_tokens in COLUMNS:
                     prefix = "phi_matmul_packed" if layout == "packed" else "phi_matmul"
-                    function = functions.get(f"{prefix}_{name.lower()}_{tier}")
-                    shape = (layout, n_rows, n_tokens)
-                    cells.append(count(runner, log, function, tier, name, shape) if function else "")
+                    function = functions.get(f"{prefix}_{type_name.lower()}_{tier}")
+                    arguments = [tier, type_name, layout, str(n_rows), str(n_tokens)]
+                    cells.append(format_cell(runner, log, function, arguments, n_rows * n_tokens) if function else "")
                 if any(cells):
-                    print("|", " | ".join([name, tier, *cells]), "|", flush=True)
+                    print("|", " | ".join([type_name, tier, *cells]), "|", flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()

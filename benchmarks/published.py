@@ -1,8 +1,8 @@
-"""The published models: what config.json says (huggingface.co/REPO/blob/main/config.json), and small models alike.
+"""The published models' settings (huggingface.co/REPO/blob/main/config.json), and small models with the same settings.
 
-Facts that decide how a model is computed are the published ones: rotary base, share and scaling, window, context, norm,
-ties, biases, the size of a head. Only the numbers of layers, heads, experts' columns and tokens are smaller, and the
-LongRoPE factors, of which there are dozens, are made up in the same shape. See `Published.config`.
+All settings that affect the computation are the published ones: rotary base, dimensions and scaling, sliding window,
+context size, norm, tied embeddings, biases, head size. Only the numbers of layers, heads, expert columns and tokens are
+smaller, and the LongRoPE factors are made up, in the published number. See `Published.config`.
 """
 
 from dataclasses import dataclass, field
@@ -13,11 +13,11 @@ from reference_models import growing_factors
 
 @dataclass(frozen=True)
 class Published:
-    """A row of docs/models.md. n_long_factors: half the dimensions that turn; 0: no LongRoPE."""
+    """A published model, a row of docs/models.md."""
 
     name: str
     repo: str
-    family: str  # of transformers' classes
+    family: str  # prefix of its transformers classes
     tokenizer: str  # kind in small_tokenizers.TOKENIZERS
     n_vocab: int
     hidden: int
@@ -25,11 +25,11 @@ class Published:
     n_kv_heads: int
     ffn: int
     n_ctx: int
-    n_long_factors: int = 0
-    rest: dict[str, Any] = field(default_factory=dict)  # other keys, as published
+    n_long_factors: int = 0  # number of LongRoPE factors, half the rotary dimensions; 0: no LongRoPE
+    extra: dict[str, Any] = field(default_factory=dict)  # other keys of config.json, as published
 
     def config(self) -> dict[str, Any]:
-        """Return the configuration of a small model alike: two layers, and as many heads as keep the grouping."""
+        """Return the config.json of a small model: two layers, one group of query heads (or two heads without GQA)."""
         group = self.n_heads // self.n_kv_heads
         n_heads, n_kv_heads = (group, 1) if group > 1 else (2, 2)
         head_dim = self.hidden // self.n_heads
@@ -40,20 +40,20 @@ class Published:
             "num_key_value_heads": n_kv_heads,
             "intermediate_size": max(self.ffn * n_heads * head_dim // self.hidden // 32, 1) * 32,
             "max_position_embeddings": self.n_ctx,
-            **self.rest,
+            **self.extra,
         }
         if self.n_long_factors:
             config["rope_scaling"] = {
                 "type": "longrope",
                 "short_factor": growing_factors(self.n_long_factors, 1.5),
                 "long_factor": growing_factors(self.n_long_factors, 60.0),
-                **self.rest.get("rope_scaling", {}),
+                **self.extra.get("rope_scaling", {}),
             }
         return config
 
     def lengths(self) -> tuple[int, ...]:
-        """Return the numbers of tokens to compare: beyond the window, up to and beyond the original context."""
-        window = self.rest.get("sliding_window") or 0
+        """Return the sequence lengths to compare: beyond the window; up to and beyond LongRoPE's original context."""
+        window = self.extra.get("sliding_window") or 0
         if self.n_long_factors:
             return 4096, 4097
         return (window + 200,) if 0 < window < self.n_ctx else (300,)
@@ -78,7 +78,7 @@ PUBLISHED = (
         "phi-3",
         **MINI,
         n_ctx=4096,
-        rest={**_PHI3, "sliding_window": 2047},
+        extra={**_PHI3, "sliding_window": 2047},
     ),
     Published(
         "Phi-3-mini-128k",
@@ -88,7 +88,7 @@ PUBLISHED = (
         **MINI,
         n_ctx=131072,
         n_long_factors=48,
-        rest={**_PHI3, "sliding_window": 262144},
+        extra={**_PHI3, "sliding_window": 262144},
     ),
     Published(
         "Phi-3-medium-4k",
@@ -97,7 +97,7 @@ PUBLISHED = (
         "phi-3",
         **MEDIUM,
         n_ctx=4096,
-        rest={**_PHI3, "sliding_window": 2047},
+        extra={**_PHI3, "sliding_window": 2047},
     ),
     Published(
         "Phi-3-medium-128k",
@@ -107,7 +107,7 @@ PUBLISHED = (
         **MEDIUM,
         n_ctx=131072,
         n_long_factors=64,
-        rest={**_PHI3, "sliding_window": 131072},
+        extra={**_PHI3, "sliding_window": 131072},
     ),
     Published(
         "Phi-3.5-mini",
@@ -117,7 +117,7 @@ PUBLISHED = (
         **MINI,
         n_ctx=131072,
         n_long_factors=48,
-        rest={**_PHI3, "sliding_window": 262144},
+        extra={**_PHI3, "sliding_window": 262144},
     ),
     Published(
         "Phi-4",
@@ -126,7 +126,7 @@ PUBLISHED = (
         "phi-4",
         **{**MEDIUM, "n_vocab": 100352},
         n_ctx=16384,
-        rest={"rms_norm_eps": 1e-5, "rope_theta": 250000.0, "original_max_position_embeddings": 16384},
+        extra={"rms_norm_eps": 1e-5, "rope_theta": 250000.0, "original_max_position_embeddings": 16384},
     ),
     Published(
         "Phi-4-mini",
@@ -140,7 +140,7 @@ PUBLISHED = (
         ffn=8192,
         n_ctx=131072,
         n_long_factors=48,
-        rest={**_PHI3, "sliding_window": 262144, "partial_rotary_factor": 0.75, "tie_word_embeddings": True},
+        extra={**_PHI3, "sliding_window": 262144, "partial_rotary_factor": 0.75, "tie_word_embeddings": True},
     ),
     Published(
         "Phi-3.5-MoE",
@@ -151,10 +151,10 @@ PUBLISHED = (
         hidden=4096,
         n_heads=32,
         n_kv_heads=8,
-        ffn=640,  # of an expert; published: 6400
+        ffn=640,  # per expert; published: 6400
         n_ctx=131072,
         n_long_factors=64,
-        rest={
+        extra={
             "rms_norm_eps": 1e-5,
             "rope_theta": 10000.0,
             "sliding_window": 131072,
@@ -181,7 +181,7 @@ PUBLISHED = (
         n_kv_heads=32,
         ffn=10240,
         n_ctx=2048,
-        rest={"layer_norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 0.4},
+        extra={"layer_norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 0.4},
     ),
     Published(
         "SmolLM2-135M",
@@ -194,7 +194,7 @@ PUBLISHED = (
         n_kv_heads=3,
         ffn=1536,
         n_ctx=8192,
-        rest={"rms_norm_eps": 1e-5, "rope_theta": 100000.0, "tie_word_embeddings": True},
+        extra={"rms_norm_eps": 1e-5, "rope_theta": 100000.0, "tie_word_embeddings": True},
     ),
     Published(
         "Llama-3.2-1B",
@@ -207,6 +207,6 @@ PUBLISHED = (
         n_kv_heads=8,
         ffn=8192,
         n_ctx=131072,
-        rest={"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True, "rope_scaling": _LLAMA3},
+        extra={"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True, "rope_scaling": _LLAMA3},
     ),
 )

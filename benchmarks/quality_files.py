@@ -1,6 +1,7 @@
-"""Files for quality.py: a model in float32, with outlier channels, in K-quants. They are what they are made from.
+"""GGUF files for quality.py: a model expanded to float32, with planted outlier channels, or as K-quants.
 
-A file is read into memory whole as float32, changed without changing what it computes, and written in any types.
+A model is read into memory as float32, transformed such that it computes the same in float32, and written with any
+tensor types.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,34 +18,34 @@ from gguf import GGMLQuantizationType as Type
 Floats = npt.NDArray[np.float32]
 
 _SUPER_BLOCK = 256  # columns of a K-quant block
-# What reads a norm's output, and what reads the gated product: (the tensor scaled up, those scaled down).
+# Norm -> matrices that read its output.
 _NORM_READERS = {"attn_norm": ("attn_q", "attn_k", "attn_v", "attn_qkv"), "ffn_norm": ("ffn_gate", "ffn_up")}
 
 
 @dataclass
 class Weights:
-    """A model in float32: metadata, tensors, and the type each had in its file."""
+    """A model in float32."""
 
-    fields: dict[str, tuple[Any, Any, Any]]  # key -> value, GGUF type, GGUF type of an array's elements
+    fields: dict[str, tuple[Any, Any, Any]]  # key -> (value, GGUF type, element type of an array)
     tensors: dict[str, Floats]
-    types: dict[str, Type]
+    types: dict[str, Type]  # tensor types in the file that was read
 
     @property
     def architecture(self) -> str:
-        """The prefix of the model's own keys."""
+        """general.architecture, the prefix of the model's keys."""
         return str(self.fields["general.architecture"][0])
 
     def size(self, key: str) -> int:
-        """Return one of the architecture's integers."""
+        """Return the integer value of ARCHITECTURE.key."""
         return int(self.fields[f"{self.architecture}.{key}"][0])
 
     def set_size(self, key: str, value: int) -> None:
-        """Change or add one of the architecture's integers."""
+        """Set ARCHITECTURE.key to an integer."""
         self.fields[f"{self.architecture}.{key}"] = (value, gguf.GGUFValueType.UINT32, None)
 
 
 def read(path: Path) -> Weights:
-    """Return a file's weights as the gguf package dequantises them."""
+    """Read a GGUF file; the gguf package dequantises its tensors."""
     reader = gguf.GGUFReader(path)
     fields = {}
     for name, field in reader.fields.items():
@@ -56,13 +57,13 @@ def read(path: Path) -> Weights:
 
 
 def write(weights: Weights, path: Path, types: Mapping[str, Type]) -> Path:
-    """Write the tensors in the types named for them; return path."""
+    """Write a GGUF file with the given type for each tensor. Return path."""
     writer = gguf.GGUFWriter(path, weights.architecture)
     for name, (value, kind, sub_kind) in weights.fields.items():
         if name != "general.architecture":
             writer.add_key_value(name, value, kind, sub_kind)
     for name, values in weights.tensors.items():
-        writer.add_tensor(name, quantised(values, types[name]), raw_dtype=types[name])
+        writer.add_tensor(name, quantize(values, types[name]), raw_dtype=types[name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -71,13 +72,13 @@ def write(weights: Weights, path: Path, types: Mapping[str, Type]) -> Path:
 
 
 def expand(path: Path, target: Path) -> Path:
-    """Write the file's float32 expansion, which every engine runs in float32; return target."""
+    """Write a GGUF file dequantised to float32, which every engine computes in float32. Return target."""
     weights = read(path)
     return write(weights, target, dict.fromkeys(weights.types, Type.F32))
 
 
-def quantised(values: Floats, kind: Type) -> npt.NDArray[Any]:
-    """Return the rows in a type: by the gguf package, K-quants by libgguf (ggml's own code)."""
+def quantize(values: Floats, kind: Type) -> npt.NDArray[Any]:
+    """Quantise rows with the gguf package, or with libgguf (ggml's own code) for K-quants."""
     if kind == Type.F32:
         return values
     if not kind.name.endswith("_K"):
@@ -87,12 +88,12 @@ def quantised(values: Floats, kind: Type) -> npt.NDArray[Any]:
     return libgguf.quantize_rows(np.ascontiguousarray(values), int(kind))
 
 
-def plant(weights: Weights, factor: float, n_channels: int) -> None:
-    """Make a few channels of the activations `factor` times as large, as they are in large models, in every layer.
+def plant_outliers(weights: Weights, factor: float, n_channels: int) -> None:
+    """Scale n_channels activation channels per layer and matrix input by `factor`, like outliers in large models.
 
-    The channels of what attention and feed-forward read: the norm's weight grows, the columns that read it shrink. The
-    channels of what down reads: rows of up grow, columns of down shrink. In float32 the model computes the same; in
-    each block of activations that holds such a channel the others lose bits.
+    For the inputs of attention and feed-forward, the norm's weight is multiplied and the columns that read it are
+    divided by the factor; for the input of down, the rows of up and the columns of down. In float32 the model computes
+    the same; quantised activations lose precision in every block that contains such a channel.
     """
     rng = np.random.default_rng(0)
     n_embd, n_ffn = weights.size("embedding_length"), weights.size("feed_forward_length")
@@ -109,10 +110,10 @@ def plant(weights: Weights, factor: float, n_channels: int) -> None:
 
 
 def pad_to_super_blocks(weights: Weights) -> None:
-    """Widen a `llama` model with zero channels and zero heads until K-quants divide its rows.
+    """Pad a `llama` model with zero channels and zero heads until its rows are multiples of a K-quant block.
 
-    Zero channels are spread evenly, zero heads come last. The mean of squares falls by the share of zeros, so norms and
-    their epsilon shrink to match: in float32 the model computes the same.
+    Zero channels are spread evenly among the others; zero heads are last. They reduce the mean of squares, so norm
+    weights and epsilon are scaled to match: in float32 the model computes the same.
     """
     n_embd, n_heads, n_kv_heads = (
         weights.size(key) for key in ("embedding_length", "attention.head_count", "attention.head_count_kv")
@@ -127,22 +128,22 @@ def pad_to_super_blocks(weights: Weights) -> None:
     q_width, kv_width = n_kv_wide * group * head_dim, n_kv_wide * head_dim
     heads = np.arange(n_heads * head_dim)
     to_rows: dict[str, Callable[[Floats], Floats]] = {
-        "attn_q": lambda w: _spread(w, heads, q_width),
-        "attn_k": lambda w: _spread(w, heads[: len(w)], kv_width),
-        "attn_v": lambda w: _spread(w, heads[: len(w)], kv_width),
-        "attn_output": lambda w: _spread(w, channels, width),
-        "ffn_down": lambda w: _spread(w, channels, width),
+        "attn_q": lambda w: _scatter_rows(w, heads, q_width),
+        "attn_k": lambda w: _scatter_rows(w, heads[: len(w)], kv_width),
+        "attn_v": lambda w: _scatter_rows(w, heads[: len(w)], kv_width),
+        "attn_output": lambda w: _scatter_rows(w, channels, width),
+        "ffn_down": lambda w: _scatter_rows(w, channels, width),
     }
     for name, values in weights.tensors.items():
         part = name.split(".")[-2]
         if part.endswith("norm"):
-            weights.tensors[name] = _spread(values, channels, width) * np.float32((n_embd / width) ** 0.5)
+            weights.tensors[name] = _scatter_rows(values, channels, width) * np.float32((n_embd / width) ** 0.5)
             continue
         rows = to_rows[part](values) if part in to_rows else values
         if part == "attn_output":
-            rows = _spread(rows.T, heads, q_width).T
+            rows = _scatter_rows(rows.T, heads, q_width).T
         elif part != "ffn_down":
-            rows = _spread(rows.T, channels, width).T
+            rows = _scatter_rows(rows.T, channels, width).T
         weights.tensors[name] = rows
     weights.set_size("embedding_length", width)
     weights.set_size("attention.head_count", n_kv_wide * group)
@@ -154,7 +155,7 @@ def pad_to_super_blocks(weights: Weights) -> None:
 
 
 def k_quants(weights: Weights) -> dict[str, Type]:
-    """Return the types of a Q4_K_M file of Phi-3: q, k, v Q5_K, output and a third of down Q6_K, the rest Q4_K."""
+    """Return Phi-3's Q4_K_M tensor types: Q5_K for q, k, v; Q6_K for output and a third of down; Q4_K for the rest."""
     types = {}
     for name, values in weights.tensors.items():
         layer = int(name.split(".")[1]) if name.startswith("blk.") else 0
@@ -168,7 +169,7 @@ def k_quants(weights: Weights) -> dict[str, Type]:
 
 
 def all_q8_0(weights: Weights) -> dict[str, Type]:
-    """Return Q8_0 for every matrix."""
+    """Return Q8_0 for every matrix, F32 for vectors."""
     return {name: Type.F32 if values.ndim == 1 else Type.Q8_0 for name, values in weights.tensors.items()}
 
 
@@ -176,8 +177,8 @@ def _rounded_up(n: int) -> int:
     return -(-n // _SUPER_BLOCK) * _SUPER_BLOCK
 
 
-def _spread(values: Floats, positions: npt.NDArray[np.int64], length: int) -> Floats:
-    """Return [length, ...] with the rows of values at these positions and zeros elsewhere."""
+def _scatter_rows(values: Floats, positions: npt.NDArray[np.int64], length: int) -> Floats:
+    """Return float32 [length, ...] with the rows of values at the given positions and zeros elsewhere."""
     out = np.zeros((length, *values.shape[1:]), np.float32)
     out[positions] = values
     return out

@@ -1,8 +1,8 @@
-"""How far an engine's logits are from float32's, position by position. quality.py runs this, a process an engine.
+"""Compare an engine's logits with float32 logits, position by position. quality.py runs this once per engine.
 
     python benchmarks/quality_workers.py NAME    # a Task as JSON on stdin; the result is the last line of stdout
 
-Imports of engines are inside the functions; besides them a worker's interpreter needs NumPy only.
+Engines are imported inside functions: apart from its engine, a worker's interpreter needs only NumPy.
 """
 
 import ctypes
@@ -22,17 +22,17 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Task:
-    """What to compute."""
+    """What to measure."""
 
     model: str  # path of a GGUF file
-    windows: list[list[int]]  # token ids, each window a text of its own
+    windows: list[list[int]]  # token ids, each window an independent sequence
     n_threads: int
-    distances: str  # path of phi_c.evaluate.metrics
-    reference: str  # .npy, float32 [n_windows, n_tokens, n_vocab]: read, or written by the worker "reference"
+    metrics: str  # path of phi_c.evaluate.metrics
+    reference: str  # path of the reference logits, .npy, float32 [n_windows, n_tokens, n_vocab]
 
 
 def phi_c(task: Task) -> Iterator[Floats]:
-    """Yield phi-c's logits, float32 [n_tokens, n_vocab], window by window; PHI_C_ISA chooses the tier."""
+    """Yield phi-c's logits of each window, float32 [n_tokens, n_vocab]. PHI_C_ISA sets the tier."""
     import phi_c
 
     with phi_c.load(task.model, n_ctx=len(task.windows[0]), n_threads=task.n_threads) as llm:
@@ -41,7 +41,7 @@ def phi_c(task: Task) -> Iterator[Floats]:
 
 
 def llama_cpp_python(task: Task) -> Iterator[Floats]:
-    """Yield llama.cpp's logits, with its own defaults: half precision keys and values, as phi-c has."""
+    """Yield llama.cpp's logits of each window, float32 [n_tokens, n_vocab], with its default f16 KV cache."""
     import llama_cpp as lib
 
     silent = lib.llama_log_callback(lambda level, text, data: None)
@@ -68,8 +68,8 @@ def llama_cpp_python(task: Task) -> Iterator[Floats]:
         yield np.ctypeslib.as_array(lib.llama_get_logits(context), (n_tokens, n_vocab)).copy()
 
 
-def keep(task: Task) -> dict[str, Any]:
-    """Write phi-c's logits to the reference's file."""
+def write_reference(task: Task) -> dict[str, Any]:
+    """Write phi-c's logits to the reference file."""
     out = None
     for i, logits in enumerate(phi_c(task)):
         if out is None:
@@ -82,25 +82,25 @@ def keep(task: Task) -> dict[str, Any]:
 
 
 def compare(engine: Callable[[Task], Iterator[Floats]], task: Task) -> dict[str, Any]:
-    """Return lists [n_windows][n_tokens] of an engine's distances from the reference, as phi_c.evaluate has them."""
-    distances = _distances(task.distances)
+    """Return an engine's distances from the reference, lists [n_windows][n_tokens] by name (phi_c.evaluate.metrics)."""
+    token_metrics = _load_metrics(task.metrics)
     reference = np.load(task.reference, mmap_mode="r")
-    found: dict[str, Any] = {"kl": [], "top1_agreement": [], "nll": [], "reference_nll": []}
+    results: dict[str, Any] = {"kl": [], "top1_agreement": [], "nll": [], "reference_nll": []}
     for window, expected, logits in zip(task.windows, reference, engine(task), strict=True):
-        for name, values in distances(expected, logits, np.asarray(window[1:])).items():
-            found[name].append(values.tolist())
-    return found
+        for name, values in token_metrics(expected, logits, np.asarray(window[1:])).items():
+            results[name].append(values.tolist())
+    return results
 
 
-def _distances(path: str) -> Callable[..., dict[str, npt.NDArray[Any]]]:
-    """Return phi_c.evaluate.metrics.distances from its file: an interpreter without phi_c runs it too."""
-    spec = importlib.util.spec_from_file_location("distances", path)
+def _load_metrics(path: str) -> Callable[..., dict[str, npt.NDArray[Any]]]:
+    """Load phi_c.evaluate.metrics.token_metrics from its file, since the interpreter may not have phi_c."""
+    spec = importlib.util.spec_from_file_location("metrics", path)
     if spec is None or spec.loader is None:
-        raise RuntimeError(f"{path} is no Python file")
+        raise RuntimeError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found: Callable[..., dict[str, npt.NDArray[Any]]] = module.distances
-    return found
+    function: Callable[..., dict[str, npt.NDArray[Any]]] = module.token_metrics
+    return function
 
 
 ENGINES: dict[str, Callable[[Task], Iterator[Floats]]] = {
@@ -111,9 +111,9 @@ ENGINES: dict[str, Callable[[Task], Iterator[Floats]]] = {
 
 def main() -> None:
     name, task = sys.argv[1], Task(**json.load(sys.stdin))
-    result = keep(task) if name == "reference" else compare(ENGINES[name], task)
+    result = write_reference(task) if name == "reference" else compare(ENGINES[name], task)
     print("\n" + json.dumps(result), flush=True)
-    os._exit(0)  # engines that leave threads behind need not wait for them
+    os._exit(0)  # does not wait for threads that an engine left running
 
 
 if __name__ == "__main__":

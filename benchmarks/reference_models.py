@@ -1,6 +1,6 @@
-"""Small random models of transformers' own classes, saved as published ones are: config, weights, tokenizer.
+"""Small random models in transformers: saved as Hugging Face folders, and run for reference logits.
 
-Used by the tests against transformers and by `models.py`. Needs torch and transformers: the extra `reference`.
+Used by tests/transformers_reference and `models.py`. Needs torch and transformers (extra `reference`).
 """
 
 import contextlib
@@ -27,14 +27,20 @@ def save_model(
     seed: int = 0,
     shard: str | None = None,
 ) -> Path:
-    """Write a model of a family ("Phi3", "Phimoe", "Phi", "Llama") with such a config; returns the folder.
+    """Write config.json and safetensors of a random model, and return the folder.
 
-    Matrices deviate by fan_in^-0.5, so that attention and logits vary as a trained model's do, unlike at transformers'
-    initialisation. Vectors are 1 or 0 with noise of 0.1.
+    family: prefix of transformers' class names: Phi3, Phimoe, Phi or Llama.
+    config: arguments of the configuration class.
+    dtype: torch type of the saved weights.
+    seed: seed of the weights.
+    shard: largest shard size, such as "200KB"; None: one file.
+
+    Matrices have a standard deviation of fan_in^-0.5. Unlike with transformers' initialisation, attention and logits
+    then vary as much as in a trained model. Norm weights are 1 and biases 0, with a standard deviation of 0.1.
     """
     with _quiet():
         model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**config))
-        # An embedding that is the output too would, at full size, make each token the likeliest after itself.
+        # With an unscaled tied embedding, the most probable next token would always be the last token.
         embedding_scale = 0.25 if config.get("tie_word_embeddings") else 1.0
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -50,20 +56,21 @@ def save_model(
 
 
 def reference_logits(folder: Path, tokens: Sequence[int]) -> Floats:
-    """Return transformers' logits after each token: float32 [n_tokens, n_vocab], eager attention, no cache."""
+    """Return transformers' logits, float32 [n_tokens, n_vocab], with eager attention and no KV cache."""
     return reference_run(folder, tokens)[0]
 
 
 def reference_run(folder: Path, tokens: Sequence[int]) -> tuple[Floats, Floats]:
-    """Return the same, and how far each token's routing was from another one, float32 [n_tokens].
+    """Return the logits as `reference_logits` does, and the routing margin of each token.
 
-    As a share of the router's scores, over all layers; infinite in models without experts.
+    Routing margin, float32 [n_tokens]: relative difference of router scores to the nearest different choice of experts,
+    the smallest of all layers; infinite without experts.
     """
     margins = np.full(len(tokens), np.inf, np.float32)
 
-    def look(module: Any, inputs: Any, output: Any) -> None:
+    def record_margins(module: Any, inputs: Any, output: Any) -> None:
         for i, scores in enumerate(output[0].float().numpy()):
-            margins[i] = min(margins[i], _margin(scores, 2 * module.router_jitter_noise))
+            margins[i] = min(margins[i], _routing_margin(scores, 2 * module.router_jitter_noise))
 
     with _quiet():
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -72,31 +79,31 @@ def reference_run(folder: Path, tokens: Sequence[int]) -> tuple[Floats, Floats]:
         _use_long_factors(model)
         for module in model.modules():
             if hasattr(module, "router_jitter_noise") and hasattr(module, "top_k"):
-                module.register_forward_hook(look)
+                module.register_forward_hook(record_margins)
         with torch.no_grad():
             logits = model(torch.tensor([list(tokens)]), use_cache=False).logits[0]
     return np.asarray(logits.float().numpy()), margins
 
 
-def _margin(scores: Floats, threshold: float) -> float:
-    """Return how little would change what SparseMixer chooses, or whose scores are near enough to count."""
+def _routing_margin(scores: Floats, threshold: float) -> float:
+    """Return the smallest relative score change that would change SparseMixer's choice of experts or its mask."""
     chosen: list[int] = []
-    least = np.inf
+    smallest = np.inf
     for _ in range(2):
-        left = np.delete(np.arange(len(scores)), chosen)
-        best = int(left[scores[left].argmax()])
+        remaining = np.delete(np.arange(len(scores)), chosen)
+        best = int(remaining[scores[remaining].argmax()])
         others = np.delete(np.arange(len(scores)), [*chosen, best])
-        apart = (scores[best] - scores[others]) / np.maximum(np.abs(scores[others]), scores[best])
-        least = min([least, *apart, *np.abs(apart - threshold)])
+        distance = (scores[best] - scores[others]) / np.maximum(np.abs(scores[others]), scores[best])
+        smallest = min([smallest, *distance, *np.abs(distance - threshold)])
         chosen.append(best)
-    return float(least)
+    return float(smallest)
 
 
 def _use_long_factors(model: Any) -> None:
-    """Let transformers' Phimoe take the long factors beyond the original context, as its checkpoint's own code does.
+    """Patch transformers' Phimoe to use LongRoPE's long factors beyond the original context.
 
-    Its forward recomputes the frequencies without the length of the sequence, so it has the short ones at any length
-    (seen in 5.24), while it does switch to `long_mscale`. Microsoft's modeling_phimoe.py switches both.
+    Its forward pass recomputes the frequencies without the sequence length, so it uses the short factors at any length
+    (as of 5.24), although it switches to `long_mscale`. The published modeling_phimoe.py switches both.
     """
     rotary = getattr(model.model, "rotary_emb", None)
     if model.config.model_type != "phimoe" or model.config.rope_parameters["rope_type"] != "longrope":
@@ -112,30 +119,30 @@ def _use_long_factors(model: Any) -> None:
 
 
 def reference_tokenizer(folder: Path) -> Any:
-    """Return transformers' tokenizer of a folder."""
+    """Return transformers' tokenizer for a folder."""
     with _quiet():
         return transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
 def random_tokens(n_tokens: int, n_vocab: int, seed: int = 1) -> list[int]:
-    """Return ids without the first few, which are special in some vocabularies."""
+    """Return random token ids of at least 3: the first ids are special tokens in some vocabularies."""
     return [int(i) for i in np.random.default_rng(seed).integers(3, n_vocab, n_tokens)]
 
 
 def worst_nmse(got: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
-    """Return the largest squared error of a position, as a share of its squared signal."""
+    """Return the NMSE of the worst row: its squared error divided by the squared expected values."""
     error = ((got.astype(np.float64) - expected) ** 2).sum(1)
     return float((error / (expected.astype(np.float64) ** 2).sum(1)).max())
 
 
 def growing_factors(n: int, last: float) -> list[float]:
-    """Return LongRoPE factors from 1 to `last` in the shape that published ones have: slowly, then fast."""
+    """Return n LongRoPE factors from 1 to `last` that grow slowly, then fast, like published ones."""
     return [float(f) for f in np.round(last ** (np.linspace(0, 1, n) ** 2), 4)]
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' advice on configs, its progress bars and its deprecations to itself."""
+    """Suppress transformers' log messages, progress bars and deprecation warnings."""
     transformers.utils.logging.disable_progress_bar()
     logger = logging.getLogger("transformers")
     level, logger.level = logger.level, logging.ERROR

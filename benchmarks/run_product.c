@@ -1,4 +1,5 @@
-/* Runs one product once, for instruction_counts.py: run_product TIER TYPE packed|file N_ROWS N_TOKENS N_COLS */
+/* Runs one matrix product on zeros, for instruction_counts.py:
+ *   run_product TIER TYPE packed|mmap N_ROWS N_TOKENS N_COLS */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -9,7 +10,7 @@ static phi_type find_type(const char *name) {
     for (phi_type type = 0; type < PHI_N_TYPES; type++) {
         if (strcmp(phi_types[type].name, name) == 0) return type;
     }
-    fprintf(stderr, "there is no type %s\n", name);
+    fprintf(stderr, "unknown tensor type %s\n", name);
     exit(2);
 }
 

@@ -1,9 +1,10 @@
-"""What a step's choice of a token costs, in microseconds, and as a share of the step.
+"""Measure the time to sample one token, in microseconds and as a share of a decode step.
 
     python benchmarks/sampling.py [--repeats 50]
 
-Logits are random: peaked ones fall off as words' frequencies do (Zipf), Gaussian ones deviate by 3, flat ones by 0.01,
-which leaves nearly the whole vocabulary to choose from. A step is what the model's weights take at 30 GB/s.
+The logits are random: peaked (Zipf, like word frequencies), Gaussian with a standard deviation of 3, or flat with one
+of 0.01, where nearly the whole vocabulary remains a candidate. The decode step is the time to read the model's weights
+at 30 GB/s.
 """
 
 import argparse
@@ -20,7 +21,8 @@ from phi_c.sampling.sampler import Sampler, logprob
 
 Floats = npt.NDArray[np.float32]
 
-_STEP_MS = {"SmolLM2-135M": (49_152, 4), "Phi-3-mini": (32_064, 80), "Phi-4-mini": (200_064, 80)}
+# Model -> size of the vocabulary, decode step in ms.
+_MODELS = {"SmolLM2-135M": (49_152, 4), "Phi-3-mini": (32_064, 80), "Phi-4-mini": (200_064, 80)}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "top_k 40": {"top_k": 40},
@@ -28,26 +30,27 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "top_p alone": {"min_p": 0.0},
     "top_p, temperature 1.5": {"min_p": 0.0, "temperature": 1.5},
     "no filter": {"top_p": 1.0, "min_p": 0.0},
-    "greedy": {"temperature": 0.0, "repeat_penalty": 1.0},
+    "repeat_penalty 1.1": {"repeat_penalty": 1.1},
+    "greedy": {"temperature": 0.0},
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=50, metavar="N", help="calls, of which medians")
+    parser.add_argument("--repeats", type=int, default=50, metavar="N", help="Number of calls; medians are printed.")
     n_repeats = parser.parse_args().repeats
-    for model, (n_vocab, step_ms) in _STEP_MS.items():
-        shapes = logits_of(n_vocab)
-        print(f"\n{model}: {n_vocab} tokens, a step of {step_ms} ms; us, and share of the step\n")
+    for model, (n_vocab, step_ms) in _MODELS.items():
+        shapes = random_logits(n_vocab)
+        print(f"\n{model}: vocabulary of {n_vocab}, decode step {step_ms} ms; us per token (share of the step)\n")
         print(f"| options | {' | '.join(shapes)} |")
         print(f"|---|{'---:|' * len(shapes)}")
-        for name, call in calls(n_vocab).items():
+        for name, call in timed_calls(n_vocab).items():
             times = [_median_us(call, logits, n_repeats) for logits in shapes.values()]
             print(f"| {name} | {' | '.join(f'{us:.0f} ({us / step_ms / 1000:.1%})' for us in times)} |")
 
 
-def logits_of(n_vocab: int) -> dict[str, Floats]:
-    """Return float32 [n_vocab] of each shape."""
+def random_logits(n_vocab: int) -> dict[str, Floats]:
+    """Return logits, float32 [n_vocab], by the shape of their distribution."""
     rng = np.random.default_rng(0)
     ranks = rng.permutation(n_vocab) + 1
     shapes = {
@@ -58,22 +61,22 @@ def logits_of(n_vocab: int) -> dict[str, Floats]:
     return {name: logits.astype(np.float32) for name, logits in shapes.items()}
 
 
-def calls(n_vocab: int) -> dict[str, Callable[[Floats], object]]:
-    """Return what is timed, by name."""
+def timed_calls(n_vocab: int) -> dict[str, Callable[[Floats], object]]:
+    """Return the functions to time, by name."""
     generated = [int(token) for token in np.random.default_rng(1).integers(0, n_vocab, 200)]
     timed: dict[str, Callable[[Floats], object]] = {}
     for name, options in _OPTIONS.items():
         sampler = Sampler(SamplingParams(seed=0, **options), n_vocab)
         timed[name] = lambda logits, sampler=sampler: sampler.sample(logits, generated)
     timed["log-probability"] = lambda logits: logprob(logits, 5, 0)
-    timed["log-probabilities, 5 likeliest"] = lambda logits: logprob(logits, 5, 5)
+    timed["log-probabilities, top 5"] = lambda logits: logprob(logits, 5, 5)
     return timed
 
 
 def _median_us(call: Callable[[Floats], object], logits: Floats, n_repeats: int) -> float:
     seconds = []
     for _ in range(n_repeats):
-        fresh = logits.copy()  # as a forward pass leaves them
+        fresh = logits.copy()  # as after a forward pass
         start = time.perf_counter()
         call(fresh)
         seconds.append(time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that published models have, trained on English: tokenizer.json and its companions."""
+"""Small tokenizers of the published kinds, trained on English: tokenizer.json and tokenizer_config.json."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def _byte_level() -> Any:
 
 _PHI3_SPECIAL = ("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
 
-# Kind -> pre-tokenizer (None: SentencePiece), special tokens, (bos, eos), template; as the published tokenizers.
+# Kind -> (pre-tokenizer or None for SentencePiece, special tokens, (BOS, EOS), chat template), as published.
 TOKENIZERS: dict[str, tuple[Any, tuple[str, ...], tuple[str | None, str], str | None]] = {
     "phi-3": (None, _PHI3_SPECIAL, ("<s>", "<|endoftext|>"), PHI3_TEMPLATE),
     "phi-4": (
@@ -81,15 +81,18 @@ TOKENIZERS: dict[str, tuple[Any, tuple[str, ...], tuple[str | None, str], str | 
 
 
 def make_tokenizer(kind: str, n_vocab: int = 600) -> tokenizers.Tokenizer:
-    """Return a tokenizer of a kind in TOKENIZERS, trained on English, with its special tokens last."""
+    """Train and return a tokenizer of a kind in TOKENIZERS; its special tokens have the last ids."""
     pre, special, _, _ = TOKENIZERS[kind]
     backend = _train_spm(n_vocab) if pre is None else _train_bytes(pre(), n_vocab, ignore_merges=kind == "llama-3")
     if pre is None:
         backend.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>")])
         backend.add_tokens([AddedToken("</s>", rstrip=True, normalized=False)])
-    strips = [pre is None and token != "<|endoftext|>" for token in special]
+    rstrip_flags = [pre is None and token != "<|endoftext|>" for token in special]
     backend.add_special_tokens(
-        [AddedToken(token, rstrip=rstrip, normalized=False) for token, rstrip in zip(special, strips, strict=True)]
+        [
+            AddedToken(token, rstrip=rstrip, normalized=False)
+            for token, rstrip in zip(special, rstrip_flags, strict=True)
+        ]
     )
     return backend
 
@@ -105,7 +108,7 @@ def _train_bytes(pre: Any, n_vocab: int, *, ignore_merges: bool) -> tokenizers.T
 
 
 def _train_spm(n_vocab: int) -> tokenizers.Tokenizer:
-    """Return a BPE with byte fallback laid out as SentencePiece's: control, bytes, merged tokens, letters."""
+    """Train a BPE with byte fallback; ids are ordered as SentencePiece's: control, bytes, merged tokens, characters."""
     trained = tokenizers.Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trained.train([str(_TEXT)], trainers.BpeTrainer(vocab_size=n_vocab, show_progress=False))
@@ -113,10 +116,10 @@ def _train_spm(n_vocab: int) -> tokenizers.Tokenizer:
     words = [token for token, _ in by_id if len(token) > 1]
     letters = [token for token, _ in by_id if len(token) == 1]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *words, *letters]
-    known = {*words, *letters}
-    # What transformers makes of SentencePiece's scores: every split of a token, the best token first.
-    cuts = [(word[:at], word[at:]) for word in words for at in range(1, len(word))]
-    merges = [(left, right) for left, right in cuts if left in known and right in known]
+    mergeable = {*words, *letters}
+    # As transformers derives merges from SentencePiece's scores: every split of a token, highest score first.
+    splits = [(word[:cut], word[cut:]) for word in words for cut in range(1, len(word))]
+    merges = [(left, right) for left, right in splits if left in mergeable and right in mergeable]
     ids = {token: i for i, token in enumerate(tokens)}
     backend = tokenizers.Tokenizer(models.BPE(ids, merges, byte_fallback=True, unk_token="<unk>"))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
@@ -131,7 +134,7 @@ def _train_spm(n_vocab: int) -> tokenizers.Tokenizer:
 
 
 def save_tokenizer(folder: Path, kind: str) -> int:
-    """Write tokenizer.json, tokenizer_config.json and the template; returns the number of tokens."""
+    """Write tokenizer.json and tokenizer_config.json with the chat template. Return the number of tokens."""
     backend = make_tokenizer(kind)
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))

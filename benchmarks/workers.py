@@ -1,9 +1,8 @@
-"""What each engine is asked to do: read a prompt, write a text, write several together. compare.py runs these.
+"""One function per engine that measures prefill, decode and batched decode speed. compare.py runs them.
 
-A worker loads the model, warms it up, measures once, and returns tokens a second: {"prefill": float, "decode": float,
-"batch": {n_seqs: float}}; batch is empty where an engine's API cannot. Imports are inside the functions: a worker runs
-in a process, and an interpreter, of its own. Texts end after the number of tokens asked for, whatever the model says;
-every choice is the likeliest token.
+A worker loads the model, warms it up, measures once, and returns tokens per second: {"prefill": float, "decode": float,
+"batch": {n_seqs: float}}. batch is empty if the engine's API has no batched decoding. Imports are inside the functions,
+because each worker runs in its own process and interpreter. Decoding is greedy and ignores end-of-generation tokens.
 """
 
 import ctypes
@@ -23,56 +22,56 @@ class Task:
     model: str  # path of a GGUF file
     n_threads: int
     n_prefill: int  # tokens of the prompt
-    n_decode: int  # tokens of each text
-    n_seqs: tuple[int, ...]  # texts written together
+    n_decode: int  # generated tokens per sequence
+    n_seqs: tuple[int, ...]  # batch sizes to measure, sequences
 
 
 def phi_c(task: Task) -> dict[str, Any]:
-    """phi-c's own measurement; PHI_C_ISA chooses the tier."""
+    """phi-c, measured by phi_c.bench; PHI_C_ISA selects the tier."""
     from phi_c.bench.speed import Plan, measure
 
     plan = Plan(task.n_prefill, task.n_decode, task.n_seqs, n_repeats=1)
-    found = measure(task.model, plan, n_threads=task.n_threads)
-    batch = {row["n_seqs"]: row["tok_s"] for row in found["batch"]}
-    return {"prefill": found["prefill_tok_s"], "decode": found["decode_tok_s"], "batch": batch}
+    result = measure(task.model, plan, n_threads=task.n_threads)
+    batch = {row["n_seqs"]: row["tok_s"] for row in result["batch"]}
+    return {"prefill": result["prefill_tok_s"], "decode": result["decode_tok_s"], "batch": batch}
 
 
 def llama_cpp_python(task: Task) -> dict[str, Any]:
-    """llama.cpp through llama_decode, as its own llama-bench and llama-batched-bench call it."""
+    """llama.cpp through llama_decode, called as in llama-bench and llama-batched-bench."""
     import llama_cpp as lib
 
-    lib.llama_log_set(_silent(lib), ctypes.c_void_p(0))
+    lib.llama_log_set(_null_logger(lib), ctypes.c_void_p(0))
     lib.llama_backend_init()
     model = lib.llama_model_load_from_file(task.model.encode(), lib.llama_model_default_params())
     if not model:
         raise RuntimeError(f"llama.cpp could not load {task.model}")
     n_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
-    one = _LlamaContext(lib, model, n_vocab, task, 1, task.n_prefill + 1)
-    one.run([[1] * 8])
-    one.clear()
-    seconds = _seconds(lambda: one.run([_ids(n_vocab, task.n_prefill)]))
-    one.clear()
-    decode = one.decode(1, task.n_decode)
-    one.close()
+    single = _LlamaContext(lib, model, n_vocab, task, 1, task.n_prefill + 1)
+    single.run([[1] * 8])
+    single.clear()
+    seconds = _seconds(lambda: single.run([_random_ids(n_vocab, task.n_prefill)]))
+    single.clear()
+    decode = single.decode(1, task.n_decode)
+    single.close()
     batch = {}
     for n in task.n_seqs:
-        many = _LlamaContext(lib, model, n_vocab, task, n, task.n_decode + 2)
-        batch[n] = many.decode(n, task.n_decode)
-        many.close()
+        batched = _LlamaContext(lib, model, n_vocab, task, n, task.n_decode + 2)
+        batch[n] = batched.decode(n, task.n_decode)
+        batched.close()
     return {"prefill": task.n_prefill / seconds, "decode": decode, "batch": batch}
 
 
-def _silent(lib: Any) -> Any:
-    silent = lib.llama_log_callback(lambda level, text, data: None)
-    _KEPT.append(silent)  # C holds it
-    return silent
+def _null_logger(lib: Any) -> Any:
+    callback = lib.llama_log_callback(lambda level, text, data: None)
+    _CALLBACKS.append(callback)
+    return callback
 
 
-_KEPT: list[Any] = []
+_CALLBACKS: list[Any] = []  # llama.cpp keeps pointers to them
 
 
 class _LlamaContext:
-    """A context of llama.cpp with room for n_seqs sequences of n_each tokens."""
+    """A llama.cpp context for n_seqs sequences of n_each tokens."""
 
     def __init__(self, lib: Any, model: Any, n_vocab: int, task: Task, n_seqs: int, n_each: int) -> None:
         params = lib.llama_context_default_params()
@@ -83,16 +82,16 @@ class _LlamaContext:
         self._lib, self._n_vocab = lib, n_vocab
         self._context = lib.llama_init_from_model(model, params)
         if not self._context:
-            raise RuntimeError("llama.cpp could not make a context")
+            raise RuntimeError("llama.cpp could not create a context")
         self._n_past = [0] * n_seqs
 
     def run(self, tokens: list[list[int]]) -> list[int]:
-        """Compute more tokens of each sequence; return the likeliest next one of each."""
+        """Append tokens to each sequence; return the most probable next token of each."""
         import numpy as np
 
         lib = self._lib
         batch = lib.llama_batch_init(sum(map(len, tokens)), 0, 1)
-        n, rows = 0, []
+        n, last_rows = 0, []
         for sequence, ids in enumerate(tokens):
             for token in ids:
                 batch.token[n], batch.pos[n] = token, self._n_past[sequence]
@@ -101,25 +100,25 @@ class _LlamaContext:
                 self._n_past[sequence] += 1
                 n += 1
             batch.logits[n - 1] = True
-            rows.append(n - 1)
+            last_rows.append(n - 1)
         batch.n_tokens = n
         if lib.llama_decode(self._context, batch) != 0:
             raise RuntimeError("llama_decode failed")
-        logits = [np.ctypeslib.as_array(lib.llama_get_logits_ith(self._context, row), (self._n_vocab,)) for row in rows]
-        likeliest = [int(row.argmax()) for row in logits]
+        pointers = [lib.llama_get_logits_ith(self._context, row) for row in last_rows]
+        best = [int(np.ctypeslib.as_array(pointer, (self._n_vocab,)).argmax()) for pointer in pointers]
         lib.llama_batch_free(batch)
-        return likeliest
+        return best
 
     def decode(self, n_seqs: int, n_tokens: int) -> float:
-        """Return the tokens a second of n_seqs texts of n_tokens after their first one."""
-        tokens = self.run([_ids(self._n_vocab, 1) for _ in range(n_seqs)])
+        """Return tokens per second of decoding n_tokens in each of n_seqs sequences, after a one-token prompt."""
+        tokens = self.run([_random_ids(self._n_vocab, 1) for _ in range(n_seqs)])
         start = time.perf_counter()
         for _ in range(n_tokens):
             tokens = self.run([[token] for token in tokens])
         return n_seqs * n_tokens / (time.perf_counter() - start)
 
     def clear(self) -> None:
-        """Forget all sequences."""
+        """Remove all sequences from the KV cache."""
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
         self._n_past = [0] * len(self._n_past)
 
@@ -129,7 +128,7 @@ class _LlamaContext:
 
 
 def xllamacpp(task: Task) -> dict[str, Any]:
-    """llama.cpp's server in the process, with its own timings; its batches are requests that run together."""
+    """llama.cpp's server in this process, with its own timings; a batch is several concurrent requests."""
     import xllamacpp as lib
 
     params = lib.CommonParams()
@@ -142,10 +141,10 @@ def xllamacpp(task: Task) -> dict[str, Any]:
     params.verbosity = 0
     server = lib.Server(params)
 
-    def ask(n_prompt: int, n_tokens: int) -> dict[str, float]:
+    def complete(n_prompt: int, n_tokens: int) -> dict[str, float]:
         answer = server.handle_completions(
             {
-                "prompt": _ids(30000, n_prompt),
+                "prompt": _random_ids(30000, n_prompt),
                 "n_predict": n_tokens,
                 "temperature": 0,
                 "ignore_eos": True,
@@ -155,16 +154,18 @@ def xllamacpp(task: Task) -> dict[str, Any]:
         timings: dict[str, float] = answer["timings"]
         return timings
 
-    ask(8, 2)
-    prefill = ask(task.n_prefill, 1)["prompt_per_second"]
-    decode = ask(1, task.n_decode + 1)["predicted_per_second"]
-    batch = {n: _together(n, task.n_decode, lambda: ask(1, task.n_decode)) for n in task.n_seqs}
+    complete(8, 2)
+    prefill = complete(task.n_prefill, 1)["prompt_per_second"]
+    decode = complete(1, task.n_decode + 1)["predicted_per_second"]
+    batch = {n: _concurrent(n, task.n_decode, lambda: complete(1, task.n_decode)) for n in task.n_seqs}
     return {"prefill": prefill, "decode": decode, "batch": batch}
 
 
 def mistralrs(task: Task) -> dict[str, Any]:
-    """mistral.rs with its own timings. It takes text, so its prompt is about as long as the others'; no batches: its
-    Python object refuses a second call while one runs."""
+    """mistral.rs, with its own timings.
+
+    Its prompt is text, so it has only about n_prefill tokens. No batches: its Python API rejects concurrent calls.
+    """
     import mistralrs as lib
 
     path = Path(task.model)
@@ -173,27 +174,27 @@ def mistralrs(task: Task) -> dict[str, Any]:
         prefix_cache_n=0,
     )
 
-    def ask(text: str, n_tokens: int) -> Any:
+    def complete(text: str, n_tokens: int) -> Any:
         request = lib.CompletionRequest(
             prompt=text, model="default", max_tokens=n_tokens, temperature=0.0, ignore_eos=True
         )
         return runner.send_completion_request(request).usage
 
-    ask("Hello", 2)
+    complete("Hello", 2)
     words = ["one", "two", "three", "apple", "river", "stone", "green", "because", "under", "water", "light"]
     text = ""
     while len(runner.tokenize_text(text, False, None)) < task.n_prefill:
         text += " ".join(random.choices(words, k=20)) + " "
-    usage = ask(text, 2)
+    usage = complete(text, 2)
     prefill = usage.prompt_tokens / usage.total_prompt_time_sec
-    usage = ask("Hello", task.n_decode + 1)
+    usage = complete("Hello", task.n_decode + 1)
     decode = task.n_decode / usage.total_completion_time_sec
     return {"prefill": prefill, "decode": decode, "batch": {}}
 
 
-def _together(n_seqs: int, n_tokens: int, ask: Callable[[], Any]) -> float:
-    """Return the tokens a second of n_seqs requests of n_tokens that begin at once."""
-    threads = [threading.Thread(target=ask) for _ in range(n_seqs)]
+def _concurrent(n_seqs: int, n_tokens: int, send: Callable[[], Any]) -> float:
+    """Return tokens per second of n_seqs concurrent requests that generate n_tokens each."""
+    threads = [threading.Thread(target=send) for _ in range(n_seqs)]
 
     def run() -> None:
         for thread in threads:
@@ -210,7 +211,7 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _ids(n_vocab: int, n_tokens: int) -> list[int]:
+def _random_ids(n_vocab: int, n_tokens: int) -> list[int]:
     return [random.randrange(300, min(n_vocab, 30000)) for _ in range(n_tokens)]
 
 

@@ -1,4 +1,4 @@
-# Cross-compiles for Windows with Debian's gcc-mingw-w64-x86-64; tests run under wine64.
+# Cross-compiles for x86_64 Windows with Debian's gcc-mingw-w64-x86-64. Tests run under wine.
 set(CMAKE_SYSTEM_NAME Windows)
 set(CMAKE_SYSTEM_PROCESSOR x86_64)
 set(CMAKE_C_COMPILER x86_64-w64-mingw32-gcc)

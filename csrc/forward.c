@@ -169,7 +169,7 @@ static void run_attention(worker *w, int layer) {
             .pages = phi_kv_first_slice(model, f->kv, layer, kv_head),
             .page_bytes = phi_kv_page_bytes(model, type),
             .page_table = f->batch->sequences[f->batch->seq_ids[run->first]].pages,
-            .last = f->batch->positions[run->first],
+            .query_start = f->batch->positions[run->first],
             .window = model->window,
             .scale = 1.0f / sqrtf((float)model->head_dim),
             .scratch = f->scratch + (size_t)w->thread * f->scratch_floats,

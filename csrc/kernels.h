@@ -110,7 +110,7 @@ typedef struct {
     const uint8_t *pages;      /* the head's phi_kv_slice of page 0 */
     size_t page_bytes;         /* bytes from one page to the next */
     const int32_t *page_table; /* of the sequence: position p is in page page_table[p / PHI_PAGE_TOKENS] */
-    int last;                  /* position of the first token, which is the last one that it sees */
+    int query_start;           /* position of the first token; token t attends to positions up to query_start + t */
     int window;                /* positions a token attends to, itself included; 0: unlimited */
     float scale;               /* multiplies q @ k.T */
     float *scratch;            /* [phi_attention_scratch_floats] */

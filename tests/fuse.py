@@ -1,4 +1,4 @@
-"""Rewrites a `llama` GGUF as the same model in `phi3` form: rows fused, q and k rows back in halves order."""
+"""Rewrites a `llama` GGUF file as a `phi3` file of the same model: matrices fused, q and k rows in NeoX order."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ Rows = npt.NDArray[np.uint8]
 
 
 def fuse_llama_to_phi3(source: Path, target: Path) -> Path:
-    """Write the phi3 file; quantised rows are moved whole, so nothing is lost. Returns target."""
+    """Write the phi3 file and return target; quantised rows are moved, not requantised."""
     reader = gguf.GGUFReader(source)
     tensors = {t.name: t for t in reader.tensors}
     n_heads = int(reader.fields["llama.attention.head_count"].contents())
@@ -28,8 +28,8 @@ def fuse_llama_to_phi3(source: Path, target: Path) -> Path:
             continue
         data = tensor.data
         if ".attn_q." in name:
-            q = _halves(data, n_heads)
-            k = _halves(tensors[name.replace("attn_q", "attn_k")].data, n_kv_heads)
+            q = _neox_order(data, n_heads)
+            k = _neox_order(tensors[name.replace("attn_q", "attn_k")].data, n_kv_heads)
             data = np.concatenate([q, k, tensors[name.replace("attn_q", "attn_v")].data])
             name = name.replace("attn_q", "attn_qkv")
         elif ".ffn_up." in name:
@@ -42,7 +42,7 @@ def fuse_llama_to_phi3(source: Path, target: Path) -> Path:
     return target
 
 
-def _halves(rows: Rows, n_heads: int) -> Rows:
-    """Undo the pairing of GGUF `llama` files: rows 2i and 2i + 1 of a head go back to i and i + half."""
-    paired = rows.reshape(n_heads, -1, 2, rows.shape[1])
-    return paired.swapaxes(1, 2).reshape(rows.shape)
+def _neox_order(rows: Rows, n_heads: int) -> Rows:
+    """Undo the interleaving of GGUF `llama` files: rows 2 i and 2 i + 1 of a head become i and i + half."""
+    pairs = rows.reshape(n_heads, -1, 2, rows.shape[1])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)

@@ -1,9 +1,9 @@
-"""Damaged copies of a file, for tests of a reader that must refuse them with grace."""
+"""Corrupts copies of a file, for tests of a reader that must reject them with a PhiError."""
 
 import random
 from collections.abc import Callable, Iterator
 
-# Counts and offsets that overflow, wrap, or name more than there is.
+# Counts and offsets that overflow, wrap around, or exceed the file.
 HUGE = (
     2**64 - 1,
     2**63,
@@ -22,13 +22,12 @@ HUGE = (
 
 
 def mutations(data: bytes, header_bytes: int, seed: int, n: int) -> Iterator[bytes]:
-    """Yield n damaged copies of data, the same for the same seed.
+    """Yield n corrupt copies of data; the same seed gives the same copies.
 
-    Of the first header_bytes, copies have bits flipped, bytes set to 0 or 0xff, or 8 bytes replaced by a huge
-    number (half of these in place of 8 bytes that hold a small one: a count, a length or an offset). Others
-    are cut short anywhere.
+    In turn, a copy has bits of its first header_bytes flipped, has bytes there set to 0 or 0xff, has 8 bytes there
+    replaced by a number of HUGE, or is truncated anywhere. Half of the replaced numbers are counts, lengths or offsets.
     """
-    rng = random.Random(seed)  # any seed will do, no secret
+    rng = random.Random(seed)
     counts = small_counts(data, header_bytes)
 
     def flip_bits(copy: bytearray) -> None:
@@ -56,5 +55,5 @@ def mutations(data: bytes, header_bytes: int, seed: int, n: int) -> Iterator[byt
 
 
 def small_counts(data: bytes, header_bytes: int) -> list[int]:
-    """Return where the header holds 8 bytes that read as a number from 1 to 65535."""
-    return [at for at in range(header_bytes - 7) if data[at + 2 : at + 8] == bytes(6) and data[at : at + 2] != bytes(2)]
+    """Return the offsets of 8 bytes in the header that are an integer from 1 to 65535."""
+    return [i for i in range(header_bytes - 7) if data[i + 2 : i + 8] == bytes(6) and data[i : i + 2] != bytes(2)]

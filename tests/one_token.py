@@ -1,4 +1,4 @@
-"""A model file opened, loaded and run as far as it goes: what tests of damaged files ask."""
+"""Opens and loads a model file and runs one token: what tests with corrupt files call."""
 
 from pathlib import Path
 
@@ -12,7 +12,10 @@ from phi_c.model.weights import load_weights
 
 
 def run_one_token(path: Path) -> str:
-    """Open, load and run a file; return how far that went: the error's kind, or `ran`."""
+    """Open, load and run a file; return "ran", or the name of the PhiError that was raised.
+
+    Asserts that the error message is one line and names the file.
+    """
     ids = np.zeros(1, np.int32)
     try:
         with GGUFFile(path) as file:
@@ -24,8 +27,8 @@ def run_one_token(path: Path) -> str:
             finally:
                 model.close()
     except PhiError as error:
-        assert "\n" not in str(error), f"more than one line: {error!r}"
-        assert str(path) in str(error), f"the file is not named: {error!r}"
+        assert "\n" not in str(error), f"the message has more than one line: {error!r}"
+        assert str(path) in str(error), f"the message does not name the file: {error!r}"
         return type(error).__name__
     assert logits.shape == (1, config.n_vocab)
     return "ran"

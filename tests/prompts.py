@@ -1,4 +1,4 @@
-"""Prompts of random tokens and what continues them, in this process and in others."""
+"""Random prompts, greedy generation from them, and code that runs in another process."""
 
 import os
 import subprocess
@@ -16,16 +16,19 @@ GREEDY: dict[str, Any] = {"temperature": 0.0, "repeat_penalty": 1.0}
 TALK = [{"role": "user", "content": "the and in " * 30}]
 
 
-def tokens_of(n: int, seed: int = 0) -> list[int]:
-    return [int(t) for t in np.random.default_rng(seed).integers(3, 300, n)]
+def tokens_of(n_tokens: int, seed: int = 0) -> list[int]:
+    """Return a prompt of random token ids."""
+    return [int(t) for t in np.random.default_rng(seed).integers(3, 300, n_tokens)]
 
 
-def generate(llm: phi_c.LLM, tokens: list[int], n: int = 12) -> phi_c.Completion:
+def generate(llm: phi_c.LLM, tokens: list[int], n_tokens: int = 12) -> phi_c.Completion:
+    """Generate n_tokens greedily; end-of-generation tokens are banned."""
     ban = dict.fromkeys(llm.tokenizer.eog_ids, -1e9)
-    return llm.generate(tokens, max_tokens=n, logprobs=2, logit_bias=ban, **GREEDY)
+    return llm.generate(tokens, max_tokens=n_tokens, logprobs=2, logit_bias=ban, **GREEDY)
 
 
 def in_other_process(code: str, *arguments: str | Path, **environment: str) -> subprocess.Popen[bytes]:
+    """Start a Python process that runs `code`; environment: variables to set."""
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
         env={**os.environ, **environment},
@@ -33,5 +36,6 @@ def in_other_process(code: str, *arguments: str | Path, **environment: str) -> s
     )
 
 
-def whole_pages(n: int) -> int:
-    return n // PAGE_TOKENS * PAGE_TOKENS
+def whole_pages(n_tokens: int) -> int:
+    """Return how many of n_tokens tokens are in full KV pages."""
+    return n_tokens // PAGE_TOKENS * PAGE_TOKENS

@@ -1,4 +1,4 @@
-"""GGUF files byte by byte, so that tests can write what no writer would."""
+"""Builds GGUF files byte by byte, so that tests can write files that no writer produces."""
 
 import struct
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ def string(text: str | bytes) -> bytes:
 
 
 def value(type_id: int, content: Any) -> bytes:
-    """Return a value without its type; an array's content is (element type, list of elements)."""
+    """Return an encoded value without its type. The content of an array is (element type, list of elements)."""
     if type_id == STRING:
         return string(content)
     if type_id == ARRAY:
@@ -30,7 +30,7 @@ def key(name: str, type_id: int, content: Any) -> bytes:
 
 
 def tensor(name: str, ne: Sequence[int], type_id: int = 0, offset: int = 0) -> bytes:
-    """Return an entry of the tensor table; ne is in GGUF's order: the row length first."""
+    """Return an entry of the tensor table. ne: dimensions in GGUF's order, the row length first."""
     return string(name) + struct.pack(f"<I{len(ne)}QIQ", len(ne), *ne, type_id, offset)
 
 
@@ -45,7 +45,7 @@ def gguf(
     n_keys: int | None = None,
     alignment: int = 32,
 ) -> bytes:
-    """Return a whole file; n_tensors and n_keys may lie."""
+    """Return a whole file. n_tensors, n_keys: counts in the header; None: the real counts."""
     counts = (len(tensors) if n_tensors is None else n_tensors, len(keys) if n_keys is None else n_keys)
     header = magic + struct.pack("<IQQ", version, *counts) + b"".join(keys) + b"".join(tensors)
     return header + b"\0" * (-len(header) % alignment) + data

@@ -1,4 +1,4 @@
-"""The Python interface on tiny models: every option with every other, several threads, and all that can go wrong."""
+"""The public interface on tiny models: options, threads, cancellation and errors."""
 
 import gc
 import math
@@ -24,7 +24,7 @@ from phi_c.errors import (
     OptionError,
     PhiError,
 )
-from phi_c.llm import drain
+from phi_c.streaming import drain
 from reference import Reference
 from tiny_gguf import write_tiny
 
@@ -44,27 +44,27 @@ def llm(path: Path) -> Iterator[phi_c.LLM]:
 
 @pytest.fixture
 def fast_switching() -> Iterator[None]:
-    """Let threads switch after every few bytecodes."""
+    """Switch threads every few bytecodes."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(before)
 
 
-def test_the_example(llm: phi_c.LLM) -> None:
+def test_generate_stream_and_chat_agree(llm: phi_c.LLM) -> None:
     out = llm.generate("Once upon", max_tokens=16, temperature=0, raw=True)
     assert out.usage.completion_tokens == len(out.tokens) <= 16
     assert out.finish_reason in ("stop", "length")
-    pieces = list(llm.stream("Once upon", max_tokens=16, temperature=0, raw=True))
-    assert "".join(p.text for p in pieces) == out.text
-    assert [t for p in pieces for t in p.tokens] == out.tokens
-    assert [p.finish_reason for p in pieces[:-1]] == [None] * (len(pieces) - 1)
-    assert pieces[-1].finish_reason == out.finish_reason
+    chunks = list(llm.stream("Once upon", max_tokens=16, temperature=0, raw=True))
+    assert "".join(c.text for c in chunks) == out.text
+    assert [t for c in chunks for t in c.tokens] == out.tokens
+    assert [c.finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].finish_reason == out.finish_reason
     assert llm.chat([{"role": "user", "content": "Hi"}], max_tokens=3).usage.completion_tokens <= 3
 
 
-def test_greedy_text_is_the_references(llm: phi_c.LLM, path: Path) -> None:
-    """Token by token, as far as the reference's choice is clear."""
+def test_greedy_tokens_match_the_reference(llm: phi_c.LLM, path: Path) -> None:
+    """Every token is the reference's most probable one, or within 0.15 of its logit."""
     prompt = llm.tokenizer.encode("the and")
     out = llm.generate(prompt, max_tokens=12, **GREEDY)
     tokens = prompt + out.tokens
@@ -74,15 +74,15 @@ def test_greedy_text_is_the_references(llm: phi_c.LLM, path: Path) -> None:
         assert row[token] >= row.max() - 0.15
 
 
-def test_layouts_agree(llm: phi_c.LLM, path: Path) -> None:
-    """Sums run in another order: as far apart as rounding and int8 activations make them."""
+def test_layouts_give_similar_logits(llm: phi_c.LLM, path: Path) -> None:
+    """The order of sums differs, so the logits agree up to rounding of the int8 activations."""
     tokens = list(range(5, 60))
     packed = llm.logits(tokens)
     with phi_c.load(path, layout="mmap") as from_file:
         assert ((from_file.logits(tokens) - packed) ** 2).sum() / (packed**2).sum() < 1e-3
 
 
-def test_logits(llm: phi_c.LLM, path: Path) -> None:
+def test_logits_match_the_reference_for_any_batch_size(llm: phi_c.LLM, path: Path) -> None:
     tokens = [int(t) for t in np.random.default_rng(0).integers(3, 300, 70)]
     got = llm.logits(tokens)
     assert got.shape == (70, llm.config.n_vocab)
@@ -94,14 +94,14 @@ def test_logits(llm: phi_c.LLM, path: Path) -> None:
             assert np.array_equal(other.logits(tokens), got)
 
 
-def test_the_same_seed_gives_the_same_text(llm: phi_c.LLM) -> None:
+def test_same_seed_gives_same_output(llm: phi_c.LLM) -> None:
     options: dict[str, Any] = {"max_tokens": 20, "temperature": 1.5, "seed": 5, "raw": True}
     first = llm.generate("the", **options)
     assert llm.generate("the", **options).tokens == first.tokens
     assert llm.generate("the", **{**options, "seed": 6}).tokens != first.tokens
 
 
-def test_stop_strings(llm: phi_c.LLM) -> None:
+def test_stop_string_ends_the_output(llm: phi_c.LLM) -> None:
     whole = llm.generate("the", max_tokens=30, raw=True, **GREEDY)
     middle = whole.text[5:8]
     out = llm.generate("the", max_tokens=30, raw=True, stop=middle, **GREEDY)
@@ -110,13 +110,13 @@ def test_stop_strings(llm: phi_c.LLM) -> None:
     assert len(out.tokens) < len(whole.tokens)
 
 
-def test_end_of_generation_tokens_end_the_text(llm: phi_c.LLM) -> None:
+def test_end_of_generation_token_ends_the_output(llm: phi_c.LLM) -> None:
     end = llm.tokenizer.encode("<|end|>", add_bos=False, parse_special=True)[0]
     out = llm.generate("the", raw=True, logit_bias={end: 1e6})
     assert (out.text, out.tokens, out.finish_reason) == ("", [end], "stop")
 
 
-def test_logprobs(llm: phi_c.LLM) -> None:
+def test_logprobs_are_the_log_softmax_of_the_logits(llm: phi_c.LLM) -> None:
     prompt = llm.tokenizer.encode("the")
     out = llm.generate(prompt, max_tokens=5, logprobs=3, **GREEDY)
     assert out.logprobs is not None
@@ -130,7 +130,7 @@ def test_logprobs(llm: phi_c.LLM) -> None:
     assert llm.generate(prompt, max_tokens=2).logprobs is None
 
 
-def test_a_conversation_reuses_the_cache(llm: phi_c.LLM) -> None:
+def test_chat_reuses_cached_turns(llm: phi_c.LLM) -> None:
     messages = [{"role": "user", "content": "the and " * 20}]
     first = llm.chat(messages, max_tokens=4, **GREEDY)
     assert first.usage.cached_tokens == 0
@@ -141,36 +141,38 @@ def test_a_conversation_reuses_the_cache(llm: phi_c.LLM) -> None:
         assert fresh.chat(messages, max_tokens=4, **GREEDY).tokens == second.tokens
 
 
-def test_system_and_template(llm: phi_c.LLM) -> None:
+def test_system_message_needs_the_chat_template(llm: phi_c.LLM) -> None:
     with_system = llm.generate("Hi", system="Be brief.", max_tokens=1)
     without = llm.generate("Hi", max_tokens=1)
     raw = llm.generate("Hi", raw=True, max_tokens=1)
     assert with_system.usage.prompt_tokens > without.usage.prompt_tokens > raw.usage.prompt_tokens
-    with pytest.raises(OptionError, match="raw leaves out"):
+    with pytest.raises(OptionError, match="raw=True skips"):
         llm.generate("Hi", system="x", raw=True)
-    with pytest.raises(OptionError, match="not of token ids"):
+    with pytest.raises(OptionError, match="token ids skip"):
         llm.generate([1], system="x")
 
 
-def test_special_text_in_a_raw_prompt(llm: phi_c.LLM) -> None:
+def test_parse_special_in_a_raw_prompt(llm: phi_c.LLM) -> None:
     plain = llm.generate("<|end|>", raw=True, max_tokens=1)
     special = llm.generate("<|end|>", raw=True, max_tokens=1, parse_special=True)
     assert plain.usage.prompt_tokens > special.usage.prompt_tokens == 2
 
 
-def test_a_text_fills_the_context_to_its_end(path: Path) -> None:
+def test_generation_up_to_the_end_of_the_context(path: Path) -> None:
     with phi_c.load(path, n_ctx=64) as llm:
         ban = dict.fromkeys(llm.tokenizer.eog_ids, -np.inf)
         out = llm.generate([1] * 60, logit_bias=ban)
         assert (len(out.tokens), out.finish_reason) == (5, "length")
         assert len(llm.generate([1] * 64, logit_bias=ban).tokens) == 1
-        with pytest.raises(ContextLengthError, match=r"the prompt has 65 tokens, the context 64: .*\(at most 512\)"):
+        with pytest.raises(
+            ContextLengthError, match=r"the prompt has 65 tokens, more than the context size of 64: .*\(at most 512\)"
+        ):
             llm.generate([1] * 65)
         with pytest.raises(ContextLengthError):
             llm.logits([1] * 65)
 
 
-def test_calls_from_several_threads_are_as_if_alone(llm: phi_c.LLM) -> None:
+def test_concurrent_calls_give_the_same_tokens_as_single_calls(llm: phi_c.LLM) -> None:
     prompts = ["the", "and in", "to of it is " * 9, "on"]
     alone = [llm.generate(p, raw=True, max_tokens=40, seed=3).tokens for p in prompts]
     results: dict[int, list[int]] = {}
@@ -186,17 +188,17 @@ def test_calls_from_several_threads_are_as_if_alone(llm: phi_c.LLM) -> None:
     assert [results[i] for i in range(12)] == [alone[i % 4] for i in range(12)]
 
 
-def test_no_stream_text_is_lost_between_threads(fast_switching: None) -> None:
-    """A step driven by one thread appends the text of a stream that another thread is taking from."""
+def test_drain_loses_no_text_while_another_thread_appends(fast_switching: None) -> None:
+    """One thread drives a step, which appends text to a stream that another thread drains."""
     queue: deque[str] = deque()
     items = [str(i) for i in range(100_000)]
     producer = threading.Thread(target=lambda: [queue.append(item) for item in items])
     producer.start()
-    taken: list[str] = []
+    drained: list[str] = []
     while producer.is_alive():
-        taken += drain(queue)
+        drained += drain(queue)
     producer.join()
-    assert taken + drain(queue) == items
+    assert drained + drain(queue) == items
 
 
 def test_concurrent_streams_yield_the_text_of_their_tokens(path: Path, fast_switching: None) -> None:
@@ -214,42 +216,42 @@ def test_concurrent_streams_yield_the_text_of_their_tokens(path: Path, fast_swit
             assert all(pool.map(run, range(4 * n_threads)))
 
 
-def test_cancelled_from_another_thread(llm: phi_c.LLM) -> None:
+def test_cancel_ends_a_stream(llm: phi_c.LLM) -> None:
     flag = phi_c.CancelFlag()
     ban = dict.fromkeys(llm.tokenizer.eog_ids, -np.inf)
-    pieces = []
-    for piece in llm.stream("the", raw=True, cancel=flag, logit_bias=ban):
-        pieces.append(piece)
-        if len(pieces) == 5:
+    chunks = []
+    for chunk in llm.stream("the", raw=True, cancel=flag, logit_bias=ban):
+        chunks.append(chunk)
+        if len(chunks) == 5:
             flag.set()
-    assert pieces[-1].finish_reason == "cancelled"
-    assert 5 <= sum(len(p.tokens) for p in pieces) <= 7
+    assert chunks[-1].finish_reason == "cancelled"
+    assert 5 <= sum(len(c.tokens) for c in chunks) <= 7
     assert llm.generate("the", max_tokens=2).usage.completion_tokens > 0
 
 
-def n_free(llm: phi_c.LLM) -> int:
+def n_available_pages(llm: phi_c.LLM) -> int:
     return llm.engine.scheduler.n_available_pages
 
 
-def test_an_abandoned_stream_gives_its_pages_back(llm: phi_c.LLM) -> None:
-    before = n_free(llm)
+def test_abandoned_stream_frees_its_pages(llm: phi_c.LLM) -> None:
+    before = n_available_pages(llm)
     stream = llm.stream("the", raw=True)
     next(stream)
-    assert n_free(llm) < before
+    assert n_available_pages(llm) < before
     del stream
     gc.collect()
-    assert n_free(llm) == before
+    assert n_available_pages(llm) == before
 
 
-def test_a_stream_that_is_collected_in_the_middle_of_a_step(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The collector closes it in the thread that holds the engine's lock."""
+def test_stream_garbage_collected_during_a_step(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The garbage collector closes it in the thread that holds the engine's lock."""
     from phi_c.engine import engine
 
     llm, real = phi_c.load(path, n_threads=2), engine.forward
-    before = n_free(llm)
+    before = n_available_pages(llm)
     stream = llm.stream("the", raw=True)
     next(stream)
-    assert n_free(llm) < before
+    assert n_available_pages(llm) < before
     cycle: list[Any] = [stream]
     cycle.append(cycle)
 
@@ -258,7 +260,7 @@ def test_a_stream_that_is_collected_in_the_middle_of_a_step(path: Path, monkeypa
         return real(*arguments)
 
     monkeypatch.setattr(engine, "forward", collecting)
-    gc.disable()  # but there
+    gc.disable()  # so that only the call inside the step collects it
     try:
         del stream, cycle
         caller = threading.Thread(target=lambda: llm.generate("and", raw=True, max_tokens=3), daemon=True)
@@ -266,15 +268,15 @@ def test_a_stream_that_is_collected_in_the_middle_of_a_step(path: Path, monkeypa
         caller.join(60)
     finally:
         gc.enable()
-    assert not caller.is_alive(), "it waits for itself"  # and the model cannot be closed
-    assert n_free(llm) == before
+    assert not caller.is_alive(), "deadlock: remove() waits for the lock of its own thread"
+    assert n_available_pages(llm) == before
     llm.close()
 
 
-def test_an_interrupt_leaves_the_model_usable(llm: phi_c.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_is_usable_after_keyboard_interrupt(llm: phi_c.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     from phi_c.engine import engine
 
-    before, real = n_free(llm), engine.forward
+    before, real = n_available_pages(llm), engine.forward
     expected = llm.generate("the", raw=True, max_tokens=5, **GREEDY).tokens
 
     def interrupted(*arguments: Any) -> Any:
@@ -285,12 +287,12 @@ def test_an_interrupt_leaves_the_model_usable(llm: phi_c.LLM, monkeypatch: pytes
     with pytest.raises(KeyboardInterrupt):
         llm.generate("the", raw=True, max_tokens=5)
     monkeypatch.undo()
-    assert n_free(llm) == before
+    assert n_available_pages(llm) == before
     assert llm.generate("the", raw=True, max_tokens=5, **GREEDY).tokens == expected
 
 
-def test_one_fault_does_not_spread(llm: phi_c.LLM) -> None:
-    """A request whose every token is banned fails alone, while another one runs."""
+def test_error_in_one_call_does_not_affect_another(llm: phi_c.LLM) -> None:
+    """A call with a bias of minus infinity on every token fails while another one continues."""
     everything = dict.fromkeys(range(llm.config.n_vocab), -np.inf)
     good = llm.stream("the", raw=True, max_tokens=10)
     next(good)
@@ -299,7 +301,7 @@ def test_one_fault_does_not_spread(llm: phi_c.LLM) -> None:
     assert list(good)[-1].finish_reason in ("stop", "length")
 
 
-def test_closed(path: Path) -> None:
+def test_calls_after_close_raise(path: Path) -> None:
     llm = phi_c.load(path)
     stream = llm.stream("the", raw=True)
     next(stream)
@@ -311,7 +313,7 @@ def test_closed(path: Path) -> None:
         llm.generate("the")
 
 
-def test_two_models(llm: phi_c.LLM, tmp_path: Path) -> None:
+def test_two_models_do_not_interfere(llm: phi_c.LLM, tmp_path: Path) -> None:
     expected = llm.generate("the", raw=True, max_tokens=8, **GREEDY).tokens
     with phi_c.load(write_tiny(tmp_path / "b.gguf", "llama", "Q4_0", seed=9)) as other:
         others = other.generate("the", raw=True, max_tokens=8, **GREEDY).tokens
@@ -319,8 +321,8 @@ def test_two_models(llm: phi_c.LLM, tmp_path: Path) -> None:
         assert other.generate("the", raw=True, max_tokens=8, **GREEDY).tokens == others
 
 
-def test_long_rope_switches_when_the_original_context_is_crossed(tmp_path: Path) -> None:
-    """As transformers: short factors below, the whole text anew with the long ones beyond."""
+def test_long_rope_switch_matches_the_reference(tmp_path: Path) -> None:
+    """As in transformers: short factors up to the original context, then all positions with the long ones."""
     path = write_tiny(tmp_path / "m.gguf", weight_type="F32", n_ctx=512, n_ctx_orig=40)
     reference = Reference(path)
     with phi_c.load(path) as llm:
@@ -334,7 +336,7 @@ def test_long_rope_switches_when_the_original_context_is_crossed(tmp_path: Path)
             assert row[tokens[n]] >= row.max() - 1e-3
 
 
-BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
+INVALID_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 0}, "max_tokens is 0"),
     ({"max_tokens": 2.5}, "max_tokens is 2.5"),
     ({"stop": [""]}, "stop is"),
@@ -345,14 +347,14 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS)
-def test_bad_options(llm: phi_c.LLM, options: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("options", "message"), INVALID_OPTIONS)
+def test_invalid_options(llm: phi_c.LLM, options: dict[str, Any], message: str) -> None:
     for call in (llm.generate, llm.stream):
         with pytest.raises(OptionError, match=message):
             call("the", **options)
 
 
-def test_bad_prompts(llm: phi_c.LLM) -> None:
+def test_invalid_prompts(llm: phi_c.LLM) -> None:
     for empty in ("", []):
         with pytest.raises(OptionError, match="the prompt is empty"):
             llm.generate(empty)
@@ -364,7 +366,7 @@ def test_bad_prompts(llm: phi_c.LLM) -> None:
         llm.chat([])
 
 
-def test_bad_ways_to_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_load_options(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for options, message in (
         ({"n_ctx": 513}, "n_ctx is 513, expected 1 to 512"),
         ({"n_ctx": -1}, "n_ctx is -1"),
@@ -386,16 +388,16 @@ def test_bad_ways_to_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         phi_c.load(path.parent / "other.gguf")
 
 
-def test_a_context_larger_than_memory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kv_cache_larger_than_free_memory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "memory_available", lambda: path.stat().st_size + 100_000)
-    with pytest.raises(MemoryLimitError, match=r"a context of 512 .* GiB are free: n_ctx of at most 96 fits"):
+    with pytest.raises(MemoryLimitError, match=r"a KV cache of 512 tokens .* GiB are free: reduce n_ctx to at most 96"):
         phi_c.load(path)
     monkeypatch.setattr(machine, "memory_available", lambda: 100)
-    with pytest.raises(MemoryLimitError, match="this model does not fit"):
+    with pytest.raises(MemoryLimitError, match="use a smaller model"):
         phi_c.load(path)
 
 
-def test_a_model_without_a_template(tmp_path: Path) -> None:
+def test_model_without_chat_template(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "base.gguf", "llama", vocabulary="bpe", chat_template=False)
     with phi_c.load(path) as llm:
         llm.template = None

@@ -1,4 +1,4 @@
-"""Long texts through the Python interface: windows that give pages back, and the rotation's factors."""
+"""Long sequences through the public interface: pages freed behind the sliding window, and LongRoPE factors."""
 
 import threading
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import pytest
 import phi_c
 from phi_c._core import PAGE_TOKENS
 from phi_c.engine import engine as engine_module
-from phi_c.engine.scheduler import pages_at_once
+from phi_c.engine.scheduler import max_resident_pages
 from phi_c.errors import MemoryLimitError, OptionError
 from reference import Reference
 from tiny_gguf import write_tiny
@@ -24,8 +24,8 @@ def tokens_of(n: int, seed: int = 0) -> list[int]:
     return [int(t) for t in np.random.default_rng(seed).integers(3, 300, n)]
 
 
-def least_cache(n_ctx: int, n_batch: int) -> int:
-    return pages_at_once(n_ctx, n_batch, WINDOW) * PAGE_TOKENS
+def min_kv_cache_tokens(n_ctx: int, n_batch: int) -> int:
+    return max_resident_pages(n_ctx, n_batch, WINDOW) * PAGE_TOKENS
 
 
 def n_free_pages(llm: phi_c.LLM) -> int:
@@ -38,83 +38,87 @@ def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(windowed: Path) -> Iterator[phi_c.LLM]:
-    """A model with room for every page of its context."""
+def full(windowed: Path) -> Iterator[phi_c.LLM]:
+    """A model whose KV cache has room for the full context."""
     with phi_c.load(windowed, n_ctx=0, n_batch=64) as llm:
         yield llm
 
 
 @pytest.fixture
-def small(windowed: Path) -> Iterator[phi_c.LLM]:
-    """The same with the least room in which a text of the whole context can run."""
-    with phi_c.load(windowed, n_ctx=0, n_batch=64, kv_cache_tokens=least_cache(2048, 64)) as llm:
-        assert llm.engine.kv.n_pages == 7  # of 64 that the context has
+def minimal(windowed: Path) -> Iterator[phi_c.LLM]:
+    """The same model with the smallest KV cache in which a sequence of the full context runs."""
+    with phi_c.load(windowed, n_ctx=0, n_batch=64, kv_cache_tokens=min_kv_cache_tokens(2048, 64)) as llm:
+        assert llm.engine.kv.n_pages == 7  # the full context takes 64
         yield llm
         assert n_free_pages(llm) == llm.engine.kv.n_pages
 
 
-def endless(llm: phi_c.LLM) -> dict[int, float]:
+def banned_end_tokens(llm: phi_c.LLM) -> dict[int, float]:
     return dict.fromkeys(llm.tokenizer.eog_ids, -1e9)
 
 
 @pytest.mark.parametrize("kv_type", ["f16", "q8"])
-def test_a_text_far_longer_than_the_cache_has_the_same_bits(windowed: Path, kv_type: str) -> None:
+def test_sequence_longer_than_the_kv_cache_has_the_same_bits(windowed: Path, kv_type: str) -> None:
     tokens = tokens_of(2048)
     with (
         phi_c.load(windowed, n_ctx=0, kv_type=kv_type) as one,
-        phi_c.load(windowed, n_ctx=0, kv_type=kv_type, n_batch=50, kv_cache_tokens=least_cache(2048, 50)) as other,
+        phi_c.load(
+            windowed, n_ctx=0, kv_type=kv_type, n_batch=50, kv_cache_tokens=min_kv_cache_tokens(2048, 50)
+        ) as other,
     ):
         assert other.kv_bytes < one.kv_bytes / 8
         assert np.array_equal(one.logits(tokens), other.logits(tokens))
-        texts = [
-            llm.generate(tokens[:700], max_tokens=400, logit_bias=endless(llm), logprobs=0, **GREEDY)
+        outputs = [
+            llm.generate(tokens[:700], max_tokens=400, logit_bias=banned_end_tokens(llm), logprobs=0, **GREEDY)
             for llm in (one, other)
         ]
-        assert texts[0].tokens == texts[1].tokens
-        assert texts[0].logprobs == texts[1].logprobs
+        assert outputs[0].tokens == outputs[1].tokens
+        assert outputs[0].logprobs == outputs[1].logprobs
         assert n_free_pages(other) == other.engine.kv.n_pages
 
 
-def test_the_window_is_the_references(small: phi_c.LLM, windowed: Path) -> None:
+def test_sliding_window_matches_the_reference(minimal: phi_c.LLM, windowed: Path) -> None:
     tokens = tokens_of(600)
-    got, expected = small.logits(tokens), Reference(windowed).logits(tokens)
+    got, expected = minimal.logits(tokens), Reference(windowed).logits(tokens)
     assert ((got - expected) ** 2).sum() / (expected**2).sum() < 2e-3
 
 
-def test_the_whole_context_is_generated(small: phi_c.LLM, whole: phi_c.LLM) -> None:
+def test_generation_up_to_the_end_of_the_context(minimal: phi_c.LLM, full: phi_c.LLM) -> None:
     prompt = tokens_of(1900, seed=1)
-    texts = [llm.generate(prompt, logit_bias=endless(llm), **GREEDY) for llm in (small, whole)]
-    assert texts[0].finish_reason == "length"
-    assert len(texts[0].tokens) == 2048 - 1900 + 1
-    assert texts[0].tokens == texts[1].tokens
+    outputs = [llm.generate(prompt, logit_bias=banned_end_tokens(llm), **GREEDY) for llm in (minimal, full)]
+    assert outputs[0].finish_reason == "length"
+    assert len(outputs[0].tokens) == 2048 - 1900 + 1
+    assert outputs[0].tokens == outputs[1].tokens
 
 
-def test_a_next_turn_goes_on_where_the_beginning_is_gone(small: phi_c.LLM, whole: phi_c.LLM) -> None:
+def test_next_turn_is_cached_after_its_first_pages_are_freed(minimal: phi_c.LLM, full: phi_c.LLM) -> None:
     prompt = tokens_of(1000, seed=2)
-    first = small.generate(prompt, max_tokens=30, logit_bias=endless(small), **GREEDY)
+    first = minimal.generate(prompt, max_tokens=30, logit_bias=banned_end_tokens(minimal), **GREEDY)
     follow = [*prompt, *first.tokens, *tokens_of(40, seed=3)]
-    again = small.generate(follow, max_tokens=20, logit_bias=endless(small), **GREEDY)
+    again = minimal.generate(follow, max_tokens=20, logit_bias=banned_end_tokens(minimal), **GREEDY)
     assert again.usage.cached_tokens == (1000 + 29) // PAGE_TOKENS * PAGE_TOKENS
-    assert again.tokens == whole.generate(follow, max_tokens=20, logit_bias=endless(whole), **GREEDY).tokens
+    assert again.tokens == full.generate(follow, max_tokens=20, logit_bias=banned_end_tokens(full), **GREEDY).tokens
 
 
-def test_an_earlier_turn_that_was_edited_is_computed_anew(small: phi_c.LLM, whole: phi_c.LLM) -> None:
-    """Its prefix's window has left the cache; what is there of later pages must not be taken for it."""
+def test_edited_turn_is_recomputed(minimal: phi_c.LLM, full: phi_c.LLM) -> None:
+    """The pages of the window before the edit are freed; cached later pages must not be used in their place."""
     prompt = tokens_of(1500, seed=4)
-    small.generate(prompt, max_tokens=2, **GREEDY)
+    minimal.generate(prompt, max_tokens=2, **GREEDY)
     for n in (1400, 1000, 500, 90, 33):
         edited = [*prompt[:n], *tokens_of(20, seed=n)]
-        texts = [llm.generate(edited, max_tokens=10, logit_bias=endless(llm), **GREEDY) for llm in (small, whole)]
-        assert texts[0].tokens == texts[1].tokens
+        outputs = [
+            llm.generate(edited, max_tokens=10, logit_bias=banned_end_tokens(llm), **GREEDY) for llm in (minimal, full)
+        ]
+        assert outputs[0].tokens == outputs[1].tokens
 
 
-def test_many_long_texts_at_once(windowed: Path, whole: phi_c.LLM) -> None:
-    """More texts than the cache has room for, some cancelled, some with prefixes in common: bits as alone."""
+def test_concurrent_long_sequences(windowed: Path, full: phi_c.LLM) -> None:
+    """More sequences than the KV cache has room for, some cancelled, some with a common prefix: same bits as alone."""
     shared = tokens_of(300, seed=5)
     prompts = [[*shared, *tokens_of(100 + 40 * i, seed=10 + i)] for i in range(6)] + [tokens_of(700, seed=6)] * 2
-    options: dict[str, Any] = {"max_tokens": 60, "logit_bias": endless(whole), **GREEDY}
-    expected = [whole.generate(prompt, **options).tokens for prompt in prompts]
-    with phi_c.load(windowed, n_ctx=0, n_batch=64, kv_cache_tokens=2 * least_cache(2048, 64) + 64) as llm:
+    options: dict[str, Any] = {"max_tokens": 60, "logit_bias": banned_end_tokens(full), **GREEDY}
+    expected = [full.generate(prompt, **options).tokens for prompt in prompts]
+    with phi_c.load(windowed, n_ctx=0, n_batch=64, kv_cache_tokens=2 * min_kv_cache_tokens(2048, 64) + 64) as llm:
         got: dict[int, list[int]] = {}
         errors: list[BaseException] = []
 
@@ -125,9 +129,9 @@ def test_many_long_texts_at_once(windowed: Path, whole: phi_c.LLM) -> None:
                     return
                 flag = phi_c.CancelFlag()
                 n = 0
-                for piece in llm.stream(tokens_of(500, seed=i), cancel=flag, **options):
-                    n += len(piece.tokens)
-                    if n >= i - len(prompts):  # in the prompt, and at several places of the text
+                for chunk in llm.stream(tokens_of(500, seed=i), cancel=flag, **options):
+                    n += len(chunk.tokens)
+                    if n >= i - len(prompts):  # after 0, 1, 2 and 3 tokens
                         flag.set()
             except BaseException as error:
                 errors.append(error)
@@ -142,12 +146,13 @@ def test_many_long_texts_at_once(windowed: Path, whole: phi_c.LLM) -> None:
         assert n_free_pages(llm) == llm.engine.kv.n_pages
 
 
-def test_a_cache_too_small(windowed: Path, tmp_path: Path) -> None:
-    least = least_cache(2048, 64)
+def test_kv_cache_tokens_is_checked(windowed: Path, tmp_path: Path) -> None:
+    minimum = min_kv_cache_tokens(2048, 64)
     with pytest.raises(
-        OptionError, match=f"kv_cache_tokens is {least - 32}, expected at least {least}: what one text of n_ctx"
+        OptionError,
+        match=f"kv_cache_tokens is {minimum - 32}, expected at least {minimum}: what one sequence of n_ctx",
     ):
-        phi_c.load(windowed, n_ctx=0, n_batch=64, kv_cache_tokens=least - 32)
+        phi_c.load(windowed, n_ctx=0, n_batch=64, kv_cache_tokens=minimum - 32)
     for wrong in (0, -1, 2.5, True, "many"):
         with pytest.raises(OptionError, match="kv_cache_tokens is"):
             phi_c.load(windowed, kv_cache_tokens=wrong)
@@ -159,32 +164,33 @@ def test_a_cache_too_small(windowed: Path, tmp_path: Path) -> None:
         assert llm.kv_bytes == 20 * llm.engine.kv.page_bytes
 
 
-def test_a_long_context_is_stated_before_it_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kv_cache_memory_is_reported_before_allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_tiny(tmp_path / "m.gguf", weight_type="Q8_0", n_ctx=131072)
     with phi_c.load(path, n_ctx=131072) as llm:
         assert llm.kv_bytes == 131072 * 2 * 2 * 2 * 64 * 2  # layers, keys and values, heads, dimensions, bytes
         assert llm.generate([5, 6, 7], max_tokens=3, **GREEDY).usage.completion_tokens
     monkeypatch.setattr("phi_c.machine.memory_available", lambda: 64 << 20)
     with pytest.raises(
-        MemoryLimitError, match=r"a context of 131072 0.1 GiB, 0.1 GiB are free: n_ctx of at most \d+ fits"
+        MemoryLimitError,
+        match=r"a KV cache of 131072 tokens 0.1 GiB, but 0.1 GiB are free: reduce n_ctx to at most \d+",
     ):
         phi_c.load(path, n_ctx=131072)
 
 
-ORIG = 100
+N_CTX_ORIG = 100
 
 
 @pytest.fixture(scope="module")
 def longrope(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("model") / "l.gguf", weight_type="F32", n_ctx=512, n_ctx_orig=ORIG)
+    return write_tiny(tmp_path_factory.mktemp("model") / "l.gguf", weight_type="F32", n_ctx=512, n_ctx_orig=N_CTX_ORIG)
 
 
-@pytest.mark.parametrize(("rope", "long_from"), [("auto", ORIG + 1), ("long", 0), ("short", 10**6)])
-def test_the_factors_asked_for(longrope: Path, rope: str, long_from: int) -> None:
+@pytest.mark.parametrize(("rope", "long_from"), [("auto", N_CTX_ORIG + 1), ("long", 0), ("short", 10**6)])
+def test_rope_option_selects_the_factors(longrope: Path, rope: str, long_from: int) -> None:
     reference = Reference(longrope)
     tokens = tokens_of(150)
     with phi_c.load(longrope, rope=rope) as llm:
-        for n in (40, ORIG, ORIG + 1, 150):
+        for n in (40, N_CTX_ORIG, N_CTX_ORIG + 1, 150):
             got, expected = llm.logits(tokens[:n]), reference.logits(tokens[:n], long_rope=n >= long_from)
             assert ((got - expected) ** 2).sum() / (expected**2).sum() < 1e-5
             out = llm.generate(tokens[:n], max_tokens=1, logprobs=5, **GREEDY)
@@ -196,7 +202,7 @@ def test_the_factors_asked_for(longrope: Path, rope: str, long_from: int) -> Non
                 assert logprob == pytest.approx(logprobs[token], abs=1e-3)
 
 
-def test_no_factors_to_choose_from(windowed: Path, longrope: Path) -> None:
+def test_rope_option_without_long_rope(windowed: Path, longrope: Path) -> None:
     for rope in ("long", "short"):
         with pytest.raises(OptionError, match=f"rope is '{rope}', expected auto: tiny phi3 has no LongRoPE factors"):
             phi_c.load(windowed, rope=rope)
@@ -205,32 +211,33 @@ def test_no_factors_to_choose_from(windowed: Path, longrope: Path) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 70])
-def test_a_text_that_crosses_goes_on_as_if_it_had_been_long(tmp_path: Path, window: int | None) -> None:
-    """What follows the crossing is what the whole text, computed anew with the long factors, is followed by."""
-    path = write_tiny(tmp_path / "m.gguf", weight_type="Q8_0", n_ctx=512, n_ctx_orig=ORIG, window=window)
-    prompt = tokens_of(ORIG - 10, seed=7)
+def test_long_rope_switch_continues_as_with_long_factors(tmp_path: Path, window: int | None) -> None:
+    """After the switch the output is that of the full sequence with the long factors."""
+    path = write_tiny(tmp_path / "m.gguf", weight_type="Q8_0", n_ctx=512, n_ctx_orig=N_CTX_ORIG, window=window)
+    prompt = tokens_of(N_CTX_ORIG - 10, seed=7)
     with phi_c.load(path, n_batch=32) as llm, phi_c.load(path, rope="long", n_batch=32) as long:
-        options: dict[str, Any] = {"logit_bias": endless(llm), **GREEDY}
+        options: dict[str, Any] = {"logit_bias": banned_end_tokens(llm), **GREEDY}
         out = llm.generate(prompt, max_tokens=60, **options)
-        short_part = ORIG - len(prompt) + 1  # sampled from at most ORIG positions
-        rest = long.generate([*prompt, *out.tokens[:short_part]], max_tokens=60 - short_part, **options)
-        assert rest.tokens == out.tokens[short_part:]
+        n_short = N_CTX_ORIG - len(prompt) + 1  # tokens sampled from at most N_CTX_ORIG positions
+        rest = long.generate([*prompt, *out.tokens[:n_short]], max_tokens=60 - n_short, **options)
+        assert rest.tokens == out.tokens[n_short:]
         assert long.generate(prompt, max_tokens=60, **options).tokens != out.tokens
-        pieces = list(llm.stream(prompt, max_tokens=60, **options))
-        assert [t for piece in pieces for t in piece.tokens] == out.tokens
-        assert "".join(piece.text for piece in pieces) == out.text
-        assert pieces[-1].usage is not None
-        assert pieces[-1].usage.cached_tokens == len(prompt) // PAGE_TOKENS * PAGE_TOKENS  # at its start, not later
+        chunks = list(llm.stream(prompt, max_tokens=60, **options))
+        assert [t for chunk in chunks for t in chunk.tokens] == out.tokens
+        assert "".join(chunk.text for chunk in chunks) == out.text
+        assert chunks[-1].usage is not None
+        # Counted at the start, not again after the switch.
+        assert chunks[-1].usage.cached_tokens == len(prompt) // PAGE_TOKENS * PAGE_TOKENS
         assert n_free_pages(llm) == llm.engine.kv.n_pages
 
 
-def test_crossing_beside_others(tmp_path: Path) -> None:
-    """Texts on both sides of the crossing in one batch, with prefixes in common, have the bits that they have alone."""
-    path = write_tiny(tmp_path / "m.gguf", weight_type="Q8_0", n_ctx=512, n_ctx_orig=ORIG)
+def test_long_rope_switch_in_a_batch(tmp_path: Path) -> None:
+    """Sequences before and after the switch in one batch, with a common prefix, have the same bits as alone."""
+    path = write_tiny(tmp_path / "m.gguf", weight_type="Q8_0", n_ctx=512, n_ctx_orig=N_CTX_ORIG)
     shared = tokens_of(70, seed=8)
     prompts = [[*shared, *tokens_of(n, seed=n)] for n in (5, 20, 29, 40, 100)] + [shared]
     with phi_c.load(path, n_batch=48) as llm:
-        options: dict[str, Any] = {"max_tokens": 50, "logit_bias": endless(llm), **GREEDY}
+        options: dict[str, Any] = {"max_tokens": 50, "logit_bias": banned_end_tokens(llm), **GREEDY}
         expected = []
         for prompt in prompts:
             with phi_c.load(path, n_batch=48) as alone:
@@ -240,36 +247,34 @@ def test_crossing_beside_others(tmp_path: Path) -> None:
         running = dict(enumerate(streams))
         while running:
             for i, stream in list(running.items()):
-                piece = next(stream, None)
-                if piece is None:
+                chunk = next(stream, None)
+                if chunk is None:
                     del running[i]
                 else:
-                    got[i] += piece.tokens
+                    got[i] += chunk.tokens
         assert got == expected
         assert n_free_pages(llm) == llm.engine.kv.n_pages
 
 
-def test_the_crossing_is_computed_in_chunks_and_can_be_cancelled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write_tiny(tmp_path / "m.gguf", weight_type="Q8_0", n_ctx=512, n_ctx_orig=ORIG)
+def test_long_rope_recomputation_is_chunked_and_cancellable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tiny(tmp_path / "m.gguf", weight_type="Q8_0", n_ctx=512, n_ctx_orig=N_CTX_ORIG)
     sizes: list[int] = []
     flag = phi_c.CancelFlag()
     real = engine_module.forward
 
-    def counted(model: Any, kv: Any, tokens: Any, *rest: Any) -> Any:
+    def counting(model: Any, kv: Any, tokens: Any, *rest: Any) -> Any:
         sizes.append(len(tokens))
-        if sizes.count(32) == 5:  # three chunks of the prompt, and the second one after the crossing
+        if sizes.count(32) == 5:  # three chunks of the prompt, and the second one after the switch
             flag.set()
         return real(model, kv, tokens, *rest)
 
-    monkeypatch.setattr(engine_module, "forward", counted)
+    monkeypatch.setattr(engine_module, "forward", counting)
     with phi_c.load(path, n_batch=32) as llm:
-        prompt = tokens_of(ORIG - 2, seed=9)
-        out = llm.generate(prompt, max_tokens=20, logit_bias=endless(llm), cancel=flag, **GREEDY)
+        prompt = tokens_of(N_CTX_ORIG - 2, seed=9)
+        out = llm.generate(prompt, max_tokens=20, logit_bias=banned_end_tokens(llm), cancel=flag, **GREEDY)
         assert out.finish_reason == "cancelled"
         assert len(out.tokens) == 3
         assert sizes == [32, 32, 32, 2, 1, 1, 32, 32]
         monkeypatch.undo()
         assert n_free_pages(llm) == llm.engine.kv.n_pages
-        assert llm.generate(prompt, max_tokens=3, logit_bias=endless(llm), **GREEDY).tokens == out.tokens
+        assert llm.generate(prompt, max_tokens=3, logit_bias=banned_end_tokens(llm), **GREEDY).tokens == out.tokens

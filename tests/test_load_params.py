@@ -1,4 +1,4 @@
-"""Options whose check depends on the machine, on machines that are made up."""
+"""Tier checks that depend on the machine, with simulated machines."""
 
 import re
 
@@ -9,25 +9,25 @@ from phi_c.errors import OptionError
 
 ALL = ["scalar", "avx2", "avx512", "amx", "amxbf16"]
 FEATURES = ["avx2", "avx512bf16", "amx_tile", "amx_int8", "amx_bf16"]
-REASON = ", for which the system refuses this process AMX tiles"
+REFUSED = ", for which the system refuses this process AMX tiles"
 
 
 @pytest.mark.parametrize(
-    ("built", "runs", "features", "reason"),
+    ("built", "available", "features", "reason"),
     [
-        (ALL, ALL[:3], FEATURES, REASON),
-        (ALL, ALL[:3], FEATURES[:2], ""),  # the CPU lacks it
-        (ALL, ALL[:2], FEATURES, ""),  # it lacks AVX-512, which the tier is built upon
-        (ALL[:3], ALL[:3], FEATURES, ""),  # the build does
+        (ALL, ALL[:3], FEATURES, REFUSED),
+        (ALL, ALL[:3], FEATURES[:2], ""),  # not supported by the CPU
+        (ALL, ALL[:2], FEATURES, ""),  # no AVX-512, which the tier needs as well
+        (ALL[:3], ALL[:3], FEATURES, ""),  # not in the build
     ],
 )
 @pytest.mark.parametrize("tier", ["amx", "amxbf16"])
-def test_why_there_is_no_amx(
-    monkeypatch: pytest.MonkeyPatch, tier: str, built: list[str], runs: list[str], features: list[str], reason: str
+def test_error_says_why_amx_is_unavailable(
+    monkeypatch: pytest.MonkeyPatch, tier: str, built: list[str], available: list[str], features: list[str], reason: str
 ) -> None:
-    monkeypatch.setattr(params, "tiers", lambda *, known=False: built if known else runs)
+    monkeypatch.setattr(params, "tiers", lambda *, known=False: built if known else available)
     monkeypatch.setattr(params, "cpu_features", lambda: features)
-    expected = f"is {tier!r}{reason}, expected one that this machine runs: {', '.join(runs)}"
+    expected = f"is {tier!r}{reason}, expected one that this machine runs: {', '.join(available)}"
     with pytest.raises(OptionError, match=f"^tier {re.escape(expected)}$"):
         params.choose_tier(tier)
     monkeypatch.setenv("PHI_C_ISA", tier)
@@ -36,6 +36,6 @@ def test_why_there_is_no_amx(
     assert params.choose_tier("scalar") == "scalar"
 
 
-def test_known_tiers() -> None:
+def test_available_tiers_are_known_tiers_in_order() -> None:
     known = _core.tiers(known=True)
     assert [tier for tier in known if tier in _core.tiers()] == _core.tiers()

@@ -1,4 +1,4 @@
-"""phi_c.machine on fake /proc and /sys trees, and on the machine at hand."""
+"""phi_c.machine on fake /proc and /sys trees, and on the machine that runs the tests."""
 
 import math
 import os
@@ -19,7 +19,7 @@ Cached:          7000000 kB
 """
 
 
-def plant(root: Path, files: dict[str, str]) -> Path:
+def write_tree(root: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,20 +38,20 @@ def topology(pairs: list[tuple[int, ...]], file: str = "thread_siblings_list") -
 class TestCpuName:
     def test_x86(self, tmp_path: Path) -> None:
         text = "processor\t: 0\nmodel name\t: Fast   CPU @ 3.0GHz\nflags\t: a b\n\nmodel name\t: Another\n"
-        assert machine.cpu_name(plant(tmp_path, {"proc/cpuinfo": text})) == "Fast CPU @ 3.0GHz"
+        assert machine.cpu_name(write_tree(tmp_path, {"proc/cpuinfo": text})) == "Fast CPU @ 3.0GHz"
 
     def test_device_tree(self, tmp_path: Path) -> None:
         files = {"proc/cpuinfo": "processor\t: 0\nBogoMIPS\t: 100\n", "proc/device-tree/model": "Board 5\0"}
-        assert machine.cpu_name(plant(tmp_path, files)) == "Board 5"
+        assert machine.cpu_name(write_tree(tmp_path, files)) == "Board 5"
 
-    def test_nothing_to_read(self, tmp_path: Path) -> None:
+    def test_without_proc_there_is_a_fallback(self, tmp_path: Path) -> None:
         assert machine.cpu_name(tmp_path)
 
 
 class TestCores:
     @pytest.mark.parametrize("file", ["thread_siblings_list", "core_cpus_list"])
     def test_hyperthreads_count_once(self, tmp_path: Path, file: str) -> None:
-        root = plant(tmp_path, topology([(0, 4), (1, 5), (2, 6), (3, 7)], file))
+        root = write_tree(tmp_path, topology([(0, 4), (1, 5), (2, 6), (3, 7)], file))
         assert machine.physical_cores(range(8), root) == 4
         assert machine.physical_cores([0, 1, 4], root) == 2
         assert machine.usable_cores(range(8), root) == 4
@@ -69,7 +69,7 @@ class TestCores:
             ({"": "250000 100000"}, 2.5, 2),
             ({"": "50000 100000"}, 0.5, 1),
             ({"": "9900000 100000"}, 99.0, 8),
-            ({"a/b": "max 100000", "a": "300000 100000"}, 3.0, 3),  # an ancestor's quota binds
+            ({"a/b": "max 100000", "a": "300000 100000"}, 3.0, 3),  # an ancestor's quota applies
             ({"a/b": "200000 100000", "a": "300000 100000"}, 2.0, 2),
             ({"": "garbage"}, None, 8),
             ({"": "100000 0"}, None, 8),
@@ -77,13 +77,13 @@ class TestCores:
     )
     def test_version_2_quota(self, tmp_path: Path, limits: dict[str, str], quota: float | None, usable: int) -> None:
         files = {f"sys/fs/cgroup/{folder}/cpu.max": text for folder, text in limits.items()}
-        root = plant(tmp_path, {"proc/self/cgroup": "0::/a/b\n", **files})
+        root = write_tree(tmp_path, {"proc/self/cgroup": "0::/a/b\n", **files})
         assert machine.cgroup_cores(root) == quota
         assert machine.usable_cores(range(8), root) == usable
 
     @pytest.mark.parametrize("folder", ["cpu,cpuacct/docker/x", "cpu/docker/x", "cpu,cpuacct", "cpu"])
     def test_version_1_quota(self, tmp_path: Path, folder: str) -> None:
-        root = plant(
+        root = write_tree(
             tmp_path,
             {
                 "proc/self/cgroup": "5:memory:/docker/x\n4:cpu,cpuacct:/docker/x\n0::/\n",
@@ -96,25 +96,25 @@ class TestCores:
     def test_version_1_without_quota(self, tmp_path: Path) -> None:
         files = {"cpu.cfs_quota_us": "-1\n", "cpu.cfs_period_us": "100000\n"}
         tree = {f"sys/fs/cgroup/cpu/{name}": text for name, text in files.items()}
-        assert machine.cgroup_cores(plant(tmp_path, {"proc/self/cgroup": "1:cpu:/\n", **tree})) is None
+        assert machine.cgroup_cores(write_tree(tmp_path, {"proc/self/cgroup": "1:cpu:/\n", **tree})) is None
 
     def test_no_control_groups(self, tmp_path: Path) -> None:
         assert machine.cgroup_cores(tmp_path) is None
 
     def test_group_path_cannot_leave_the_mount(self, tmp_path: Path) -> None:
-        root = plant(tmp_path, {"proc/self/cgroup": "0::/../../..\n", "cpu.max": "100000 100000"})
+        root = write_tree(tmp_path, {"proc/self/cgroup": "0::/../../..\n", "cpu.max": "100000 100000"})
         assert machine.cgroup_cores(root) is None
 
 
 class TestMemory:
     def test_meminfo(self, tmp_path: Path) -> None:
-        root = plant(tmp_path, {"proc/meminfo": MEMINFO})
+        root = write_tree(tmp_path, {"proc/meminfo": MEMINFO})
         assert machine.memory_total(root) == 16384000 * 1024
         assert machine.memory_available(root) == 8192000 * 1024
 
     def test_kernel_without_mem_available(self, tmp_path: Path) -> None:
         text = "".join(line for line in MEMINFO.splitlines(keepends=True) if "Available" not in line)
-        root = plant(tmp_path, {"proc/meminfo": text})
+        root = write_tree(tmp_path, {"proc/meminfo": text})
         assert machine.memory_available(root) == (1024000 + 100000 + 7000000) * 1024
 
     def test_version_2_limit_with_page_cache(self, tmp_path: Path) -> None:
@@ -124,13 +124,13 @@ class TestMemory:
             "memory.stat": f"anon {200 * MIB}\ninactive_file {400 * MIB}\nactive_file {250 * MIB}\n",
         }
         tree = {f"sys/fs/cgroup/pod/{name}": text for name, text in group.items()}
-        root = plant(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/pod\n", **tree})
+        root = write_tree(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/pod\n", **tree})
         assert machine.memory_total(root) == 1000 * MIB
         assert machine.memory_available(root) == (1000 - 900 + 650) * MIB
 
     def test_version_2_without_limit(self, tmp_path: Path) -> None:
         tree = {"sys/fs/cgroup/memory.max": "max\n", "sys/fs/cgroup/memory.current": "5\n"}
-        root = plant(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/\n", **tree})
+        root = write_tree(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/\n", **tree})
         assert machine.memory_total(root) == 16384000 * 1024
         assert machine.memory_available(root) == 8192000 * 1024
 
@@ -141,24 +141,24 @@ class TestMemory:
             "memory.stat": f"inactive_file 1\ntotal_inactive_file {100 * MIB}\ntotal_active_file {MIB}\n",
         }
         tree = {f"sys/fs/cgroup/memory/{name}": text for name, text in group.items()}
-        root = plant(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/cgroup": "9:memory:/a/b\n", **tree})
+        root = write_tree(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/cgroup": "9:memory:/a/b\n", **tree})
         assert machine.memory_total(root) == 500 * MIB
         assert machine.memory_available(root) == (500 - 300 + 101) * MIB
 
     def test_version_1_without_limit(self, tmp_path: Path) -> None:
         tree = {"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}
-        root = plant(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/cgroup": "9:memory:/\n", **tree})
+        root = write_tree(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/cgroup": "9:memory:/\n", **tree})
         assert machine.memory_total(root) == 16384000 * 1024
         assert machine.memory_available(root) == 8192000 * 1024
 
-    def test_a_full_group_has_nothing_left(self, tmp_path: Path) -> None:
+    def test_group_above_its_limit_has_no_memory_left(self, tmp_path: Path) -> None:
         tree = {"sys/fs/cgroup/memory.max": str(MIB), "sys/fs/cgroup/memory.current": str(2 * MIB)}
-        root = plant(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/\n", **tree})
+        root = write_tree(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/\n", **tree})
         assert machine.memory_available(root) == 0
 
     @pytest.mark.parametrize("text", ["", "MemTotal: many kB\n", "\n:\n", "MemTotal"])
-    def test_unreadable_meminfo_falls_back(self, tmp_path: Path, text: str) -> None:
-        root = plant(tmp_path, {"proc/meminfo": text})
+    def test_unreadable_meminfo_has_a_fallback(self, tmp_path: Path, text: str) -> None:
+        root = write_tree(tmp_path, {"proc/meminfo": text})
         assert machine.memory_total(root) >= machine.memory_available(root) > 0
 
 
@@ -188,15 +188,15 @@ def test_macos(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("system", ["darwin", "win32"])
-def test_a_system_that_answers_nothing(monkeypatch: pytest.MonkeyPatch, system: str) -> None:
-    """Every question has a fallback: here the calls of another system, which fail on this one."""
+def test_failing_system_calls_have_fallbacks(monkeypatch: pytest.MonkeyPatch, system: str) -> None:
+    """Runs the code for another operating system, whose calls fail on this one."""
 
-    def refuse(*args: object, **kwargs: object) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
         raise OSError("no such call")
 
-    monkeypatch.setattr(machine.subprocess, "run", refuse)
+    monkeypatch.setattr(machine.subprocess, "run", fail)
     for name in ("_windows_memory", "_windows_affinity_mask", "_windows_physical_cores"):
-        monkeypatch.setattr(machine, name, refuse)
+        monkeypatch.setattr(machine, name, fail)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "platform", system)
         name, cores = machine.cpu_name(), machine.usable_cores()
@@ -206,13 +206,13 @@ def test_a_system_that_answers_nothing(monkeypatch: pytest.MonkeyPatch, system: 
     assert 0 < available <= total <= machine.UNKNOWN_BYTES
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's own figures")
-def test_this_machine_agrees_with_the_system() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="compares with Linux system calls")
+def test_agrees_with_linux_system_calls() -> None:
     assert machine.affinity_cpus() == os.sched_getaffinity(0)
     assert machine.memory_total() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_this_machine_is_plausible() -> None:
+def test_values_of_this_machine_are_plausible() -> None:
     n_cpus = len(machine.affinity_cpus())
     assert 1 <= machine.physical_cores() <= n_cpus
     assert machine.default_threads() == machine.usable_cores()
@@ -223,10 +223,10 @@ def test_this_machine_is_plausible() -> None:
 
 
 def test_peak_rss(tmp_path: Path) -> None:
-    """In a process of its own: in this one, earlier tests may have had more memory than this one takes."""
+    """Measured in a new process: in this one earlier tests may have reached a higher peak."""
     code = "from phi_c import machine; a = machine.peak_rss(); x = b'x' * (64 << 20); print(a, machine.peak_rss())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
     assert before + (48 << 20) < after < before + (96 << 20)
-    fallback = machine.peak_rss(tmp_path)  # getrusage, where there is no /proc
+    fallback = machine.peak_rss(tmp_path)  # without /proc: getrusage
     assert fallback is not None and 1 << 20 < fallback < machine.memory_total()

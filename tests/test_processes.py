@@ -1,5 +1,5 @@
-"""Processes that begin after a model has run here: by each start method, and by a fork in the middle of a step, of
-another thread's or of its own; and in a control group that grants one core.
+"""Child processes of a process that has run a model: every start method, a fork during a step of another thread and of
+the same thread; and a process in a control group limited to one core.
 """
 
 import multiprocessing
@@ -18,7 +18,8 @@ import pytest
 import phi_c
 from tiny_gguf import write_tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # of a fork, from 3.12 on
+# Raised by os.fork since Python 3.12.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 SECONDS = 60
 TOKENS = list(range(3, 60))
 
@@ -28,28 +29,28 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("model") / "tiny.gguf", weight_type="Q8_0", n_ctx=2048)
 
 
-def tokens_of(llm: phi_c.LLM, n: int = 24) -> tuple[int, ...]:
+def generate_tokens(llm: phi_c.LLM, n: int = 24) -> tuple[int, ...]:
     ban = dict.fromkeys(llm.tokenizer.eog_ids, -1e9)
     return tuple(llm.generate(TOKENS, max_tokens=n, temperature=0, logit_bias=ban).tokens)
 
 
 def send_tokens(sender: Connection, model: "phi_c.LLM | Path") -> None:
-    """In the child: a model that it got from the parent, or that it loads."""
+    """Run in the child: generate with a model inherited from the parent, or loaded from a path."""
     if isinstance(model, phi_c.LLM):
-        sender.send(tokens_of(model))
+        sender.send(generate_tokens(model))
     else:
         with phi_c.load(model, n_threads=2) as llm:
-            sender.send(tokens_of(llm))
+            sender.send(generate_tokens(llm))
 
 
 def in_child(method: str, model: "phi_c.LLM | Path") -> tuple[int, ...]:
-    """Return what a process of this start method makes of TOKENS; fails when it takes too long."""
+    """Return what a child process generates from TOKENS; fails after SECONDS."""
     context = multiprocessing.get_context(method)
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=send_tokens, args=(sender, model))
     child.start()
     try:
-        assert receiver.poll(SECONDS), "the child says nothing"
+        assert receiver.poll(SECONDS), "the child does not answer"
         tokens = receiver.recv()
         child.join(SECONDS)
         assert child.exitcode == 0
@@ -60,32 +61,32 @@ def in_child(method: str, model: "phi_c.LLM | Path") -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_each_start_method(path: Path, method: str) -> None:
+def test_start_methods(path: Path, method: str) -> None:
     if method not in multiprocessing.get_all_start_methods():
-        pytest.skip(f"this system has no {method}")
+        pytest.skip(f"start method {method} is not supported by this system")
     with phi_c.load(path, n_threads=2) as llm:
-        expected = tokens_of(llm)
+        expected = generate_tokens(llm)
         assert len(expected) == 24
         assert in_child(method, path) == expected
-        if method == "fork":  # the model itself, whose threads the child does not have
+        if method == "fork":  # the inherited model, whose threads do not exist in the child
             assert in_child(method, llm) == expected
-        assert tokens_of(llm) == expected
+        assert generate_tokens(llm) == expected
 
 
-@pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="forks beside a running thread")
-def test_fork_in_the_middle_of_a_step(path: Path, tmp_path: Path) -> None:
-    """Another thread holds the engine's lock nearly always; the child must find it free, and the cache whole."""
+@pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="forks while another thread runs")
+def test_fork_during_a_step_of_another_thread(path: Path, tmp_path: Path) -> None:
+    """Another thread holds the engine's lock most of the time; in the child it is free and the KV cache intact."""
     with phi_c.load(path, n_threads=2, prefix_cache=tmp_path / "prefix") as llm:
-        expected = tokens_of(llm)
+        expected = generate_tokens(llm)
         stop = threading.Event()
         counts = [0]
 
-        def go_on() -> None:
+        def generate_until_stopped() -> None:
             while not stop.is_set():
-                tokens_of(llm, 40)
+                generate_tokens(llm, 40)
                 counts[0] += 1
 
-        thread = threading.Thread(target=go_on)
+        thread = threading.Thread(target=generate_until_stopped)
         thread.start()
         try:
             for _ in range(10):
@@ -94,7 +95,7 @@ def test_fork_in_the_middle_of_a_step(path: Path, tmp_path: Path) -> None:
             deadline = time.monotonic() + SECONDS
             while counts[0] < before + 2 and time.monotonic() < deadline:
                 time.sleep(0.01)
-            assert counts[0] >= before + 2, "the parent's thread does not go on"
+            assert counts[0] >= before + 2, "the parent's thread does not continue"
         finally:
             stop.set()
             thread.join()
@@ -109,13 +110,13 @@ SIGNALS = """
         child = os.fork()
         if child == 0:
             os._exit(0)
-        said.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        results.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
     def call(*_):
         try:
             llm.generate([5, 6], max_tokens=1)
         except phi_c.PhiError as error:
-            said.append(str(error))
+            results.append(str(error))
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -128,27 +129,27 @@ SIGNALS = """
     def generate():
         return llm.generate([5, 6, 7], max_tokens=4, temperature=0).tokens
 
-    said = []
+    results = []
     with phi_c.load(sys.argv[1], n_threads=2) as idle, phi_c.load(sys.argv[1], n_threads=2) as llm:
         expected, real = generate(), engine.forward
         engine.forward = signalled
         for handler in (fork, call):
             signal.signal(signal.SIGUSR1, handler)
             assert generate() == expected
-        print(len(said), *dict.fromkeys(said), sep="; ")
+        print(len(results), *dict.fromkeys(results), sep="; ")
 
-        # Ctrl-C while a fork waits for a step of another thread: it goes on, and so do both models.
-        engine.forward = lambda *a: (entered.set(), leave.wait(), real(*a))[-1]
+        # Ctrl-C while a fork waits for a step of another thread: the fork completes, and both models keep working.
         entered, leave = threading.Event(), threading.Event()
+        engine.forward = lambda *a: (entered.set(), leave.wait(), real(*a))[-1]
         other = threading.Thread(target=generate)
         other.start()
         entered.wait()
         signal.signal(signal.SIGALRM, interrupt)
         signal.setitimer(signal.ITIMER_REAL, 0.2)
         sys.unraisablehook = lambda unraisable: print(unraisable.exc_type.__name__)
-        said.clear()
+        results.clear()
         fork()
-        print(*said)
+        print(*results)
         leave.set()
         other.join()
         engine.forward = real
@@ -157,28 +158,28 @@ SIGNALS = """
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="forks beside a running thread")
-def test_signals_in_the_middle_of_a_step(path: Path) -> None:
-    """A handler may fork while its own thread is in a step; one that calls the model is told so."""
+@pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="forks while another thread runs")
+def test_signal_handlers_during_a_step(path: Path) -> None:
+    """A signal handler may fork while its thread is in a step; calling the model there raises PhiError."""
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(SIGNALS), str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 0, done.stderr
-    told = "the model is in use by this thread: a signal handler must not call it"
-    assert done.stdout.splitlines() == [f"8; 0; {told}", "KeyboardInterrupt", "0"]
+    error = "the model is in use by this thread: a signal handler must not call it"
+    assert done.stdout.splitlines() == [f"8; 0; {error}", "KeyboardInterrupt", "0"]
 
 
 @pytest.fixture
 def one_core() -> Iterator[Path]:
-    """Return the `cgroup.procs` of a new control group whose quota is one core; skip where none can be made."""
-    quotas = {"cpu.cfs_period_us": "50000", "cpu.cfs_quota_us": "50000"}  # version 1
+    """Return `cgroup.procs` of a new control group with a quota of one core; skip if it cannot be created."""
+    quotas = {"cpu.cfs_period_us": "50000", "cpu.cfs_quota_us": "50000"}  # cgroup version 1
     root = Path("/sys/fs/cgroup/cpu")
     if not root.exists():
-        root, quotas = Path("/sys/fs/cgroup"), {"cpu.max": "50000 50000"}  # version 2
+        root, quotas = Path("/sys/fs/cgroup"), {"cpu.max": "50000 50000"}  # cgroup version 2
     group = root / f"phi-c-test-{os.getpid()}"
     try:
         group.mkdir()
     except OSError as error:
-        pytest.skip(f"no control group can be made here: {error}")
+        pytest.skip(f"a control group cannot be created: {error}")
     try:
         for name, value in quotas.items():
             if not (group / name).exists():
@@ -189,7 +190,7 @@ def one_core() -> Iterator[Path]:
         group.rmdir()
 
 
-def test_a_quota_of_one_core_gives_one_thread(one_core: Path, path: Path) -> None:
+def test_quota_of_one_core_gives_one_thread(one_core: Path, path: Path) -> None:
     code = """
         import os, sys
         with open(sys.argv[1], "w") as file:

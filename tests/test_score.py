@@ -1,4 +1,4 @@
-"""llm.score and llm.embed against logits and the NumPy reference: chunks, batches, shared prompts, other calls."""
+"""LLM.score and LLM.embed against LLM.logits and the NumPy reference: chunks, batches, shared prompts, concurrency."""
 
 import threading
 import tracemalloc
@@ -56,27 +56,29 @@ def test_scores_are_log_softmax_of_logits(llm: phi_c.LLM) -> None:
     assert scores[0].logprobs == scores[-1].logprobs
 
 
-def test_scores_do_not_depend_on_chunks_or_batches(llm: phi_c.LLM, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_have_the_same_bits_for_any_chunks_and_batches(
+    llm: phi_c.LLM, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = [s.logprobs for s in llm.score(PROMPT, CONTINUATIONS)]
     assert [llm.score(PROMPT, [c])[0].logprobs for c in CONTINUATIONS] == expected
-    for n_batch, head_rows, n_together, n_ctx in ((1, 1, 1, 256), (7, 5, 2, 320), (64, 1000, 64, 1024)):
-        monkeypatch.setattr(prompt_outputs, "LM_HEAD_ROWS", head_rows)
-        monkeypatch.setattr(prompt_outputs, "_N_TOGETHER", n_together)
+    for n_batch, lm_head_rows, max_active, n_ctx in ((1, 1, 1, 256), (7, 5, 2, 320), (64, 1000, 64, 1024)):
+        monkeypatch.setattr(prompt_outputs, "LM_HEAD_ROWS", lm_head_rows)
+        monkeypatch.setattr(prompt_outputs, "_MAX_ACTIVE_SEQUENCES", max_active)
         with phi_c.load(path, n_batch=n_batch, n_ctx=n_ctx) as other:
             assert [s.logprobs for s in other.score(PROMPT, CONTINUATIONS)] == expected
 
 
-def test_scores_beside_other_calls(llm: phi_c.LLM) -> None:
-    """Threads that score, embed, ask for logits and generate all get what they would get alone."""
+def test_concurrent_calls(llm: phi_c.LLM) -> None:
+    """Concurrent score, embed, logits and generate calls give the same results as single calls."""
     expected = [s.logprobs for s in llm.score(PROMPT, CONTINUATIONS)]
     text = llm.generate("the", max_tokens=60, **GREEDY).tokens
     vectors = llm.embed(CONTINUATIONS)
     logits = llm.logits(list(range(3, 80)))
-    wrong: list[str] = []
+    failed: list[str] = []
 
-    def check(name: str, is_right: bool) -> None:
-        if not is_right:
-            wrong.append(name)
+    def check(name: str, is_equal: bool) -> None:
+        if not is_equal:
+            failed.append(name)
 
     calls = [
         lambda: check("score", [s.logprobs for s in llm.score(PROMPT, CONTINUATIONS)] == expected),
@@ -95,11 +97,11 @@ def test_scores_beside_other_calls(llm: phi_c.LLM) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert wrong == []
+    assert failed == []
     assert len(done) == len(threads)
 
 
-def test_the_prompt_is_computed_once(llm: phi_c.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompt_is_computed_once(llm: phi_c.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
     real = engine.forward
 
@@ -113,13 +115,15 @@ def test_the_prompt_is_computed_once(llm: phi_c.LLM, monkeypatch: pytest.MonkeyP
     whole_pages = (n_prompt - 1) // 32 * 32
     assert whole_pages >= 96
     assert [s.cached_tokens for s in scores] == [0, whole_pages, whole_pages, whole_pages]
-    n_own = sum(n_prompt + len(s.tokens) - 1 for s in scores)
-    assert sum(counts) == n_own - 3 * whole_pages
-    assert len(counts) == 2  # the first one alone, then the others together
+    n_total = sum(n_prompt + len(s.tokens) - 1 for s in scores)
+    assert sum(counts) == n_total - 3 * whole_pages
+    assert len(counts) == 2  # the first continuation alone, then the others in one batch
 
 
-def test_what_differs_in_the_last_token_runs_once(llm: phi_c.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The letters of a multiple choice."""
+def test_continuations_that_differ_in_the_last_token_are_one_sequence(
+    llm: phi_c.LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for the letters of a multiple choice."""
     alone = [llm.score([5, 6, 7], [ids])[0].logprobs for ids in ([9], [10], [11], [9, 10], [9, 12])]
     counts: list[int] = []
     real = engine.forward
@@ -135,7 +139,7 @@ def test_what_differs_in_the_last_token_runs_once(llm: phi_c.LLM, monkeypatch: p
     assert sum(counts) == 3 + 4
 
 
-def test_greedy_continuations_are_greedy(llm: phi_c.LLM) -> None:
+def test_is_greedy(llm: phi_c.LLM) -> None:
     prompt = llm.tokenizer.encode(PROMPT)
     ban = dict.fromkeys(llm.tokenizer.eog_ids, -np.inf)
     out = llm.generate(prompt, max_tokens=20, temperature=0, repeat_penalty=1, logit_bias=ban).tokens
@@ -143,9 +147,9 @@ def test_greedy_continuations_are_greedy(llm: phi_c.LLM) -> None:
     assert [s.is_greedy for s in llm.score(prompt, [out, out[:7], worse])] == [True, True, False]
 
 
-def test_how_text_is_cut(llm: phi_c.LLM) -> None:
+def test_tokenisation_of_prompt_and_continuation(llm: phi_c.LLM) -> None:
     encode = llm.tokenizer.encode
-    # White space goes over to the continuation, and both are encoded together.
+    # White space at the end of the prompt moves to the continuation, and both are encoded together.
     for prompt, continuation in (("the and ", "in"), ("the and", " in"), ("the and \n", "in"), ("a", "b c")):
         context, ids = scoring.encode_pair(llm.tokenizer, prompt, continuation)
         assert context == encode(prompt.rstrip())
@@ -162,38 +166,40 @@ def test_how_text_is_cut(llm: phi_c.LLM) -> None:
     assert llm.score("the", []) == []
 
 
-def test_a_model_without_bos(tmp_path: Path) -> None:
+def test_model_without_bos(tmp_path: Path) -> None:
     with phi_c.load(write_tiny(tmp_path / "b.gguf", "llama", "Q8_0", vocabulary="bpe")) as llm:
         context, ids = scoring.encode_pair(llm.tokenizer, "the", " then")
         assert context == llm.tokenizer.encode("the", add_bos=False)
         assert llm.score("the", [" then"])[0].tokens == ids
-        # An empty prompt needs something to follow: the BOS token that the vocabulary has all the same.
+        # An empty prompt stands for the BOS token, even if prompts of this model do not begin with it.
         assert scoring.encode_pair(llm.tokenizer, "", "the")[0] == [llm.tokenizer.bos_id]
 
 
-def test_the_longest_that_fits(path: Path) -> None:
-    """The last token predicts nothing, so one more than the context can be scored."""
+def test_longest_pair_that_fits_the_context(path: Path) -> None:
+    """The last token is not computed, so one token more than the context can be scored."""
     with phi_c.load(path, n_ctx=64) as llm:
         prompt = list(range(3, 43))
         assert len(llm.score(prompt, [list(range(3, 28))])[0].logprobs) == 25
-        with pytest.raises(ContextLengthError, match=r"the prompt with continuation 1 has 65 tokens, the context 64"):
+        with pytest.raises(
+            ContextLengthError, match=r"the prompt with continuation 1 has 65 tokens, more than the context size of 64"
+        ):
             llm.score(prompt, [[5], list(range(3, 29))])
-        with pytest.raises(ContextLengthError, match="a text has 65 tokens, the context 64"):
+        with pytest.raises(ContextLengthError, match="input 0 has 65 tokens, more than the context size of 64"):
             llm.embed([[5] * 65])
 
 
-def test_what_score_refuses(llm: phi_c.LLM) -> None:
+def test_invalid_arguments_and_closed_model(llm: phi_c.LLM) -> None:
     with pytest.raises(OptionError, match="continuations is a str"):
         llm.score("the", "and")
-    with pytest.raises(OptionError, match="continuation 1 has no token of its own"):
+    with pytest.raises(OptionError, match="continuation 1 adds no token"):
         llm.score("the", [" and", ""])
-    with pytest.raises(OptionError, match="continuation 0 has no token of its own"):
+    with pytest.raises(OptionError, match="continuation 0 adds no token"):
         llm.score([5], [[]])
     with pytest.raises(OptionError, match="token id 99999 is outside the vocabulary"):
         llm.score("the", [[99999]])
     with pytest.raises(OptionError, match="pooling is 'max', expected one of mean, last"):
         llm.embed(["the"], pooling="max")
-    with pytest.raises(OptionError, match="texts is a str"):
+    with pytest.raises(OptionError, match="inputs is a str"):
         llm.embed("the")
     with pytest.raises(OptionError, match="the prompt is empty"):
         llm.embed([""])
@@ -203,17 +209,17 @@ def test_what_score_refuses(llm: phi_c.LLM) -> None:
             call()
 
 
-def n_free(llm: phi_c.LLM) -> int:
+def n_available_pages(llm: phi_c.LLM) -> int:
     return llm.engine.scheduler.n_available_pages
 
 
-def test_cancelled(llm: phi_c.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, flag = n_free(llm), phi_c.CancelFlag()
+def test_cancel(llm: phi_c.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, flag = n_available_pages(llm), phi_c.CancelFlag()
     flag.set()
     with pytest.raises(Cancelled):
         llm.score(PROMPT, CONTINUATIONS, cancel=flag)
-    assert n_free(llm) == before
-    # Between two chunks of rows.
+    assert n_available_pages(llm) == before
+    # Between two chunks of logits.
     flag.clear()
     real, calls = engine.lm_head, []
 
@@ -226,18 +232,18 @@ def test_cancelled(llm: phi_c.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Cancelled):
         llm.score("the", [list(range(3, 203))], cancel=flag)
     assert len(calls) == 1
-    assert n_free(llm) == before
+    assert n_available_pages(llm) == before
     with pytest.raises(Cancelled):
         llm.embed([PROMPT], cancel=flag)
 
 
-def test_an_interrupt_leaves_the_model_usable(llm: phi_c.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever it hits: a step, or a chunk of the head, while another call waits for its turn."""
-    before, expected = n_free(llm), [s.logprobs for s in llm.score(PROMPT, CONTINUATIONS)]
+def test_model_is_usable_after_keyboard_interrupt(llm: phi_c.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupts a step, and the logits of a chunk, while a stream is unfinished."""
+    before, expected = n_available_pages(llm), [s.logprobs for s in llm.score(PROMPT, CONTINUATIONS)]
     text = llm.generate("and", max_tokens=8, **GREEDY).tokens
     for name in ("forward", "lm_head"):
         stream = llm.stream("and", max_tokens=8, **GREEDY)
-        pieces = [next(stream)]
+        chunks = [next(stream)]
         real = getattr(engine, name)
 
         def interrupted(*arguments: Any, real: Any = real) -> Any:
@@ -249,21 +255,21 @@ def test_an_interrupt_leaves_the_model_usable(llm: phi_c.LLM, monkeypatch: pytes
             llm.score(PROMPT, CONTINUATIONS)
         monkeypatch.undo()
         assert [s.logprobs for s in llm.score(PROMPT, CONTINUATIONS)] == expected
-        pieces += stream
-        assert [t for p in pieces for t in p.tokens] == text
-        assert n_free(llm) == before
+        chunks += stream
+        assert [t for c in chunks for t in c.tokens] == text
+        assert n_available_pages(llm) == before
 
 
-def test_damaged_weights_are_said(tmp_path: Path) -> None:
+def test_nan_weights_raise(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "nan.gguf", weight_type="F32")
     data = bytearray(path.read_bytes())
-    data[-64:] = np.full(16, np.nan, np.float32).tobytes()  # of the last norm
+    data[-64:] = np.full(16, np.nan, np.float32).tobytes()  # the weights of the last norm
     path.write_bytes(data)
     with phi_c.load(path) as llm, pytest.raises(PhiError, match="the logits hold nan"):
         llm.score("the", [" and"])
 
 
-def test_memory_is_a_few_rows_of_logits(tmp_path: Path) -> None:
+def test_memory_is_bounded_by_one_chunk_of_logits(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "wide.gguf", "phi3", "Q8_0", n_extra_words=20000, n_ctx=512)
     with phi_c.load(path) as llm:
         row = llm.config.n_vocab * 4
@@ -279,7 +285,7 @@ def test_memory_is_a_few_rows_of_logits(tmp_path: Path) -> None:
         assert peak < 3 * prompt_outputs.LM_HEAD_ROWS * row < 0.25 * 470 * row
 
 
-def test_long_rope_is_decided_for_the_whole_text(tmp_path: Path) -> None:
+def test_long_rope_depends_on_the_length_of_the_whole_sequence(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "m.gguf", weight_type="F32", n_ctx=512, n_ctx_orig=40)
     reference = Reference(path)
     prompt = list(range(3, 38))
@@ -291,24 +297,24 @@ def test_long_rope_is_decided_for_the_whole_text(tmp_path: Path) -> None:
             np.testing.assert_allclose(got, rows[np.arange(n), ids], atol=5e-3)
 
 
-def test_embeddings_are_the_references(tmp_path: Path) -> None:
+def test_embeddings_match_the_reference(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "m.gguf", weight_type="F32")
     reference = Reference(path)
-    texts = ["the and", "in", PROMPT]
+    inputs = ["the and", "in", PROMPT]
     with phi_c.load(path, n_batch=50) as llm:
-        states = [reference.hidden_states(llm.tokenizer.encode(text)) for text in texts]
+        states = [reference.hidden_states(llm.tokenizer.encode(text)) for text in inputs]
         for pooling, pooled in (
             ("mean", np.stack([s.mean(0) for s in states])),
             ("last", np.stack([s[-1] for s in states])),
         ):
-            raw = llm.embed(texts, pooling=pooling, normalize=False)
+            raw = llm.embed(inputs, pooling=pooling, normalize=False)
             assert raw.shape == (3, llm.config.n_embd)
             assert raw.dtype == np.float32
             assert ((raw - pooled) ** 2).sum() / (pooled**2).sum() <= 1e-6
-            unit = llm.embed(texts, pooling=pooling)
+            unit = llm.embed(inputs, pooling=pooling)
             np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, atol=1e-6)
             np.testing.assert_allclose(unit, raw / np.linalg.norm(raw, axis=1, keepdims=True), atol=1e-6)
-            alone = np.concatenate([llm.embed([text], pooling=pooling) for text in texts])
+            alone = np.concatenate([llm.embed([text], pooling=pooling) for text in inputs])
             np.testing.assert_allclose(alone, unit, atol=1e-6)
         assert llm.embed([]).shape == (0, llm.config.n_embd)
         ids = llm.tokenizer.encode("the and")

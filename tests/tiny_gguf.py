@@ -1,4 +1,4 @@
-"""Tiny seeded GGUF files of exact Phi and Llama structure, with a vocabulary that works."""
+"""Writes tiny GGUF files: seeded random weights in the structure of Phi and Llama models, and a usable vocabulary."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,8 +24,8 @@ PHI3 = (
 _WORDS = ["the", "th", "he", "in", "an", "and", "ing", "er", "to", "of", "is", "it", "on", "at", "or", "ed", "re"]
 _PHI3_SPECIAL = ["<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]
 
-# Where in a block its scale and, if it has one, the scale of its minima lie; the mean quant, by which minima must be
-# larger for weights to be centred as real ones are; the deviation of a weight whose scale is 1.
+# Type -> byte offsets of the block's scale and, if it has one, of its minimum's scale; the mean quant, by which the
+# minimum's scale must be larger for the weights to have a mean of 0; the standard deviation of the weights at scale 1.
 _BLOCKS = {
     "Q2_K": ((80, 82), 1.5, 13.0),
     "Q3_K": ((108,), 0.0, 42.0),
@@ -37,7 +37,7 @@ _BLOCKS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model; the defaults are the smallest that K-quants allow."""
+    """Sizes and options of a model; n_embd and n_ffn default to multiples of 256, the block size of K-quants."""
 
     n_layers: int = 2
     n_embd: int = 256
@@ -48,19 +48,19 @@ class Shape:
     rope_dims: int = 64
     n_ctx: int = 512
     window: int | None = None
-    n_ctx_orig: int | None = None  # with it come LongRoPE's factors
+    n_ctx_orig: int | None = None  # original context; not None adds LongRoPE factors
     tied: bool = False
     chat_template: bool = True
-    vocabulary: str = "spm"  # or bpe; few-spm, few-bpe: a dozen tokens
-    n_experts: int = 8  # of phimoe
-    fused_qkv: bool = True  # of phi2
-    n_extra_words: int = 0  # in an spm vocabulary
+    vocabulary: str = "spm"  # spm, bpe, few-spm or few-bpe; few: about ten tokens
+    n_experts: int = 8  # phimoe only
+    fused_qkv: bool = True  # phi2 only
+    n_extra_words: int = 0  # additional tokens; spm only
 
 
 def write_tiny(
     path: Path, architecture: str = "phi3", weight_type: str = "Q4_K", seed: int = 0, **overrides: Any
 ) -> Path:
-    """Write a random model whose matrices all are of one type; overrides are the fields of Shape. Returns path."""
+    """Write a random model whose matrices all have one type, and return path; overrides: fields of Shape."""
     shape = replace(Shape(), **overrides)
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, architecture)
@@ -88,6 +88,7 @@ def write_tiny(
 
 
 def _matrices(architecture: str, s: Shape, n_vocab: int) -> list[tuple[str, int, int]]:
+    """Return (name, rows, columns) of all matrices; the experts' matrices are concatenated by rows."""
     q_rows, kv_rows = s.n_heads * s.head_dim, s.n_kv_heads * s.head_dim
     matrices = [("token_embd.weight", n_vocab, s.n_embd)]
     if not s.tied:
@@ -116,7 +117,7 @@ def _feed_forward(architecture: str, s: Shape) -> list[tuple[str, int, int]]:
 
 
 def _vectors(architecture: str, s: Shape, n_vocab: int) -> list[tuple[str, int]]:
-    """Return norms and, of the architectures that have them, biases."""
+    """Return (name, size) of the norms and of the biases, for architectures that have biases."""
     norms = ["attn_norm"] if architecture == "phi2" else ["attn_norm", "ffn_norm"]
     vectors = [(f"blk.{i}.{name}.weight", s.n_embd) for i in range(s.n_layers) for name in norms]
     vectors.append(("output_norm.weight", s.n_embd))
@@ -136,7 +137,7 @@ def _matrix(rng: np.random.Generator, weight_type: str, rows: int, cols: int, sc
     if weight_type not in _BLOCKS:
         weights = (rng.normal(size=(rows, cols)) * scale).astype(np.float32)
         return weights if weight_type == "F32" else gguf.quants.quantize(weights, kind)
-    # The package cannot quantise to these: any bytes are valid quants, only the scales must be sane.
+    # The gguf package cannot quantise to K-quants. Any bytes are valid quants; only the scales must be finite.
     block_elements, block_bytes = GGML_QUANT_SIZES[kind]
     blocks = rng.integers(0, 256, (rows, cols // block_elements, block_bytes), dtype=np.uint8)
     offsets, mean, deviation = _BLOCKS[weight_type]
@@ -176,7 +177,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, s: Shape) -> list[str]:
 
 
 def _add_few_spm(writer: gguf.GGUFWriter, s: Shape) -> list[str]:
-    """Each kind of token, and little else."""
+    """Add one or a few tokens of each type."""
     tokens = ["<unk>", "<s>", "</s>", "<0x0A>", "\u2581", "a", "b", "ab", "\u2581ab", "<|end|>", "<|so|>", ""]
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
@@ -200,7 +201,7 @@ def _add_few_bpe(writer: gguf.GGUFWriter, s: Shape) -> list[str]:
 
 
 def _add_spm(writer: gguf.GGUFWriter, s: Shape) -> list[str]:
-    """SentencePiece with byte fallback, and Phi-3's special tokens."""
+    """Add a SentencePiece vocabulary with byte fallback and Phi-3's special tokens."""
     words = [w for word in _WORDS for w in (word, "\u2581" + word)]
     words += [f"xq{i}" for i in range(s.n_extra_words)]
     letters = ["\u2581", *(chr(c) for c in range(0x21, 0x7F))]

@@ -1,10 +1,11 @@
-/* Q2_K to Q6_K: super-blocks of 256 with one scale, and one min, in half precision, and a small integer for each
- * sub-block that says how much of it is meant: the code.
+/* Q2_K to Q6_K: super-blocks of 256 weights with one scale, and possibly one min, in half precision. Each sub-block has
+ * integer codes that multiply them.
  *
- * First each sub-block gets the scale and min that suit it best; the super-block's are those of which codes come
- * nearest to these. Then, in rounds: every sub-block takes the codes, of those around its own scale, whose quants are
- * nearest; codes and quants fixed, the super-block's scale and min are solved for (weighted least squares). The best
- * round is kept. Where it is much worse than sub-blocks alone would be, a few other scales are tried. */
+ * Each sub-block first gets the scale and min that fit it best. The initial super-block scale and min are those whose
+ * multiples by codes are nearest to these. Then follow rounds of two steps: every sub-block takes the codes, near its
+ * own scale, whose quants have the smallest error; with codes and quants fixed, the super-block's scale and min are
+ * solved by weighted least squares. The best round is used. If its error is much larger than that of the sub-blocks
+ * alone, a few more initial scales are tried. */
 #include "quantize.h"
 
 #include <string.h>
@@ -12,21 +13,21 @@
 #include "blocks.h"
 #include "lanes.h"
 
-enum { SUPER_BLOCK = 256, MAX_GROUPS = 2, ROUNDS = 3, MORE_TRIES = 6, N_STEPS = 9 };
-#define STEP 0.1f        /* of the extreme code */
-#define NEAR_ENOUGH 1.1f /* error over that of sub-blocks alone */
+enum { SUPER_BLOCK = 256, MAX_GROUPS = 2, ROUNDS = 3, EXTRA_TRIES = 6, N_STEPS = 9 };
+#define STEP 0.1f            /* between candidates for the code of the extreme scale */
+#define MAX_ERROR_RATIO 1.1f /* to the error of the sub-blocks alone; above it, more scales are tried */
 
-/* What a type is to the search. */
+/* Parameters of a tensor type. */
 typedef struct {
-    int n;              /* elements a sub-block */
-    float q_min, q_max; /* quants */
-    float code_min, code_max;
+    int n;                    /* elements per sub-block */
+    float q_min, q_max;       /* range of the quants */
+    float code_min, code_max; /* range of the scale codes; min codes: 0 to code_max */
 } k_type;
 
 static const k_type q2_k = {16, 0, 3, 0, 15}, q3_k = {16, -4, 3, -32, 31}, q4_k = {32, 0, 15, 0, 63},
                     q5_k = {32, 0, 31, 0, 63}, q6_k = {16, -32, 31, -128, 127};
 
-/* The quants and codes of eight sub-blocks. */
+/* Codes and quants of eight sub-blocks. */
 typedef struct {
     float scale[PHI_LANES], min[PHI_LANES]; /* codes */
     float q[PHI_LANE_ELEMENTS][PHI_LANES];
@@ -39,101 +40,105 @@ typedef struct {
     float err;
 } super_block;
 
-/* A super-block's weights, and the scale and min, in floats, that suit each of its sub-blocks best. */
+/* The weights of a super-block, and the best scale and min of each sub-block alone, in float. Curvature: growth of the
+ * error per squared deviation of the scale or min. */
 typedef struct {
     const k_type *type;
     phi_lanes lanes[MAX_GROUPS];
     float scale[MAX_GROUPS][PHI_LANES], min[MAX_GROUPS][PHI_LANES];
     float scale_curvature[MAX_GROUPS][PHI_LANES], min_curvature[MAX_GROUPS][PHI_LANES];
-} k_search;
+} search_state;
 
 static int n_groups(const k_type *type) { return SUPER_BLOCK / PHI_LANES / type->n; }
 
 static int is_affine(const k_type *type) { return type->q_min == 0.0f; }
 
 static void load(phi_lanes *lanes, const k_type *type, const float *x, const float *importance) {
-    const float unit = phi_unit_of(x, SUPER_BLOCK);
+    const float normaliser = phi_normaliser(x, SUPER_BLOCK);
     const float largest = phi_largest_importance(importance, SUPER_BLOCK);
-    float units[PHI_LANES], largests[PHI_LANES];
-    PHI_EACH_LANE(l) {
-        units[l] = unit;
-        largests[l] = largest;
+    float normalisers[PHI_LANES], largest_per_lane[PHI_LANES];
+    PHI_FOR_EACH_LANE(l) {
+        normalisers[l] = normaliser;
+        largest_per_lane[l] = largest;
     }
     for (int g = 0; g < n_groups(type); g++) {
-        const int at = g * PHI_LANES * type->n;
-        phi_load_lanes(&lanes[g], type->n, PHI_LANES, x + at, units, importance ? importance + at : NULL, largests);
+        const int first = g * PHI_LANES * type->n;
+        phi_load_lanes(&lanes[g], type->n, PHI_LANES, x + first, normalisers, importance ? importance + first : NULL,
+                       largest_per_lane);
     }
 }
 
-/* Keeps for each sub-block the codes if the quants nearest for them err less than the least so far. */
-static void try_codes(const k_search *search, int g, float d, float dmin, const float *scale_code,
-                      const float *min_code, float *least, group *best) {
+/* Finds the nearest quants for the codes, and updates the codes of each sub-block whose error is below best_err. The
+ * quants and sums of `best` are always those of the codes tried last. */
+static void try_codes(const search_state *search, int g, float d, float dmin, const float *scale_code,
+                      const float *min_code, float *best_err, group *best) {
     const k_type *type = search->type;
     float scale[PHI_LANES], min[PHI_LANES];
-    PHI_EACH_LANE(l) {
+    PHI_FOR_EACH_LANE(l) {
         scale[l] = d * scale_code[l];
         min[l] = -dmin * min_code[l];
     }
-    phi_nearest(&search->lanes[g], scale, min, type->q_min, type->q_max, best->q, &best->sums);
-    PHI_EACH_LANE(l) {
-        const int is_better = best->sums.err[l] < least[l];
-        least[l] = is_better ? best->sums.err[l] : least[l];
+    phi_nearest_quants(&search->lanes[g], scale, min, type->q_min, type->q_max, best->q, &best->sums);
+    PHI_FOR_EACH_LANE(l) {
+        const int is_better = best->sums.err[l] < best_err[l];
+        best_err[l] = is_better ? best->sums.err[l] : best_err[l];
         best->scale[l] = is_better ? scale_code[l] : best->scale[l];
         best->min[l] = is_better ? min_code[l] : best->min[l];
     }
 }
 
-/* Finds each sub-block's best codes: the scale code next to its own scale, with the min code that is best for its
- * quants; then the scale code that is best for that min. */
-static void choose_codes(const k_search *search, int g, float d, float dmin, group *best) {
+/* Finds the best codes of each sub-block for the super-block scale d and min dmin. Tries the scale codes next to the
+ * sub-block's own scale, each with the best min code for its quants; then the best scale code for that min code. */
+static void choose_codes(const search_state *search, int g, float d, float dmin, group *best) {
     static const float steps[] = {0.0f, -1.0f, 1.0f};
     const k_type *type = search->type;
     const phi_lanes *lanes = &search->lanes[g];
-    const float per_d = phi_inverse(d), per_dmin = phi_inverse(dmin);
-    float scale[PHI_LANES], scale_code[PHI_LANES], min_code[PHI_LANES] = {0}, least[PHI_LANES];
+    const float inverse_d = phi_inverse(d), inverse_dmin = phi_inverse(dmin);
+    float scale[PHI_LANES], scale_code[PHI_LANES], min_code[PHI_LANES] = {0}, best_err[PHI_LANES];
     phi_lane_sums *sums = &best->sums;
-    PHI_EACH_LANE(l) least[l] = INFINITY;
+    PHI_FOR_EACH_LANE(l) best_err[l] = INFINITY;
     for (int k = 0; k < 3; k++) {
-        PHI_EACH_LANE(l) {
-            const float code = phi_round(phi_clamp(search->scale[g][l] * per_d, type->code_min, type->code_max));
+        PHI_FOR_EACH_LANE(l) {
+            const float code = phi_round(phi_clamp(search->scale[g][l] * inverse_d, type->code_min, type->code_max));
             scale_code[l] = phi_clamp(code + steps[k], type->code_min, type->code_max);
             scale[l] = d * scale_code[l];
         }
         if (is_affine(type)) {
-            phi_nearest(lanes, scale, search->min[g], type->q_min, type->q_max, best->q, sums);
-            PHI_EACH_LANE(l) {
-                const float min = lanes->mean[l] - scale[l] * sums->q[l] / lanes->sum_w[l];
-                min_code[l] = phi_round(phi_clamp(-min * per_dmin, 0.0f, type->code_max));
+            phi_nearest_quants(lanes, scale, search->min[g], type->q_min, type->q_max, best->q, sums);
+            PHI_FOR_EACH_LANE(l) {
+                const float min = lanes->mean[l] - scale[l] * sums->wq[l] / lanes->sum_w[l];
+                min_code[l] = phi_round(phi_clamp(-min * inverse_dmin, 0.0f, type->code_max));
             }
         }
-        try_codes(search, g, d, dmin, scale_code, min_code, least, best);
+        try_codes(search, g, d, dmin, scale_code, min_code, best_err, best);
     }
     if (is_affine(type)) {
-        try_codes(search, g, d, dmin, best->scale, best->min, least, best); /* for its sums */
-        PHI_EACH_LANE(l) {
-            const float above = lanes->mean[l] + dmin * best->min[l];
-            const float whole = sums->qx[l] + above * sums->q[l]; /* w q (x - min) */
-            const float code = sums->qq[l] > 0.0f ? whole / sums->qq[l] * per_d : 0.0f;
+        try_codes(search, g, d, dmin, best->scale, best->min, best_err, best); /* for the sums of the best codes */
+        PHI_FOR_EACH_LANE(l) {
+            const float shifted_mean = lanes->mean[l] + dmin * best->min[l];
+            const float wqx = sums->wqx[l] + shifted_mean * sums->wq[l]; /* w q (x - min) */
+            const float code = sums->wqq[l] > 0.0f ? wqx / sums->wqq[l] * inverse_d : 0.0f;
             scale_code[l] = phi_round(phi_clamp(code, type->code_min, type->code_max));
         }
-        try_codes(search, g, d, dmin, scale_code, best->min, least, best);
+        try_codes(search, g, d, dmin, scale_code, best->min, best_err, best);
     }
-    try_codes(search, g, d, dmin, best->scale, best->min, least, best); /* the quants that go with the best */
+    try_codes(search, g, d, dmin, best->scale, best->min, best_err, best); /* for the quants of the best codes */
 }
 
-/* The super-block's scale and min that suit codes and quants best: the least sum of w (x - d A + dmin B)^2, where A is
- * code times quant and B the min's code. */
-static void solve(const phi_lanes *lanes, const k_type *type, const super_block *block, float *d, float *dmin) {
+/* Sets d and dmin to the super-block scale and min that minimise sum w (x - d A + dmin B)^2 for the codes and quants of
+ * `block`: A is scale code times quant, B the min code. */
+static void solve_scale_and_min(const phi_lanes *lanes, const k_type *type, const super_block *block, float *d,
+                                float *dmin) {
     double aa = 0, ab = 0, bb = 0, ax = 0, bx = 0;
     for (int g = 0; g < n_groups(type); g++) {
         const group *codes = &block->groups[g];
         for (int l = 0; l < PHI_LANES; l++) {
             const double a = codes->scale[l], b = codes->min[l];
-            const double sum_w = lanes[g].sum_w[l], mean = lanes[g].mean[l], q = codes->sums.q[l];
-            aa += a * a * codes->sums.qq[l];
+            const double sum_w = lanes[g].sum_w[l], mean = lanes[g].mean[l], q = codes->sums.wq[l];
+            aa += a * a * codes->sums.wqq[l];
             ab += a * b * q;
             bb += b * b * sum_w;
-            ax += a * (codes->sums.qx[l] + mean * q);
+            ax += a * (codes->sums.wqx[l] + mean * q);
             bx += b * sum_w * mean;
         }
     }
@@ -146,22 +151,22 @@ static void solve(const phi_lanes *lanes, const k_type *type, const super_block 
     }
 }
 
-/* The d whose multiples by codes come nearest to the sub-blocks' own scales (or mins), of those that give the extreme
- * one about the extreme code. What a scale is off counts by its curvature: how fast the error grows with its square. */
-static float first_scale(const k_type *type, float (*scale)[PHI_LANES], float (*curvature)[PHI_LANES]) {
+/* The d whose multiples by codes are nearest to the sub-blocks' own scales (or mins), with deviations weighted by their
+ * curvature. The candidates map the extreme scale to values about the extreme code. */
+static float initial_scale(const k_type *type, float (*scale)[PHI_LANES], float (*curvature)[PHI_LANES]) {
     const float end = type->code_min < 0.0f ? type->code_min : type->code_max;
-    float extreme = 0.0f, best = 0.0f, most = 0.0f;
+    float extreme = 0.0f, best = 0.0f, best_gain = 0.0f;
     for (int g = 0; g < n_groups(type); g++) {
         for (int l = 0; l < PHI_LANES; l++) extreme = fabsf(scale[g][l]) > fabsf(extreme) ? scale[g][l] : extreme;
     }
-    const float per_extreme = phi_inverse(extreme);
+    const float inverse_extreme = phi_inverse(extreme);
     for (int k = 0; k <= 2 * N_STEPS; k++) {
         const float step = k % 2 ? STEP * (float)((k + 1) / 2) : STEP * (float)(-k / 2); /* 0, 1, -1, 2, -2, ... */
-        const float per_d = (end + step) * per_extreme;
+        const float inverse_d = (end + step) * inverse_extreme;
         float cc[PHI_LANES] = {0}, cs[PHI_LANES] = {0}, sum_cc = 0.0f, sum_cs = 0.0f;
         for (int g = 0; g < n_groups(type); g++) {
-            PHI_EACH_LANE(l) {
-                const float code = phi_round(phi_clamp(scale[g][l] * per_d, type->code_min, type->code_max));
+            PHI_FOR_EACH_LANE(l) {
+                const float code = phi_round(phi_clamp(scale[g][l] * inverse_d, type->code_min, type->code_max));
                 cc[l] += curvature[g][l] * code * code;
                 cs[l] += curvature[g][l] * code * scale[g][l];
             }
@@ -171,21 +176,22 @@ static float first_scale(const k_type *type, float (*scale)[PHI_LANES], float (*
             sum_cs += cs[l];
         }
         const float d = sum_cc > 0.0f ? sum_cs / sum_cc : 0.0f, gain = d * sum_cs;
-        if (gain > most * (1.0f + PHI_ROUNDING)) {
+        if (gain > best_gain * (1.0f + PHI_MIN_GAIN)) {
             best = d;
-            most = gain;
+            best_gain = gain;
         }
     }
     return best;
 }
 
-/* Chooses codes and quants for a scale and a min, and keeps them if they err less than the best so far. */
-static void try_scale(const k_search *search, float d, float dmin, super_block *best) {
+/* Rounds d and dmin to half precision, chooses codes and quants for them, and updates best if the error is smaller. */
+static void try_scale(const search_state *search, float d, float dmin, super_block *best) {
     const k_type *type = search->type;
-    const float unit = search->lanes[0].unit[0];
-    super_block tried = {.d = phi_scale_half(d, unit), .dmin = phi_scale_half(dmin, unit), .err = 0.0f};
-    d = phi_half_in_units(tried.d, unit);
-    dmin = phi_half_in_units(tried.dmin, unit);
+    const float normaliser = search->lanes[0].normaliser[0];
+    super_block tried = {
+        .d = phi_scale_to_half(d, normaliser), .dmin = phi_scale_to_half(dmin, normaliser), .err = 0.0f};
+    d = phi_half_to_value(tried.d, normaliser);
+    dmin = phi_half_to_value(tried.dmin, normaliser);
     for (int g = 0; g < n_groups(type); g++) {
         choose_codes(search, g, d, dmin, &tried.groups[g]);
         for (int l = 0; l < PHI_LANES; l++) tried.err += tried.groups[g].sums.err[l];
@@ -193,8 +199,8 @@ static void try_scale(const k_search *search, float d, float dmin, super_block *
     if (tried.err < best->err) *best = tried;
 }
 
-/* Fits each sub-block alone; returns the error that is left: no super-block has less. */
-static float fit_sub_blocks(k_search *search) {
+/* Fits each sub-block alone. Returns the error, a lower bound for that of the super-block. */
+static float fit_sub_blocks(search_state *search) {
     const k_type *type = search->type;
     float q[PHI_LANE_ELEMENTS][PHI_LANES], err = 0.0f;
     for (int g = 0; g < n_groups(type); g++) {
@@ -203,12 +209,12 @@ static float fit_sub_blocks(k_search *search) {
             phi_fit_affine(&search->lanes[g], type->q_max, 1, search->scale[g], search->min[g]);
         } else {
             phi_fit_symmetric(&search->lanes[g], type->q_min, type->q_max, search->scale[g]);
-            PHI_EACH_LANE(l) search->min[g][l] = 0.0f;
+            PHI_FOR_EACH_LANE(l) search->min[g][l] = 0.0f;
         }
-        phi_nearest(&search->lanes[g], search->scale[g], search->min[g], type->q_min, type->q_max, q, &sums);
+        phi_nearest_quants(&search->lanes[g], search->scale[g], search->min[g], type->q_min, type->q_max, q, &sums);
         for (int l = 0; l < PHI_LANES; l++) {
             err += sums.err[l];
-            search->scale_curvature[g][l] = sums.qq[l];
+            search->scale_curvature[g][l] = sums.wqq[l];
             search->min_curvature[g][l] = search->lanes[g].sum_w[l];
         }
     }
@@ -216,22 +222,22 @@ static float fit_sub_blocks(k_search *search) {
 }
 
 static void quantize_super_block(const k_type *type, const float *x, const float *importance, super_block *best) {
-    k_search search;
+    search_state search;
     search.type = type;
     load(search.lanes, type, x, importance);
-    const float least = fit_sub_blocks(&search);
-    const float first_d = first_scale(type, search.scale, search.scale_curvature);
-    const float first_dmin = -first_scale(type, search.min, search.min_curvature);
-    float d = first_d, dmin = first_dmin;
+    const float min_err = fit_sub_blocks(&search);
+    const float initial_d = initial_scale(type, search.scale, search.scale_curvature);
+    const float initial_dmin = -initial_scale(type, search.min, search.min_curvature);
+    float d = initial_d, dmin = initial_dmin;
     *best = (super_block){.err = INFINITY};
     for (int round = 0; round < ROUNDS; round++) {
         try_scale(&search, d, dmin, best);
-        solve(search.lanes, type, best, &d, &dmin);
+        solve_scale_and_min(search.lanes, type, best, &d, &dmin);
     }
     const float end = is_affine(type) ? type->code_max : type->code_min;
-    for (int k = 1; k <= MORE_TRIES && best->err > NEAR_ENOUGH * least; k++) {
+    for (int k = 1; k <= EXTRA_TRIES && best->err > MAX_ERROR_RATIO * min_err; k++) {
         const float stretch = end / (end - (end < 0.0f ? -(float)k : (float)k));
-        try_scale(&search, first_d * stretch, first_dmin * stretch, best);
+        try_scale(&search, initial_d * stretch, initial_dmin * stretch, best);
     }
 }
 
@@ -272,7 +278,7 @@ static void store_q3_k(const super_block *s, void *out) {
     memcpy(out, &b, sizeof b);
 }
 
-/* The eight 6-bit scales and mins of Q4_K and Q5_K in 12 bytes: see phi_unpack_scales_k4. */
+/* Stores the eight 6-bit scale and min codes of Q4_K and Q5_K in 12 bytes: the inverse of phi_unpack_scales_k4. */
 static void store_codes_k4(const super_block *s, uint8_t *scales) {
     for (int j = 0; j < 4; j++) {
         scales[j] = (uint8_t)(scale_code(s, j) | scale_code(s, j + 4) >> 4 << 6);
@@ -312,7 +318,7 @@ static void store_q6_k(const super_block *s, void *out) {
     memcpy(out, &b, sizeof b);
 }
 
-#define K_ROW(type)                                                                                   \
+#define DEFINE_QUANTIZE_ROW(type)                                                                     \
     void phi_quantize_row_##type(const float *x, const float *importance, size_t n_cols, void *out) { \
         for (size_t i = 0; i < n_cols; i += SUPER_BLOCK) {                                            \
             super_block best;                                                                         \
@@ -321,8 +327,8 @@ static void store_q6_k(const super_block *s, void *out) {
         }                                                                                             \
     }
 
-K_ROW(q2_k)
-K_ROW(q3_k)
-K_ROW(q4_k)
-K_ROW(q5_k)
-K_ROW(q6_k)
+DEFINE_QUANTIZE_ROW(q2_k)
+DEFINE_QUANTIZE_ROW(q3_k)
+DEFINE_QUANTIZE_ROW(q4_k)
+DEFINE_QUANTIZE_ROW(q5_k)
+DEFINE_QUANTIZE_ROW(q6_k)

@@ -1,9 +1,9 @@
-/* Eight blocks of weights side by side: what the searches of quantize/ work on.
+/* Eight blocks of weights side by side, one per lane: the data that the searches in quantize/ work on.
  *
- * Element i of all lanes lies together, so sums over a block are sums down a column: compilers vectorise them without
- * being told that additions may change places. Weights are divided by a power of two, their lane's unit, which brings
- * the largest near 1: squares neither overflow nor vanish, whatever the tensor's size. Scales are found in that measure
- * and rounded to what the file can hold, half precision in the tensor's own. */
+ * Element i of all lanes is contiguous, so a sum over a block runs down a column and compilers vectorise it without
+ * permission to reorder additions. Weights are normalised: divided by a power of two per lane that brings the largest
+ * near 1, so that squares neither overflow nor underflow whatever the scale of the tensor. Scales and minima are found
+ * for normalised weights, then multiplied by the power of two and rounded to half precision. */
 #ifndef PHI_QUANTIZE_LANES_H
 #define PHI_QUANTIZE_LANES_H
 
@@ -15,36 +15,37 @@
 
 enum { PHI_LANES = 8, PHI_LANE_ELEMENTS = 32 };
 
-/* What a candidate must gain over one before it: less is rounding. So lanes whose weights all are alike, for which many
- * scales are equally good, agree on the first, and share a super-block's scale well. */
-#define PHI_ROUNDING 5e-7f
+/* Relative gain below which a candidate counts as equal to an earlier one, since the difference may be rounding. Lanes
+ * whose weights are all equal have many equally good scales: this way they choose the same one, which suits a
+ * super-block's shared scale. */
+#define PHI_MIN_GAIN 5e-7f
 
-/* A loop over lanes. gcc would unroll it first, and then vectorise the loop around it, badly. */
+/* A loop over lanes. gcc must not unroll it: it would then vectorise the enclosing loop instead, which is slower. */
 #if defined(__GNUC__) && !defined(__clang__)
-#define PHI_EACH_LANE(l) _Pragma("GCC unroll 1") for (int l = 0; l < PHI_LANES; l++)
+#define PHI_FOR_EACH_LANE(l) _Pragma("GCC unroll 1") for (int l = 0; l < PHI_LANES; l++)
 #else
-#define PHI_EACH_LANE(l) for (int l = 0; l < PHI_LANES; l++)
+#define PHI_FOR_EACH_LANE(l) for (int l = 0; l < PHI_LANES; l++)
 #endif
 
 typedef struct {
-    int n;                                       /* elements a lane: 16 or 32 */
-    float x[PHI_LANE_ELEMENTS][PHI_LANES];       /* weights over the unit */
-    float w[PHI_LANE_ELEMENTS][PHI_LANES];       /* their importances, above 0 */
-    float centred[PHI_LANE_ELEMENTS][PHI_LANES]; /* x - mean: offsets do not swallow the digits of products */
+    int n;                                       /* elements per lane: 16 or 32 */
+    float x[PHI_LANE_ELEMENTS][PHI_LANES];       /* normalised weights */
+    float w[PHI_LANE_ELEMENTS][PHI_LANES];       /* importance of each, above 0 */
+    float centred[PHI_LANE_ELEMENTS][PHI_LANES]; /* x - mean: products keep their precision when the mean is large */
     float sum_w[PHI_LANES];
-    float mean[PHI_LANES]; /* sum(w x) / sum(w) */
-    float unit[PHI_LANES]; /* a power of two */
+    float mean[PHI_LANES];       /* sum(w x) / sum(w) */
+    float normaliser[PHI_LANES]; /* the power of two that weights were divided by */
 } phi_lanes;
 
-/* What a choice of quants q makes of a lane: sums over its elements. */
+/* Sums over the elements of each lane for one choice of quants q. */
 typedef struct {
-    float q[PHI_LANES];   /* w q */
-    float qq[PHI_LANES];  /* w q q */
-    float qx[PHI_LANES];  /* w q (x - mean) */
-    float err[PHI_LANES]; /* w (x - value of q)^2 */
+    float wq[PHI_LANES];  /* w q */
+    float wqq[PHI_LANES]; /* w q q */
+    float wqx[PHI_LANES]; /* w q (x - mean) */
+    float err[PHI_LANES]; /* w (x - scale q - min)^2 */
 } phi_lane_sums;
 
-/* The nearest integer, ties to even, of |v| < 2^22; additions that every compiler vectorises. */
+/* The nearest integer, ties to even, for |v| < 2^22. Only additions, which every compiler vectorises. */
 static inline float phi_round(float v) { return (v + 12582912.0f) - 12582912.0f; }
 
 static inline float phi_clamp(float v, float low, float high) {
@@ -54,34 +55,37 @@ static inline float phi_clamp(float v, float low, float high) {
 
 static inline float phi_inverse(float scale) { return fabsf(scale) < 1e-30f ? 0.0f : 1.0f / scale; }
 
-/* The half that is nearest to value * unit and finite. A scale is not rounded to 0, for small codes and quants can make
- * up for a large one. phi_half_in_units: what a half stands for, over the unit. */
-static inline uint16_t phi_half_of(float value, float unit) {
-    return phi_float_to_half(phi_clamp(value * unit, -65504.0f, 65504.0f));
+/* value * normaliser in half precision, clamped to finite values. */
+static inline uint16_t phi_value_to_half(float value, float normaliser) {
+    return phi_float_to_half(phi_clamp(value * normaliser, -65504.0f, 65504.0f));
 }
 
-static inline uint16_t phi_scale_half(float value, float unit) {
-    const uint16_t half = phi_half_of(value, unit);
+/* The same for a scale. A nonzero scale does not become 0: a large code or quant can still make it matter. */
+static inline uint16_t phi_scale_to_half(float value, float normaliser) {
+    const uint16_t half = phi_value_to_half(value, normaliser);
     return value != 0.0f && (half & 0x7fffu) == 0 ? (uint16_t)(half | 1u) : half;
 }
 
-static inline float phi_half_in_units(uint16_t half, float unit) { return phi_half_to_float(half) / unit; }
+/* The normalised value of a half. */
+static inline float phi_half_to_value(uint16_t half, float normaliser) { return phi_half_to_float(half) / normaliser; }
 
-/* The power of two that brings the largest of n magnitudes between 1/2 and 1; 0 where all vanish in half precision. */
-float phi_unit_of(const float *x, size_t n);
-float phi_largest_importance(const float *importance, size_t n); /* 0 for NULL */
-/* Loads n_lanes blocks of n elements, which follow each other at x, the unit of each, and the importances of their
- * columns (NULL: all alike) over the lane's largest one; lanes left over hold zeros. */
-void phi_load_lanes(phi_lanes *lanes, int n, int n_lanes, const float *x, const float *unit, const float *importance,
-                    const float *largest_importance);
+/* The power of two that brings the largest of n magnitudes into [1/2, 1); 0 if all round to 0 in half precision. */
+float phi_normaliser(const float *x, size_t n);
+float phi_largest_importance(const float *importance, size_t n); /* NULL: 0 */
+/* Loads n_lanes consecutive blocks of n elements; unused lanes are filled with zeros.
+ * x [n_lanes * n]: weights. normaliser [n_lanes]: from phi_normaliser. importance [n_lanes * n], NULL: all equal; it is
+ * divided by largest_importance [n_lanes]. */
+void phi_load_lanes(phi_lanes *lanes, int n, int n_lanes, const float *x, const float *normaliser,
+                    const float *importance, const float *largest_importance);
 
-/* The scale (and min, below 0 if it must be) of each lane for which scale * q + min is nearest to its weights, weighted
- * squares summed, q from 0 (symmetric: from q_min) to q_max. */
+/* Finds per lane the scale and min that minimise sum w (x - scale q - min)^2, q from 0 to q_max. min_at_most_zero: the
+ * type cannot store a positive min. */
 void phi_fit_affine(const phi_lanes *lanes, float q_max, int min_at_most_zero, float *scale, float *min);
+/* The same without a min, q from q_min to q_max. */
 void phi_fit_symmetric(const phi_lanes *lanes, float q_min, float q_max, float *scale);
 
-/* The nearest quants [n][lanes] for scales and mins (NULL: none), and their sums. */
-void phi_nearest(const phi_lanes *lanes, const float *scale, const float *min, float q_min, float q_max,
-                 float (*q)[PHI_LANES], phi_lane_sums *sums);
+/* Finds the nearest quants q [n][PHI_LANES] for a scale and a min (NULL: 0) per lane, and their sums. */
+void phi_nearest_quants(const phi_lanes *lanes, const float *scale, const float *min, float q_min, float q_max,
+                        float (*q)[PHI_LANES], phi_lane_sums *sums);
 
 #endif

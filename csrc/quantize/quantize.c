@@ -1,5 +1,5 @@
-/* Rows of float32 into rows of any tensor type, on every thread of a pool: rows do not depend on each other, so the
- * bytes are the same on any number of threads. */
+/* Quantises float32 rows to any tensor type on all threads of a pool. Rows are independent, so the output does not
+ * depend on the number of threads. */
 #include "quantize.h"
 
 #include <string.h>
@@ -13,7 +13,7 @@ static void quantize_row_f32(const float *x, const float *importance, size_t n_c
     memcpy(out, x, n_cols * sizeof *x);
 }
 
-/* The nearest half; the largest where that were infinite. */
+/* To the nearest half; overflows become the largest finite one instead of infinity. */
 static void quantize_row_f16(const float *x, const float *importance, size_t n_cols, void *out) {
     (void)importance;
     for (size_t i = 0; i < n_cols; i++) {
@@ -33,7 +33,7 @@ static void quantize_row_bf16(const float *x, const float *importance, size_t n_
     }
 }
 
-static const phi_quantize_row quantize_row[PHI_N_TYPES] = {
+static const phi_quantize_row quantize_row_fns[PHI_N_TYPES] = {
     [PHI_TYPE_F32] = quantize_row_f32,       [PHI_TYPE_F16] = quantize_row_f16,
     [PHI_TYPE_BF16] = quantize_row_bf16,     [PHI_TYPE_Q4_0] = phi_quantize_row_q4_0,
     [PHI_TYPE_Q4_1] = phi_quantize_row_q4_1, [PHI_TYPE_Q5_0] = phi_quantize_row_q5_0,
@@ -44,25 +44,25 @@ static const phi_quantize_row quantize_row[PHI_N_TYPES] = {
 };
 
 typedef struct {
-    phi_quantize_row quantize;
+    phi_quantize_row quantize_row;
     const float *x, *importance;
     uint8_t *out;
     size_t n_rows, n_cols, row_bytes;
     atomic_size_t next;
-} quantizing;
+} quantize_job;
 
-static void run(void *context, int thread) {
-    quantizing *q = context;
+static void quantize_next_rows(void *context, int thread) {
+    quantize_job *job = context;
     (void)thread;
-    for (size_t i; (i = atomic_fetch_add(&q->next, 1)) < q->n_rows;) {
-        q->quantize(q->x + i * q->n_cols, q->importance, q->n_cols, q->out + i * q->row_bytes);
+    for (size_t i; (i = atomic_fetch_add(&job->next, 1)) < job->n_rows;) {
+        job->quantize_row(job->x + i * job->n_cols, job->importance, job->n_cols, job->out + i * job->row_bytes);
     }
 }
 
 phi_status phi_quantize_rows(phi_pool *pool, phi_type type, const float *x, size_t n_rows, size_t n_cols,
                              const float *importance, void *out) {
-    quantizing q = {
-        .quantize = quantize_row[type],
+    quantize_job job = {
+        .quantize_row = quantize_row_fns[type],
         .x = x,
         .importance = importance,
         .out = out,
@@ -70,5 +70,5 @@ phi_status phi_quantize_rows(phi_pool *pool, phi_type type, const float *x, size
         .n_cols = n_cols,
         .row_bytes = phi_row_bytes(type, n_cols),
     };
-    return phi_pool_run(pool, run, &q);
+    return phi_pool_run(pool, quantize_next_rows, &job);
 }

@@ -1,10 +1,10 @@
-/* Rows of weights into rows of a tensor type; one function a type. */
+/* Quantisation of float32 rows: one function per tensor type. */
 #ifndef PHI_QUANTIZE_H
 #define PHI_QUANTIZE_H
 
 #include <stddef.h>
 
-/* x [n_cols] finite weights, importance [n_cols] of the squares of their errors (NULL: all alike), out: the blocks. */
+/* x [n_cols]: finite weights. importance [n_cols]: factors of the squared errors, NULL: all 1. out: the blocks. */
 typedef void (*phi_quantize_row)(const float *x, const float *importance, size_t n_cols, void *out);
 
 void phi_quantize_row_q4_0(const float *x, const float *importance, size_t n_cols, void *out);

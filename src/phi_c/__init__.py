@@ -1,4 +1,4 @@
-"""Microsoft's Phi models on a CPU: GGUF files, compiled kernels, one call.
+"""Run Microsoft's Phi models from GGUF files on a CPU.
 
 >>> import phi_c
 >>> llm = phi_c.load("smollm2")
@@ -34,7 +34,7 @@ __all__ = [
     "quantize_model",
 ]
 
-_HOMES = {
+_MODULES = {
     "CancelFlag": "phi_c._core",
     "collect_imatrix": "phi_c.quantize.calibration",
     "compare": "phi_c.evaluate",
@@ -50,9 +50,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # `phi-c --help` has no use for numpy and tokenizers: names are fetched when they are first used.
+    # Names are imported on first use, so that `phi-c --help` starts without NumPy and tokenizers.
     if name in __all__:
-        return getattr(importlib.import_module(_HOMES.get(name, "phi_c.llm")), name)
+        return getattr(importlib.import_module(_MODULES.get(name, "phi_c.llm")), name)
     raise AttributeError(f"module 'phi_c' has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""`python -m phi_c` is `phi-c`."""
+"""Entry point of `python -m phi_c`, the same program as `phi-c`."""
 
 from phi_c.cli import main
 

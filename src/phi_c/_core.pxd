@@ -188,7 +188,7 @@ cdef extern from "kernels.h":
         const uint8_t *pages
         size_t page_bytes
         const int32_t *page_table
-        int last, window
+        int query_start, window
         float scale
         float *scratch
         float *out

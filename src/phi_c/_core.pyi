@@ -76,7 +76,7 @@ def attention(
     q: npt.NDArray[np.float32],
     k: npt.NDArray[np.float32],
     v: npt.NDArray[np.float32],
-    last: int,
+    query_start: int,
     window: int,
     scale: float,
     tier: str | None = None,

@@ -240,10 +240,10 @@ def store_kv(const float[::1] k not None, const float[::1] v not None, int slot,
 
 
 def attention(const float[:, :, ::1] q not None, const float[:, ::1] k not None, const float[:, ::1] v not None,
-              int last, int window, float scale, tier=None, kv_type="f16"):
+              int query_start, int window, float scale, tier=None, kv_type="f16"):
     """Return softmax(scale * q @ k.T) @ v, causal: float32 [n_tokens, n_queries, head_dim].
 
-    q: float32 [n_tokens, n_queries, head_dim], tokens at positions last, last + 1, ...
+    q: float32 [n_tokens, n_queries, head_dim], tokens at positions query_start, query_start + 1, ...
     k, v: float32 [n_positions, head_dim] of one KV head. They are stored as kv_type ("f16" or "q8") in pages in reverse
         order; unused slots are NaN.
     window: positions that a token attends to, itself included; 0: unlimited.
@@ -252,10 +252,14 @@ def attention(const float[:, :, ::1] q not None, const float[:, ::1] k not None,
     """
     cdef const phi_kernels *kernels = _kernels(tier)
     cdef int n = <int>k.shape[0], head_dim = <int>k.shape[1], n_pages = (n + PHI_PAGE_TOKENS - 1) // PHI_PAGE_TOKENS
-    if not (0 < q.shape[0] <= PHI_ATTENTION_ROWS and 0 <= last and last + q.shape[0] <= n and q.shape[1] > 0
-            and q.shape[2] == v.shape[1] == head_dim and v.shape[0] == n and head_dim > 0 and head_dim % 2 == 0):
-        raise ValueError(f"q, k and v have shapes {np.shape(q)}, {np.shape(k)} and {np.shape(v)} at position {last}: "
-                         "expected (n_tokens, n_queries, head_dim) and twice (n_positions, head_dim), head_dim even")
+    if not (0 < q.shape[0] <= PHI_ATTENTION_ROWS and 0 <= query_start and query_start + q.shape[0] <= n
+            and q.shape[1] > 0 and q.shape[2] == v.shape[1] == head_dim and v.shape[0] == n
+            and head_dim > 0 and head_dim % 2 == 0):
+        raise ValueError(
+            f"q, k and v have shapes {np.shape(q)}, {np.shape(k)} and {np.shape(v)}, query_start is {query_start}: "
+            f"expected (n_tokens, n_queries, head_dim) and twice (n_positions, head_dim) with an even head_dim, and "
+            f"query_start + n_tokens of at most n_positions"
+        )
     cdef phi_kv_type type = _kv_type(kv_type)
     cdef size_t page_bytes = phi_kv_slice_bytes(type, head_dim)
     cdef uint8_t[::1] pages = np.full(n_pages * page_bytes, 0xff, np.uint8)
@@ -272,7 +276,7 @@ def attention(const float[:, :, ::1] q not None, const float[:, ::1] k not None,
     a.pages = &pages[0]
     a.page_bytes = page_bytes
     a.page_table = &table[0]
-    a.last, a.window, a.scale = last, window, scale
+    a.query_start, a.window, a.scale = query_start, window, scale
     cdef float[::1] scratch = np.full(phi_attention_scratch_floats(head_dim), np.nan, np.float32)
     a.scratch = &scratch[0]
     a.out = &out[0, 0, 0]

@@ -1,57 +1,57 @@
-"""The errors that phi-c raises: one base class and a kind for each thing a caller may want to tell apart."""
+"""The exceptions that phi-c raises: one base class, and one subclass for each failure that a caller may handle."""
 
 
 class PhiError(Exception):
-    """Base of every error that phi-c raises on purpose; its text is one line that says what to do."""
+    """Base class of all phi-c errors. The message is one line: what was wrong, what was expected, what to do."""
 
 
 class ModelFileError(PhiError):
-    """The model file is damaged, truncated, or no GGUF file at all."""
+    """A model file cannot be read, is corrupt or truncated, or does not have the expected format."""
 
 
 class UnsupportedModelError(PhiError):
-    """The file is well formed, but its architecture, tensor type or tokenizer is not one that phi-c runs."""
+    """The model file is valid, but phi-c does not support its architecture, a tensor type or its tokenizer."""
 
 
 class ModelNotFoundError(PhiError):
-    """A model source names nothing that can be found."""
+    """The model does not exist: no such file, preset, repository, revision or package file."""
 
 
 class DownloadError(PhiError):
-    """A download failed: no network, refused access, a wrong checksum, a broken transfer."""
+    """A download failed: no network, access denied, wrong checksum or broken connection."""
 
 
 class CacheError(PhiError):
-    """The cache folder cannot be read or written."""
+    """A cache folder cannot be read or written."""
 
 
 class OutputError(PhiError):
-    """A file that was asked for cannot be written."""
+    """An output file cannot be written."""
 
 
 class OptionError(PhiError, ValueError):
-    """An option has a value outside its range; a usage error on the command line."""
+    """An argument or option has an invalid value. A usage error on the command line."""
 
 
 class ContextLengthError(PhiError, ValueError):
-    """A prompt, or what was asked to follow it, does not fit the context."""
+    """The prompt, or the prompt and the tokens that must follow it, does not fit the context."""
 
 
 class MemoryLimitError(PhiError):
-    """What was asked for needs more memory than the machine has."""
+    """The request needs more memory than is available."""
 
 
 class ChatTemplateError(PhiError):
-    """The messages cannot be rendered with the model's chat template."""
+    """The model has no usable chat template, or its template cannot render the messages."""
 
 
 class StateError(PhiError):
-    """A saved state is damaged, truncated, or belongs to another model or to other options."""
+    """A saved state is corrupt or truncated, or was saved by another model or with other options."""
 
 
 class ModelClosedError(PhiError):
     """The model was closed before the call."""
 
 
-class Cancelled(PhiError):  # noqa: N818 - not a fault: somebody asked for it
+class Cancelled(PhiError):  # noqa: N818 - not a fault: the caller requested it
     """The call was stopped through its cancel flag."""

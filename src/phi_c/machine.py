@@ -1,8 +1,8 @@
-"""What this machine offers: the CPU's name, cores that may be used, memory that can be had.
+"""The machine phi-c runs on: CPU name, usable cores, available memory.
 
-Containers are respected: on Linux the scheduler affinity and the limits of control groups (versions 1 and 2)
-bound the figures. Nothing here raises: what cannot be found out has a fallback. Functions that take `root`
-read Linux's /proc and /sys below it; without it they ask the system they run on.
+On Linux, results respect the scheduler affinity and the limits of control groups (versions 1 and 2), so inside a
+container they are the container's. Nothing here raises: a value that cannot be determined has a fallback. Functions
+with a `root` argument read Linux's /proc and /sys below that folder; with None they query the running system.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-UNKNOWN_BYTES = sys.maxsize  # what the memory functions return where no figure can be had: no known limit
+UNKNOWN_BYTES = sys.maxsize  # returned by the memory functions if the amount cannot be determined
 
 _ROOT = Path("/")
 _GROUPS = Path("sys/fs/cgroup")
@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 
 
 def cpu_name(root: Path | None = None) -> str:
-    """Return the marketing name of the CPU, or its architecture where the system does not tell."""
+    """Return the CPU's marketing name, or its architecture if the system does not report one."""
     if root is None and sys.platform == "darwin":
         name = _sysctl("machdep.cpu.brand_string")
     elif root is None and sys.platform == "win32":
@@ -35,19 +35,19 @@ def cpu_name(root: Path | None = None) -> str:
 
 
 def affinity_cpus() -> frozenset[int]:
-    """Return the numbers of the logical CPUs that the scheduler may run this process on."""
+    """Return the indices of the logical CPUs on which the scheduler may run this process."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             return frozenset(os.sched_getaffinity(0))
     if sys.platform == "win32":
-        mask = _attempt(_windows_affinity_mask, 0)
+        mask = _try(_windows_affinity_mask, 0)
         if mask:
             return frozenset(i for i in range(mask.bit_length()) if mask >> i & 1)
     return frozenset(range(os.cpu_count() or 1))
 
 
 def cgroup_cores(root: Path = _ROOT) -> float | None:
-    """Return the CPU time that the control groups grant, in cores (1.5 is possible); None: no quota."""
+    """Return the control groups' CPU quota in cores (may be fractional, such as 1.5); None: no quota."""
     quotas = []
     for folder in _group_folders(root, "cpu"):
         fields = _read(folder / "cpu.max").split()  # version 2: "QUOTA PERIOD" or "max PERIOD", microseconds
@@ -60,21 +60,21 @@ def cgroup_cores(root: Path = _ROOT) -> float | None:
 
 
 def physical_cores(cpus: Iterable[int] | None = None, root: Path | None = None) -> int:
-    """Return how many physical cores the logical CPUs `cpus` (None: those of the affinity) belong to."""
+    """Return the number of physical cores behind the logical CPUs `cpus` (None: the process's affinity)."""
     chosen = affinity_cpus() if cpus is None else frozenset(cpus)
     n_cpus = max(1, len(chosen))
     if root is None and sys.platform == "darwin":
         return min(n_cpus, _integer(_sysctl("hw.physicalcpu")) or n_cpus)
     if root is None and sys.platform == "win32":
-        return min(n_cpus, _attempt(lambda: _windows_physical_cores(chosen), 0) or n_cpus)
+        return min(n_cpus, _try(lambda: _windows_physical_cores(chosen), 0) or n_cpus)
     return max(1, len({_siblings(root or _ROOT, cpu) for cpu in chosen}))
 
 
 def usable_cores(cpus: Iterable[int] | None = None, root: Path | None = None) -> int:
-    """Return how many physical cores this process can keep busy: at least 1.
+    """Return the number of physical cores this process can keep busy, at least 1.
 
-    The affinity and the control groups' quota bound it. A quota is rounded down: a thread more than the quota
-    feeds is stopped for the rest of each period, and the others wait for it.
+    It is limited by the affinity and by the control groups' quota. The quota is rounded down: with one thread too many,
+    the kernel stops a thread for the rest of each period, and the other threads wait for it.
     """
     cores = physical_cores(cpus, root)
     quota = cgroup_cores(root or _ROOT)
@@ -82,50 +82,50 @@ def usable_cores(cpus: Iterable[int] | None = None, root: Path | None = None) ->
 
 
 def default_threads() -> int:
-    """Return the number of threads to compute with when nobody says: one a usable core."""
+    """Return the default number of compute threads: one per usable core."""
     return usable_cores()
 
 
 def memory_total(root: Path | None = None) -> int:
-    """Return the bytes of memory that this process could have at best: RAM, or its control group's limit."""
+    """Return the memory this process may use at most, in bytes: RAM, or its control group's limit."""
     if root is None and sys.platform == "darwin":
         total = _integer(_sysctl("hw.memsize"))
     elif root is None and sys.platform == "win32":
-        total = _attempt(lambda: _windows_memory()[0], None)
+        total = _try(lambda: _windows_memory()[0], None)
     else:
         total = _meminfo(root or _ROOT).get("MemTotal")
         limits = [limit for limit, _ in _group_memory(root or _ROOT)]
-        total = min([*limits, total if total is not None else _pages("SC_PHYS_PAGES")])
-    return total or _pages("SC_PHYS_PAGES")
+        total = min([*limits, total if total is not None else _sysconf_bytes("SC_PHYS_PAGES")])
+    return total or _sysconf_bytes("SC_PHYS_PAGES")
 
 
 def memory_available(root: Path | None = None) -> int:
-    """Return the bytes of memory that can be taken now without swapping.
+    """Return the memory this process can allocate now without swapping, in bytes.
 
-    Files in the page cache count as available: the system drops them when memory is asked for.
+    The page cache counts as available: the system drops cached files when a process needs memory.
     """
     if root is None and sys.platform == "darwin":
         available = _darwin_available()
     elif root is None and sys.platform == "win32":
-        available = _attempt(lambda: _windows_memory()[1], None)
+        available = _try(lambda: _windows_memory()[1], None)
     else:
         info = _meminfo(root or _ROOT)
         available = info.get("MemAvailable")
         if available is None and "MemFree" in info:  # kernels before 3.14
             available = info["MemFree"] + info.get("Buffers", 0) + info.get("Cached", 0)
         if available is None:
-            available = _pages("SC_AVPHYS_PAGES")
+            available = _sysconf_bytes("SC_AVPHYS_PAGES")
         return min([available, *(max(0, limit - used) for limit, used in _group_memory(root or _ROOT))])
     return memory_total() if available is None else available
 
 
 def peak_rss(root: Path | None = None) -> int | None:
-    """Return the most bytes of memory that this process had in RAM so far, mapped files included; None: unknown."""
+    """Return the process's peak resident memory in bytes, mapped files included; None: unknown."""
     if root is None and sys.platform == "win32":
-        return _attempt(_windows_peak_rss, None)
-    # Linux hands ru_maxrss on to the programs that a process starts; VmHWM is this program's own.
+        return _try(_windows_peak_rss, None)
+    # On Linux a new program inherits ru_maxrss from the process that started it; VmHWM counts this program only.
     peak = _integer(_fields(_read((root or _ROOT) / "proc/self/status")).get("VmHWM", "").removesuffix("kB"))
-    return peak * 1024 if peak is not None else _attempt(_unix_peak_rss, None)
+    return peak * 1024 if peak is not None else _try(_unix_peak_rss, None)
 
 
 def _linux_cpu_name(root: Path) -> str:
@@ -137,7 +137,7 @@ def _linux_cpu_name(root: Path) -> str:
 
 
 def _siblings(root: Path, cpu: int) -> str:
-    """Return what names the physical core of a logical CPU: the list of the CPUs that share it."""
+    """Return a key for the physical core of a logical CPU: the list of CPUs that share it."""
     topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
     siblings = _read(topology / "core_cpus_list") or _read(topology / "thread_siblings_list")
     return siblings or f"cpu {cpu}"
@@ -153,26 +153,26 @@ def _meminfo(root: Path) -> dict[str, int]:
 
 
 def _group_memory(root: Path) -> Iterator[tuple[int, int]]:
-    """Yield (limit, bytes in use that cannot be dropped) of each control group that limits this process."""
+    """Yield (limit, used) in bytes of each control group that limits this process; used excludes the page cache."""
     for folder in _group_folders(root, "memory"):
-        limit = _integer(_read(folder / "memory.max"))  # version 2; "max": none
+        limit = _integer(_read(folder / "memory.max"))  # version 2; "max": no limit
         used = _integer(_read(folder / "memory.current"))
         if limit is None:
-            limit = _integer(_read(folder / "memory.limit_in_bytes"))  # without a limit: far above any RAM
+            limit = _integer(_read(folder / "memory.limit_in_bytes"))  # version 1; no limit: a value far above any RAM
             used = _integer(_read(folder / "memory.usage_in_bytes"))
         if limit is None:
             continue
         stat = _fields(_read(folder / "memory.stat"), separator=None)
         files = 0
-        for kind in ("inactive_file", "active_file"):  # the total_ ones of version 1 include the children
+        for kind in ("inactive_file", "active_file"):  # version 1: the total_ fields include child groups
             files += _integer(stat.get("total_" + kind, stat.get(kind, ""))) or 0
         yield limit, max(0, (used or 0) - files)
 
 
 def _group_folders(root: Path, controller: str) -> Iterator[Path]:
-    """Yield the folders of the control groups that this process is in, itself and its ancestors.
+    """Yield the folders of this process's control group and of the group's ancestors.
 
-    /proc/self/cgroup may name a path that a container does not see; its own group is then the mount's root.
+    In a container /proc/self/cgroup may name a path that is not visible; the mount's root is then the process's group.
     """
     mount = root / _GROUPS
     for line in _read(root / "proc/self/cgroup").splitlines():
@@ -190,7 +190,7 @@ def _group_folders(root: Path, controller: str) -> Iterator[Path]:
             yield base.joinpath(*parts[:n])
 
 
-def _pages(name: str) -> int:
+def _sysconf_bytes(name: str) -> int:
     if sys.platform != "win32":
         with contextlib.suppress(ValueError, OSError):
             n_bytes = os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")
@@ -204,7 +204,7 @@ def _sysctl(name: str) -> str:
 
 
 def _darwin_available(report: str | None = None) -> int | None:
-    """Return the bytes that vm_stat calls free, inactive, speculative or purgeable; None when it fails."""
+    """Return the memory that vm_stat reports as free, inactive, speculative or purgeable, in bytes; None: unknown."""
     text = _output("/usr/bin/vm_stat") if report is None else report
     fields = _fields(text)
     page_bytes = next((_integer(word) for word in text.split() if word.isdigit()), None)
@@ -226,7 +226,7 @@ def _output(*command: str) -> str:
 def _windows_cpu_name() -> str:
     if sys.platform == "win32":
         with contextlib.suppress(ImportError, OSError):
-            import winreg  # noqa: PLC0415 - exists on Windows alone
+            import winreg  # noqa: PLC0415 - exists on Windows only
 
             key = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
             with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, key) as handle:
@@ -282,15 +282,15 @@ def _windows_affinity_mask() -> int:
 
 
 def _windows_physical_cores(cpus: frozenset[int]) -> int:
-    """Return the number of physical cores that hold one of the logical CPUs. Raises OSError."""
+    """Return the number of physical cores behind the logical CPUs. Raises OSError."""
     if sys.platform == "win32":
         query = ctypes.windll.kernel32.GetLogicalProcessorInformation
         n_bytes = ctypes.c_uint32(0)
-        query(None, ctypes.byref(n_bytes))  # fails, and says how much room it needs
+        query(None, ctypes.byref(n_bytes))  # fails, and sets n_bytes to the size it needs
         rows = (_ProcessorInformation * (n_bytes.value // ctypes.sizeof(_ProcessorInformation)))()
         if query(rows, ctypes.byref(n_bytes)):
             affinity = sum(1 << cpu for cpu in cpus)
-            return sum(row.relationship == 0 and row.mask & affinity != 0 for row in rows)  # 0: a core
+            return sum(row.relationship == 0 and row.mask & affinity != 0 for row in rows)  # 0: RelationProcessorCore
     raise OSError("GetLogicalProcessorInformation failed")
 
 
@@ -320,17 +320,17 @@ def _windows_peak_rss() -> int:
 def _unix_peak_rss() -> int:
     """Return ru_maxrss in bytes. Raises OSError."""
     if sys.platform == "win32":
-        raise OSError("Windows has no getrusage")
-    import resource  # noqa: PLC0415 - Windows lacks it
+        raise OSError("getrusage does not exist on Windows")
+    import resource  # noqa: PLC0415 - does not exist on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, the others KiB
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS reports bytes, other systems KiB
 
 
-def _attempt(ask: Callable[[], _T], fallback: _T) -> _T:
-    """Return what `ask` returns, or the fallback when the system refuses."""
+def _try(query: Callable[[], _T], fallback: _T) -> _T:
+    """Return the query's result, or the fallback if the system call fails or does not exist."""
     try:
-        return ask()
+        return query()
     except (OSError, AttributeError, ValueError):
         return fallback
 
@@ -343,7 +343,7 @@ def _read(path: Path) -> str:
 
 
 def _fields(text: str, separator: str | None = ":") -> dict[str, str]:
-    """Return the fields of "key: value" lines (separator None: white space); the first of a key counts."""
+    """Parse lines of "key: value" (separator None: white space). The first line with a key counts."""
     fields: dict[str, str] = {}
     for line in text.splitlines():
         key, *rest = line.split(separator, 1)

@@ -1,69 +1,91 @@
-"""Options of `load`, checked and chosen: one line says what was expected."""
+"""Checks of `load` options and their defaults. Every error is one line that names the option and what was expected."""
 
 import os
 
 from phi_c import machine
 from phi_c._core import PAGE_TOKENS, cpu_features, kv_page_bytes, tiers
-from phi_c.engine.scheduler import pages_at_once, pages_for
-from phi_c.errors import MemoryLimitError, OptionError
+from phi_c.engine.scheduler import max_resident_pages, pages_for
+from phi_c.errors import ContextLengthError, MemoryLimitError, OptionError
 from phi_c.model.config import ModelConfig
 
 DEFAULT_N_CTX = 4096
 ROPES = ("auto", "long", "short")
 TIER_VARIABLE = "PHI_C_ISA"
-# What tiers need of the CPU, besides avx512, whose use the system may yet refuse (csrc/dispatch.c).
-_TILES = {"amx": {"amx_tile", "amx_int8"}, "amxbf16": {"amx_tile", "amx_bf16", "avx512bf16"}}
-_MOST_CACHE = 1 << 26
+# CPU features that a tier needs besides avx512. The system may still refuse AMX to the process (csrc/dispatch.c).
+_TILE_FEATURES = {"amx": {"amx_tile", "amx_int8"}, "amxbf16": {"amx_tile", "amx_bf16", "avx512bf16"}}
+_MAX_KV_CACHE_TOKENS = 1 << 26
 
 
-def check_count(name: str, value: int | None, least: int, most: int | None) -> None:
-    """Raise OptionError for a value, unless it is None, that is no integer within limits."""
+def check_count(name: str, value: int | None, minimum: int, maximum: int | None) -> None:
+    """Raise OptionError unless a value is None or an integer from minimum to maximum (None: no limit)."""
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
-        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or value < minimum or (maximum is not None and value > maximum):
+        limits = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
         raise OptionError(f"{name} is {value!r}, expected an integer {limits}")
 
 
+def check_fits(n_tokens: int, n_ctx: int, config: ModelConfig, what: str = "the prompt") -> None:
+    """Raise ContextLengthError if an input of n_tokens is longer than the context."""
+    if n_tokens > n_ctx:
+        larger = f", or load the model with a larger n_ctx (at most {config.n_ctx_train})"
+        raise ContextLengthError(
+            f"{what} has {n_tokens} tokens, more than the context size of {n_ctx}: shorten it"
+            + (larger if n_ctx < config.n_ctx_train else "")
+        )
+
+
 def choose_tier(tier: str | None) -> str | None:
-    """Return the tier asked for, by the caller or PHI_C_ISA; None: the best. Raises OptionError for one not there."""
+    """Return the tier that the caller or PHI_C_ISA names; None: the best one.
+
+    Raises OptionError for a tier that is unknown or not supported by this machine.
+    """
     name = tier or os.environ.get(TIER_VARIABLE) or None
     if name is not None and name not in tiers():
-        where = "tier" if tier else TIER_VARIABLE
-        raise OptionError(f"{where} is {name!r}{_why(name)}, expected one that this machine runs: {', '.join(tiers())}")
+        option = "tier" if tier else TIER_VARIABLE
+        reason = _refusal(name)
+        raise OptionError(f"{option} is {name!r}{reason}, expected one that this machine runs: {', '.join(tiers())}")
     return name
 
 
-def _why(name: str) -> str:
-    """Return the reason why a tier is not there, where it is not the CPU that lacks it."""
-    needed = _TILES.get(name)
-    if needed is None or name not in tiers(known=True) or "avx512" not in tiers() or not needed <= set(cpu_features()):
+def _refusal(name: str) -> str:
+    """Return why the system, rather than the CPU or the build, does not support a tier; "" if that is not the cause."""
+    features = _TILE_FEATURES.get(name)
+    is_built = name in tiers(known=True) and "avx512" in tiers()
+    if features is None or not is_built or not features <= set(cpu_features()):
         return ""
     return ", for which the system refuses this process AMX tiles"
 
 
 def choose_n_ctx(n_ctx: int | None, config: ModelConfig) -> int:
-    """Return the context in tokens; raises OptionError for one beyond the model's own."""
+    """Return the context size in tokens. Raises OptionError for one larger than the model's own."""
     if n_ctx is None:
         return min(config.n_ctx_train, DEFAULT_N_CTX)
     if isinstance(n_ctx, bool) or not isinstance(n_ctx, int) or not 0 <= n_ctx <= config.n_ctx_train:
-        raise OptionError(f"n_ctx is {n_ctx!r}, expected 1 to {config.n_ctx_train}, the model's own, or 0 for that")
+        raise OptionError(
+            f"n_ctx is {n_ctx!r}, expected 1 to {config.n_ctx_train}, or 0 for the model's own context size"
+        )
     return n_ctx or config.n_ctx_train
 
 
 def choose_kv_cache_tokens(kv_cache_tokens: int | None, n_ctx: int, n_batch: int, config: ModelConfig) -> int:
-    """Return the positions that the cache holds; raises OptionError for fewer than one text of n_ctx needs at once."""
-    least = pages_at_once(n_ctx, n_batch, config.window) * PAGE_TOKENS
-    check_count("kv_cache_tokens", kv_cache_tokens, 1, _MOST_CACHE)
-    if kv_cache_tokens is not None and pages_for(kv_cache_tokens) * PAGE_TOKENS < least:
+    """Return the KV cache capacity in tokens. Raises OptionError if one sequence of n_ctx tokens does not fit it."""
+    minimum = max_resident_pages(n_ctx, n_batch, config.window) * PAGE_TOKENS
+    check_count("kv_cache_tokens", kv_cache_tokens, 1, _MAX_KV_CACHE_TOKENS)
+    if kv_cache_tokens is not None and pages_for(kv_cache_tokens) * PAGE_TOKENS < minimum:
         raise OptionError(
-            f"kv_cache_tokens is {kv_cache_tokens}, expected at least {least}: what one text of n_ctx {n_ctx} needs"
+            f"kv_cache_tokens is {kv_cache_tokens}, expected at least {minimum}: "
+            f"what one sequence of n_ctx {n_ctx} tokens needs"
         )
     return n_ctx if kv_cache_tokens is None else kv_cache_tokens
 
 
 def choose_n_ctx_orig(rope: str, config: ModelConfig) -> int | None:
-    """Return the positions up to which LongRoPE's short factors hold, None: always. Raises OptionError."""
+    """Return the largest sequence length in tokens that uses LongRoPE's short factors; None: all lengths do.
+
+    Raises OptionError for an unknown rope, or one other than "auto" for a model without LongRoPE.
+    """
     if rope not in ROPES:
         raise OptionError(f"rope is {rope!r}, expected one of {', '.join(ROPES)}")
     if not config.long_rope:
@@ -74,14 +96,14 @@ def choose_n_ctx_orig(rope: str, config: ModelConfig) -> int | None:
 
 
 def check_memory(config: ModelConfig, kv_cache_tokens: int, kv_type: str, weight_bytes: int) -> None:
-    """Raise MemoryLimitError when weights and KV cache do not fit the memory that is free."""
+    """Raise MemoryLimitError if weights and KV cache do not fit the free memory."""
     page_bytes = kv_page_bytes(config, kv_type)
     kv_bytes = pages_for(kv_cache_tokens) * page_bytes
     available = machine.memory_available()
     if kv_bytes + weight_bytes > available:
-        fits = max(available - weight_bytes, 0) // page_bytes * PAGE_TOKENS
+        n_ctx = max(available - weight_bytes, 0) // page_bytes * PAGE_TOKENS
         raise MemoryLimitError(
-            f"the weights take {weight_bytes / 2**30:.1f} GiB and a context of {kv_cache_tokens} {kv_bytes / 2**30:.1f} GiB, "
-            f"{available / 2**30:.1f} GiB are free: "
-            + (f"n_ctx of at most {fits} fits" if fits else "this model does not fit")
+            f"the weights need {weight_bytes / 2**30:.1f} GiB and a KV cache of {kv_cache_tokens} tokens "
+            f"{kv_bytes / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB are free: "
+            + (f"reduce n_ctx to at most {n_ctx}" if n_ctx else "use a smaller model")
         )

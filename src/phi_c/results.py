@@ -1,4 +1,4 @@
-"""What calls return: a text, whole or piece by piece, and what it cost."""
+"""What calls return: generated text, whole or in chunks, scores, and usage."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,76 +10,76 @@ from phi_c.sampling.sampler import TokenLogprob
 
 @dataclass(frozen=True)
 class Usage:
-    """What a call cost."""
+    """Token counts and times of a generation call."""
 
     prompt_tokens: int
-    cached_tokens: int  # of the prompt, found in the cache of earlier calls
-    completion_tokens: int
-    prompt_seconds: float  # until the first token, waiting for other calls included
-    decode_seconds: float  # from the first token to the last
+    cached_tokens: int  # prompt tokens served from the KV cache
+    completion_tokens: int  # generated tokens, an end token included
+    prompt_seconds: float  # time to first token, including the wait for room in the KV cache
+    decode_seconds: float  # from the first to the last generated token
 
     @property
     def prompt_tok_s(self) -> float:
-        """Prompt tokens computed a second."""
+        """Prefill speed: computed prompt tokens per second until the first token."""
         return (self.prompt_tokens - self.cached_tokens) / max(self.prompt_seconds, 1e-9)
 
     @property
     def decode_tok_s(self) -> float:
-        """Tokens a second after the first."""
+        """Decode speed: tokens per second after the first one; 0 with less than two tokens."""
         return (self.completion_tokens - 1) / self.decode_seconds if self.completion_tokens > 1 else 0.0
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a text as it comes; the last one says why it ended."""
+    """A part of a streamed output."""
 
     text: str
-    tokens: list[int]
-    logprobs: list[TokenLogprob] | None = None
-    finish_reason: str | None = None
-    usage: Usage | None = None
+    tokens: list[int]  # generated token ids
+    logprobs: list[TokenLogprob] | None = None  # one per token; None unless requested
+    finish_reason: str | None = None  # as in Completion; None except in the last chunk
+    usage: Usage | None = None  # None except in the last chunk
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole text. tokens has the ids as they were generated, an end token included; text has not."""
+    """The complete output of a generation call."""
 
-    text: str
-    tokens: list[int]
-    finish_reason: str  # "stop": the model or a stop string ended it; "length": max_tokens or context; "cancelled"
+    text: str  # without stop string and end token
+    tokens: list[int]  # generated token ids, an end token included
+    finish_reason: str  # "stop": end token or stop string; "length": max_tokens or end of context; "cancelled"
     usage: Usage
-    logprobs: list[TokenLogprob] | None = None
+    logprobs: list[TokenLogprob] | None = None  # one per token; None unless requested
 
 
 @dataclass(frozen=True)
 class Score:
-    """How likely a model finds a continuation; logarithms are natural."""
+    """Log-probabilities of a continuation, in nats."""
 
     logprob: float  # of the whole continuation: the sum of logprobs
-    tokens: list[int]
-    logprobs: list[float]  # of each token, after all before it
-    is_greedy: bool  # whether each token is the likeliest in its place
-    cached_tokens: int  # of prompt and continuation, found in the cache
+    tokens: list[int]  # token ids of the continuation
+    logprobs: list[float]  # of each token, given all tokens before it
+    is_greedy: bool  # whether every token is the most probable one, so that greedy decoding generates the continuation
+    cached_tokens: int  # tokens of prompt and continuation served from the KV cache
 
 
 @dataclass
-class _Collected:
+class _Accumulated:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
-def collect(pieces: Iterator[Chunk]) -> Completion:
-    """Return the text that pieces amount to."""
-    all_of = _Collected()
-    for piece in pieces:
-        all_of.text += piece.text
-        all_of.tokens += piece.tokens
-        all_of.logprobs += piece.logprobs or []
-    if piece.finish_reason is None or piece.usage is None:
-        raise AssertionError("the last piece says why the text ended")
-    logprobs = None if piece.logprobs is None else all_of.logprobs
-    return Completion(all_of.text, all_of.tokens, piece.finish_reason, piece.usage, logprobs)
+def collect(chunks: Iterator[Chunk]) -> Completion:
+    """Return the completion that chunks add up to."""
+    total = _Accumulated()
+    for chunk in chunks:
+        total.text += chunk.text
+        total.tokens += chunk.tokens
+        total.logprobs += chunk.logprobs or []
+    if chunk.finish_reason is None or chunk.usage is None:
+        raise AssertionError("the last chunk has no finish_reason or no usage")
+    logprobs = None if chunk.logprobs is None else total.logprobs
+    return Completion(total.text, total.tokens, chunk.finish_reason, chunk.usage, logprobs)
 
 
 def make_chunk(
@@ -90,7 +90,7 @@ def make_chunk(
     finish: Finish | None = None,
     usage: Usage | None = None,
 ) -> Chunk:
-    """Return the part of a sequence's text from its generated token number start up to end."""
+    """Return a chunk of a sequence's generated tokens start .. end - 1, counted from the first generated one."""
     return Chunk(
         text=text,
         tokens=sequence.tokens[sequence.n_prompt + start : sequence.n_prompt + end],

@@ -1,4 +1,4 @@
-"""What a model makes of given texts: log-likelihoods, embeddings, logits. Heads run in chunks of a few rows."""
+"""Scoring of given text: log-probabilities, embeddings, logits. Logits are computed for a few positions at a time."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,74 +9,124 @@ import numpy.typing as npt
 
 from phi_c._core import CancelFlag
 from phi_c.engine.engine import Engine
-from phi_c.engine.prompt_outputs import logits_by_chunk, read
+from phi_c.engine.prompt_outputs import logits_by_chunk, stream_hidden_states
 from phi_c.engine.sequence import Sequence as EngineSequence
 from phi_c.errors import OptionError, PhiError
+from phi_c.model.config import ModelConfig
+from phi_c.params import check_fits
 from phi_c.results import Score
+from phi_c.text.request import check_ids, encode_raw
 from phi_c.text.tokenizer import Tokenizer
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
-Pair: TypeAlias = tuple[list[int], list[int]]  # ids of a context, not empty, and of what follows it
+Pair: TypeAlias = tuple[list[int], list[int]]  # ids of a context (not empty) and of its continuation
 
 POOLINGS = ("mean", "last")
 
 
 def prefix_ids(tokenizer: Tokenizer) -> list[int]:
-    """Return what an empty prompt stands for: the BOS token, else the end token."""
+    """Return the ids that stand for an empty prompt: the BOS token, else the end token.
+
+    Raises OptionError for a vocabulary with neither.
+    """
     ids = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
     if not ids:
-        raise OptionError("the prompt is empty, and the vocabulary has neither a BOS nor an end token to begin with")
+        raise OptionError("the prompt is empty, and the vocabulary has neither a BOS nor an end token to use instead")
     return ids[:1]
 
 
 def encode_pair(tokenizer: Tokenizer, prompt: str, continuation: str, *, parse_special: bool = False) -> Pair:
-    """Return the ids of a prompt and of its continuation as lm-evaluation-harness cuts them.
+    """Return the ids of a prompt and its continuation, split as lm-evaluation-harness does.
 
-    White space that ends the prompt goes over to the continuation; both are encoded together, and what lies beyond as
-    many tokens as the prompt alone has is the continuation. After an empty prompt comes the continuation alone.
+    White space at the end of the prompt moves to the continuation. Both are encoded together; the tokens after as many
+    as the prompt alone has are the continuation. An empty prompt becomes `prefix_ids`.
     """
-    kept = prompt.rstrip()
-    if not kept:
+    stripped = prompt.rstrip()
+    if not stripped:
         ids = tokenizer.encode(prompt + continuation, add_bos=False, parse_special=parse_special)
         prefix = prefix_ids(tokenizer)
         return (prefix, ids) if ids[:1] != prefix else (prefix, ids[1:])
-    context = tokenizer.encode(kept, parse_special=parse_special)
+    context = tokenizer.encode(stripped, parse_special=parse_special)
     whole = tokenizer.encode(prompt + continuation, parse_special=parse_special)
     return context, whole[len(context) :]
 
 
-def score_pairs(engine: Engine, pairs: Iterable[Pair], cancel: CancelFlag | None = None) -> Iterator[tuple[int, Score]]:
-    """Yield (number of the pair, score) as they are done; pairs in a row that have the same context share it.
+def encode_pairs(
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    n_ctx: int,
+    prompt: str | Sequence[int],
+    continuations: Sequence[str | Sequence[int]],
+    *,
+    parse_special: bool,
+) -> list[Pair]:
+    """Return the pair of a prompt and each continuation, either of which is text or token ids.
 
-    Those that differ in their last token only, as the letters of a multiple choice, are one sequence. Of a pair
-    len(context) + len(continuation) - 1 positions are computed, which must fit the context.
+    Raises OptionError for a continuation without tokens, ContextLengthError for a pair longer than n_ctx.
     """
-    scored: dict[EngineSequence, list[_Scored]] = {}
+    if isinstance(continuations, str):
+        raise OptionError("continuations is a str, expected a list of them")
+    pairs = []
+    for i, continuation in enumerate(continuations):
+        context, ids = _encode_either(tokenizer, config.n_vocab, prompt, continuation, parse_special)
+        if not ids:
+            raise OptionError(f"continuation {i} adds no token to the prompt: {continuation!r:.60}")
+        check_fits(len(context) + len(ids) - 1, n_ctx, config, f"the prompt with continuation {i}")
+        pairs.append((context, ids))
+    return pairs
+
+
+def _encode_either(
+    tokenizer: Tokenizer,
+    n_vocab: int,
+    prompt: str | Sequence[int],
+    continuation: str | Sequence[int],
+    parse_special: bool,
+) -> Pair:
+    if isinstance(prompt, str) and isinstance(continuation, str):
+        return encode_pair(tokenizer, prompt, continuation, parse_special=parse_special)
+    if len(prompt):
+        context = encode_raw(prompt, tokenizer, n_vocab, parse_special=parse_special)
+    else:
+        context = prefix_ids(tokenizer)
+    if isinstance(continuation, str):
+        return context, tokenizer.encode(continuation, add_bos=False, parse_special=parse_special)
+    return context, check_ids(continuation, n_vocab) if len(continuation) else []
+
+
+def score_pairs(engine: Engine, pairs: Iterable[Pair], cancel: CancelFlag | None = None) -> Iterator[tuple[int, Score]]:
+    """Yield (index of the pair, score) in the order in which pairs complete.
+
+    Consecutive pairs with the same context compute it once. Those that differ in their last token only, such as the
+    letters of a multiple choice, are one sequence. A pair takes len(context) + len(continuation) - 1 positions, which
+    must fit the context. Raises Cancelled, ModelClosedError, PhiError for logits that are not finite.
+    """
+    pending: dict[EngineSequence, list[_PendingScore]] = {}
 
     def groups() -> Iterator[list[EngineSequence]]:
         for _, group in itertools.groupby(enumerate(pairs), key=lambda numbered: numbered[1][0]):
             sequences: dict[tuple[int, ...], EngineSequence] = {}
             for index, (context, continuation) in group:
-                known = tuple(continuation[:-1])  # the last token predicts nothing that is wanted
-                if known not in sequences:
-                    sequence = EngineSequence([*context, *known], output_from=len(context) - 1, cancel=cancel)
-                    sequences[known] = sequence
-                    scored[sequence] = []
-                scored[sequences[known]].append(_Scored(index, continuation))
+                inputs = tuple(continuation[:-1])  # the logits after the last token are not needed
+                if inputs not in sequences:
+                    sequence = EngineSequence([*context, *inputs], output_from=len(context) - 1, cancel=cancel)
+                    sequences[inputs] = sequence
+                    pending[sequence] = []
+                pending[sequences[inputs]].append(_PendingScore(index, continuation))
             yield list(sequences.values())
 
-    for sequence, first, rows in read(engine, groups()):
-        for chunk, logits in logits_by_chunk(engine, sequence, rows):
-            for part in scored[sequence]:
-                part.add(first - sequence.output_start + chunk.start, logits)
-        if first + len(rows) == len(sequence.tokens):
-            for part in scored.pop(sequence):
-                yield part.index, part.score(sequence.n_cached)
+    for sequence, position, states in stream_hidden_states(engine, groups()):
+        for chunk, logits in logits_by_chunk(engine, sequence, states):
+            for score in pending[sequence]:
+                score.add(position - sequence.output_start + chunk.start, logits)
+        if position + len(states) == len(sequence.tokens):
+            for score in pending.pop(sequence):
+                yield score.index, score.finish(sequence.n_cached)
 
 
-class _Scored:
-    """A pair on its way."""
+class _PendingScore:
+    """The score of one pair while its logits arrive in chunks."""
 
     def __init__(self, index: int, continuation: list[int]) -> None:
         self.index = index
@@ -84,11 +134,12 @@ class _Scored:
         self._logprobs = np.empty(len(continuation))
         self._is_top = np.empty(len(continuation), np.bool_)
 
-    def add(self, first: int, logits: Floats) -> None:
-        part = slice(first, first + len(logits))
+    def add(self, start: int, logits: Floats) -> None:
+        """Add logits [n, n_vocab] that predict the continuation's tokens start .. start + n - 1."""
+        part = slice(start, start + len(logits))
         self._logprobs[part], self._is_top[part] = token_logprobs(logits, self._ids[part])
 
-    def score(self, n_cached: int) -> Score:
+    def finish(self, n_cached: int) -> Score:
         return Score(
             logprob=float(self._logprobs.sum()),
             tokens=self._ids.tolist(),
@@ -99,43 +150,52 @@ class _Scored:
 
 
 def token_logprobs(logits: Floats, ids: npt.NDArray[Any]) -> tuple[Doubles, npt.NDArray[np.bool_]]:
-    """Return the log-probability (nats) of one token a row, and whether it is the row's likeliest.
+    """Return each token's log-probability in nats, [n], and whether it is the most probable token, [n].
 
-    logits float32 [n, n_vocab], ids [n]. Raises PhiError for logits that are not finite.
+    logits: float32 [n, n_vocab]. ids: [n]. Raises PhiError for logits that are not finite.
     """
     rows = np.arange(len(logits))
-    top = logits.argmax(1)  # of NaN, if there is one
-    largest = logits[rows, top]
-    if not np.isfinite(largest).all():
-        raise PhiError(f"the logits hold {largest[~np.isfinite(largest)][0]}: the model's weights are damaged")
-    sums = np.array([np.exp(row - most).sum(dtype=np.float64) for row, most in zip(logits, largest, strict=True)])
-    return logits[rows, ids] - (largest + np.log(sums)), top == ids
+    top = logits.argmax(1)  # a NaN, if there is one
+    row_max = logits[rows, top]
+    if not np.isfinite(row_max).all():
+        raise PhiError(f"the logits hold {row_max[~np.isfinite(row_max)][0]}: the model's weights are corrupt")
+    sums = np.array([np.exp(row - peak).sum(dtype=np.float64) for row, peak in zip(logits, row_max, strict=True)])
+    return logits[rows, ids] - (row_max + np.log(sums)), top == ids
 
 
-def embed_texts(
-    engine: Engine, texts: Sequence[list[int]], n_embd: int, *, pooling: str, normalize: bool, cancel: CancelFlag | None
+def embed_inputs(
+    engine: Engine,
+    inputs: Sequence[list[int]],
+    n_embd: int,
+    *,
+    pooling: str,
+    normalize: bool,
+    cancel: CancelFlag | None,
 ) -> Floats:
-    """Return float32 [n_texts, n_embd]: the mean of each text's rows after the final norm, or the last one."""
+    """Return the pooled hidden states after the final norm of each input's token ids: float32 [n_inputs, n_embd].
+
+    Raises OptionError for an unknown pooling, Cancelled, ModelClosedError.
+    """
     if pooling not in POOLINGS:
         raise OptionError(f"pooling is {pooling!r}, expected one of {', '.join(POOLINGS)}")
     sequences = {
         EngineSequence(list(ids), output_from=0 if pooling == "mean" else len(ids) - 1, cancel=cancel): i
-        for i, ids in enumerate(texts)
+        for i, ids in enumerate(inputs)
     }
-    sums = np.zeros((len(texts), n_embd))
-    for sequence, _, rows in read(engine, ([sequence] for sequence in sequences)):
-        sums[sequences[sequence]] += rows.sum(0, dtype=np.float64)
+    sums = np.zeros((len(inputs), n_embd))
+    for sequence, _, states in stream_hidden_states(engine, ([sequence] for sequence in sequences)):
+        sums[sequences[sequence]] += states.sum(0, dtype=np.float64)
     counts = [len(sequence.tokens) - sequence.output_start for sequence in sequences]
-    means = sums / np.asarray(counts, np.float64).reshape(-1, 1)
+    embeddings = sums / np.asarray(counts, np.float64).reshape(-1, 1)
     if normalize:
-        means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    return means.astype(np.float32)
+        embeddings /= np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    return embeddings.astype(np.float32)
 
 
 def all_logits(engine: Engine, ids: list[int], n_vocab: int) -> Floats:
-    """Return the logits after each token: float32 [n_tokens, n_vocab]."""
+    """Return the logits after each token: float32 [n_tokens, n_vocab]. Raises ModelClosedError."""
     out = np.empty((len(ids), n_vocab), np.float32)
-    for sequence, first, rows in read(engine, [[EngineSequence(ids, output_from=0)]]):
-        for chunk, logits in logits_by_chunk(engine, sequence, rows):
-            out[first + chunk.start : first + chunk.stop] = logits
+    for sequence, position, states in stream_hidden_states(engine, [[EngineSequence(ids, output_from=0)]]):
+        for chunk, logits in logits_by_chunk(engine, sequence, states):
+            out[position + chunk.start : position + chunk.stop] = logits
     return out

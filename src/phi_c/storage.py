@@ -1,4 +1,4 @@
-"""The cache folder, and files that appear whole or not at all."""
+"""The cache folder, and atomic writing of files."""
 
 import contextlib
 import os
@@ -10,27 +10,29 @@ from typing import IO
 
 from phi_c.errors import CacheError, OutputError
 
-_STALE_SECONDS = 3600.0
+_STALE_PART_SECONDS = 3600.0
 
 
 def cache_dir() -> Path:
-    """Return phi-c's cache folder: PHI_C_CACHE, or the platform's user cache folder."""
+    """Return phi-c's cache folder: PHI_C_CACHE, otherwise phi-c in the platform's user cache folder."""
     override = os.environ.get("PHI_C_CACHE")
     if override:
         return Path(override).expanduser()
-    import platformdirs  # noqa: PLC0415 - only the default needs it
+    import platformdirs  # noqa: PLC0415 - not needed with PHI_C_CACHE
 
     return Path(platformdirs.user_cache_dir("phi-c", appauthor=False))
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path, error: type[CacheError | OutputError] = OutputError) -> Iterator[IO[bytes]]:
-    """Open a file for writing that appears at `path` only if the block completes.
+    """Open a file for writing that appears at `path` only if the block completes; creates missing folders.
 
-    The data goes to NAME.RANDOM.part in the same folder, is fsynced and renamed. An exception in the block deletes it.
-    Raises `error` (CacheError or OutputError) if the file cannot be written.
+    The data is written to NAME.RANDOM.part in the same folder, synced to disk, then renamed. If the block raises, the
+    partial file is deleted and `path` is left unchanged.
+
+    error: the exception to raise if the file cannot be written, CacheError or OutputError.
     """
-    # The name is chosen before the file exists, so an interrupt at any point leaves nothing behind.
+    # The name is chosen before the file is created, so that an interrupt at any point can delete it.
     part = path.parent / f"{path.name}.{secrets.token_hex(8)}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,8 +51,8 @@ def atomic_write(path: Path, error: type[CacheError | OutputError] = OutputError
 
 
 def remove_stale_parts(folder: Path) -> None:
-    """Delete the partial files in `folder` that killed processes left behind more than an hour ago."""
+    """Delete partial files in `folder` older than an hour: those that killed processes left behind."""
     for path in folder.glob("*.part"):
         with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+            if time.time() - path.stat().st_mtime > _STALE_PART_SECONDS:
                 path.unlink()

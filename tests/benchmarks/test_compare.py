@@ -1,4 +1,4 @@
-"""benchmarks/compare.py on a tiny model: the table, peers that are not installed, engines that fail."""
+"""benchmarks/compare.py on a tiny model: the table, engines that are not installed, engines that fail."""
 
 import subprocess
 import sys
@@ -29,14 +29,14 @@ def test_table(tiny: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "xllamacpp is not installed: pip install xllamacpp" in done.stdout
     lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert lines[0] == "| engine | prefill | decode | 2 texts | 3 texts |"
+    assert lines[0] == "| engine | prefill 40 | decode | batch 2 | batch 3 |"
     assert [line.split("|")[1].strip() for line in lines[2:]] == [f"phi-c ({_core.tiers()[-1]})", "phi-c (scalar)"]
     first, second = ([cell.split() for cell in line.split("|")[2:-1]] for line in lines[2:])
-    for (ours,), (theirs, ratio) in zip(first, second, strict=True):
-        assert float(ours) / float(theirs) == pytest.approx(float(ratio.strip("()")), rel=0.1, abs=0.02)
+    for (best,), (scalar, ratio) in zip(first, second, strict=True):
+        assert float(best) / float(scalar) == pytest.approx(float(ratio.strip("()")), rel=0.1, abs=0.02)
 
 
-def test_engine_that_fails(tmp_path: Path) -> None:
+def test_failing_engine(tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF")
     done = compare(broken, "--only", "phi-c", "--rounds", 1)
@@ -44,6 +44,6 @@ def test_engine_that_fails(tmp_path: Path) -> None:
     assert done.returncode == 1
 
 
-def test_no_model() -> None:
-    assert compare().stderr == "compare.py: error: name a MODEL, a GGUF file\n"
-    assert compare("nowhere.gguf").stderr == "compare.py: error: nowhere.gguf is no file\n"
+def test_missing_model() -> None:
+    assert compare().stderr == "compare.py: error: MODEL is missing, expected a GGUF file\n"
+    assert compare("nowhere.gguf").stderr == "compare.py: error: nowhere.gguf does not exist, expected a GGUF file\n"

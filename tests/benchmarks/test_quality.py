@@ -1,4 +1,4 @@
-"""benchmarks/quality.py on tiny models: its distances, the files that it makes, the table and the goals."""
+"""benchmarks/quality.py on tiny models: the files it writes, the table and the goals."""
 
 import subprocess
 import sys
@@ -26,10 +26,10 @@ def nmse(got: np.ndarray, expected: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("architecture", ["phi3", "llama"])
-def test_planted_outliers_change_activations_only(tmp_path: Path, architecture: str) -> None:
+def test_planted_outliers_do_not_change_float32_logits(tmp_path: Path, architecture: str) -> None:
     path = write_tiny(tmp_path / "m.gguf", architecture, "Q8_0")
     weights = quality_files.read(path)
-    quality_files.plant(weights, 64.0, 3)
+    quality_files.plant_outliers(weights, 64.0, 3)
     planted = quality_files.write(
         weights, tmp_path / "p.gguf", dict.fromkeys(weights.types, gguf.GGMLQuantizationType.F32)
     )
@@ -40,7 +40,7 @@ def test_planted_outliers_change_activations_only(tmp_path: Path, architecture: 
     assert sorted(np.round(after.tensors[norm] / before.tensors[norm]))[-4:] == [1, 64, 64, 64]
 
 
-def test_padding_for_k_quants_changes_nothing(tmp_path: Path) -> None:
+def test_padding_for_k_quants_does_not_change_float32_logits(tmp_path: Path) -> None:
     sizes = {"n_embd": 192, "n_heads": 3, "n_kv_heads": 3, "head_dim": 64}
     path = write_tiny(tmp_path / "m.gguf", "llama", "Q8_0", **sizes)
     weights = quality_files.read(path)

@@ -15,8 +15,8 @@ from run_cli import command, run_cli
 
 import phi_c
 from phi_c import _core, errors, machine
-from phi_c.bench import kernels, memory, shapes, speed
-from phi_c.bench.random_model import random_model
+from phi_c.bench import kernels, memory, speed
+from phi_c.bench.random_model import make_plan, random_model
 from phi_c.bench.shapes import SHAPES, Shape
 from phi_c.cli import bench
 from phi_c.gguf.reader import GGUFFile
@@ -149,14 +149,11 @@ def test_random_model(tmp_path: Path) -> None:
 
 
 def test_published_type_mix() -> None:
-    """Phi-3-mini's Q4_K_M file: which ffn_down are Q6_K, how many tensors of each type, bytes read a token."""
-    shape = SHAPES["phi-3-mini"]
-    down = [i for i in range(32) if shapes.tensor_type(f"blk.{i}.ffn_down.weight", shape) == "Q6_K"]
+    """Phi-3-mini's Q4_K_M file: the layers whose ffn_down is Q6_K, and the number of tensors of each type."""
+    tensors = make_plan(SHAPES["phi-3-mini"]).tensors
+    down = [i for i in range(32) for t in tensors if (t.name, t.type_name) == (f"blk.{i}.ffn_down.weight", "Q6_K")]
     assert down == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]
-    names = ["attn_norm", "ffn_norm", "attn_qkv", "attn_output", "ffn_up", "ffn_down"]
-    tensors = [f"blk.{i}.{name}.weight" for i in range(32) for name in names]
-    tensors += ["token_embd.weight", "output_norm.weight", "output.weight"]
-    types = [shapes.tensor_type(name, shape) for name in tensors]
+    types = [tensor.type_name for tensor in tensors]
     assert {kind: types.count(kind) for kind in set(types)} == {"F32": 65, "Q4_K": 81, "Q5_K": 32, "Q6_K": 17}
 
 

@@ -55,7 +55,7 @@ def test_a_full_context_loses_nothing(model: Path, tmp_path: Path) -> None:
     lines = ["Hi", "the " * 60, f"/save {saved}", "/reset", "Hi"]
     done = run_cli("chat", "-m", model, "--n-ctx", "64", "--max-tokens", "2", "--seed", "1", stdin="\n".join(lines))
     assert done.returncode == 0
-    assert "the context 64: shorten it" in done.stderr
+    assert "more than the context size of 64: shorten it" in done.stderr
     assert "/reset forgets the conversation" in done.stderr
     assert len(json.loads(saved.read_text(encoding="utf-8"))) == 2
 

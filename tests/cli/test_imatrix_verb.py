@@ -72,7 +72,7 @@ def test_files_added_up(model: Path, text: Path, tmp_path: Path) -> None:
     assert "b.gguf cannot be added to the files before it: blk.0.ffn_down.weight has 768 columns" in done.stderr
     done = run_cli("imatrix", "-m", model, "--in-file", b, "--ctx", "64", "-o", both, text)
     assert done.returncode == 1
-    assert "the importance matrix is another model's" in done.stderr
+    assert "the importance matrix belongs to another model" in done.stderr
     assert n_chunks(both) == 5
 
 

@@ -106,7 +106,7 @@ def test_a_file_that_does_not_run_is_shown_and_refused(phi3_vocab: Path) -> None
         assert "phi3.context_length" in result.stdout
     parsed = json.loads(result.stdout)
     assert parsed["config"] is parsed["memory"] is None
-    assert "holds no tensors" in parsed["error"]
+    assert "has no tensors" in parsed["error"]
     assert "cannot run" in run(phi3_vocab).stdout
 
 

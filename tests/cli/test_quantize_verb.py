@@ -51,7 +51,7 @@ def test_a_run(tiny: Path, tmp_path: Path) -> None:
     assert generated.returncode == 0
     again = run_cli("quantize", tiny, target, "Q4_K_M")
     assert again.returncode == 1 and again.stdout == ""
-    assert again.stderr == f"phi-c: error: {target} exists already; force (--force) replaces it\n"
+    assert again.stderr == f"phi-c: error: {target} already exists; replace it with force (--force)\n"
     quiet = run_cli("quantize", tiny, target, "Q8_0", "--force", "--quiet")
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
     assert names(tmp_path) == ["out.gguf"]
@@ -88,24 +88,24 @@ def test_requantising(tiny: Path, tmp_path: Path) -> None:
     run_cli("quantize", tiny, first, "Q8_0")
     refused = run_cli("quantize", first, second, "Q4_0")
     assert refused.returncode == 2
-    assert re.fullmatch(r"phi-c: error: .* is Q8_0 already, .*--allow-requantize.*\n", refused.stderr)
+    assert re.fullmatch(r"phi-c: error: .* is already quantised to Q8_0, .*--allow-requantize.*\n", refused.stderr)
     done = run_cli("quantize", first, second, "Q4_0", "--allow-requantize")
     assert done.returncode == 0
-    assert done.stderr == "phi-c: warning: 65 tensors were quantised already and have lost a second time\n"
+    assert done.stderr == "phi-c: warning: 65 tensors were already quantised and have lost precision twice\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "complaint"),
     [
-        (["{tiny}", "{out}", "Q4_K_X"], 2, "'Q4_K_X' is no file type, expected one of F32, F16"),
+        (["{tiny}", "{out}", "Q4_K_X"], 2, "unknown file type 'Q4_K_X', expected one of F32, F16"),
         (["{tiny}", "{out}"], 2, "Missing argument 'TYPE'"),
         (["{tiny}", "{out}", "Q4_0", "--tensor-type", "x"], 2, "expected REGEX=TYPE, such as ffn_down=Q8_0"),
-        (["{tiny}", "{out}", "Q4_0", "--tensor-type", "(=Q8_0"], 2, "is no regular expression"),
+        (["{tiny}", "{out}", "Q4_0", "--tensor-type", "(=Q8_0"], 2, "invalid regular expression '('"),
         (["{tiny}", "{out}", "Q4_0", "--threads", "0"], 2, "n_threads is 0, expected 1 to 1024"),
         (["{tiny}", "{out}", "Q4_0", "--no-such"], 2, "No such option"),
-        (["{none}", "{out}", "Q4_0"], 1, "is no file and no preset"),
-        (["{cut}", "{out}", "Q4_0"], 1, "the file is truncated or damaged"),
-        (["{tiny}", "{tiny}", "Q4_0", "--force"], 1, "is the file that is read, expected another name"),
+        (["{none}", "{out}", "Q4_0"], 1, "is neither a file nor a preset"),
+        (["{cut}", "{out}", "Q4_0"], 1, "the file is truncated or corrupt"),
+        (["{tiny}", "{tiny}", "Q4_0", "--force"], 1, "is the source file, expected another file name"),
     ],
 )
 def test_one_line_says_what_is_wrong(

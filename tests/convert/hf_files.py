@@ -1,4 +1,4 @@
-"""Folders as Hugging Face publishes them, written without its libraries: small random weights, a trained tokenizer."""
+"""Writes small Hugging Face model folders, with random weights and a trained tokenizer, without its libraries."""
 
 import json
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, Array]]) -> Path:
-    """Write tensors by name, each with its type's name; BF16 is given as uint16."""
+    """Write a safetensors file and return its path; tensors: name -> (dtype, values), BF16 values as uint16 bits."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    offset = 0
     for name, (dtype, values) in tensors.items():
         assert values.dtype == DTYPES[dtype]
-        header[name] = {"dtype": dtype, "shape": list(values.shape), "data_offsets": [at, at + values.nbytes]}
-        at += values.nbytes
+        header[name] = {"dtype": dtype, "shape": list(values.shape), "data_offsets": [offset, offset + values.nbytes]}
+        offset += values.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     data = b"".join(np.ascontiguousarray(values).tobytes() for _, values in tensors.values())
@@ -30,7 +30,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, Array]]) -> P
 
 
 def write_folder(path: Path, architecture: str = "Phi3", dtype: str = "F32", **config: Any) -> Path:
-    """Write a model of two layers; config: changes to config.json. Returns path."""
+    """Write a model with two layers and return path; config: keys to change in config.json."""
     settings: dict[str, Any] = {
         "architectures": [f"{architecture}ForCausalLM"],
         "hidden_size": 64,
@@ -46,12 +46,12 @@ def write_folder(path: Path, architecture: str = "Phi3", dtype: str = "F32", **c
     n_vocab = save_tokenizer(path, "phi-3" if architecture == "Phi3" else "smollm2")
     settings |= {"vocab_size": n_vocab + 3, **config}
     (path / "config.json").write_text(json.dumps(settings))
-    write_safetensors(path / "model.safetensors", weights(architecture, settings, dtype))
+    write_safetensors(path / "model.safetensors", random_weights(architecture, settings, dtype))
     return path
 
 
-def weights(architecture: str, settings: Mapping[str, Any], dtype: str) -> dict[str, tuple[str, Array]]:
-    """Return random tensors by transformers' names."""
+def random_weights(architecture: str, settings: Mapping[str, Any], dtype: str) -> dict[str, tuple[str, Array]]:
+    """Return transformers name -> (dtype, values) of all tensors, the same at every call."""
     rng = np.random.default_rng(0)
     e, f, v = settings["hidden_size"], settings["intermediate_size"], settings["vocab_size"]
     kv = e // settings["num_attention_heads"] * settings["num_key_value_heads"]
@@ -70,31 +70,31 @@ def weights(architecture: str, settings: Mapping[str, Any], dtype: str) -> dict[
     tensors = {}
     for name, shape in shapes.items():
         values = rng.normal(size=shape).astype(np.float32) * (1 if len(shape) == 1 else shape[-1] ** -0.5)
-        tensors[name] = (dtype, as_type(values, dtype))
+        tensors[name] = (dtype, cast(values, dtype))
     return tensors
 
 
-def as_type(values: npt.NDArray[np.float32], dtype: str) -> Array:
-    """Return float32 values in a type; BF16 by cutting, which is exact for what it is used on."""
+def cast(values: npt.NDArray[np.float32], dtype: str) -> Array:
+    """Return float32 values in a safetensors type; BF16 is truncated, not rounded."""
     if dtype == "BF16":
         return (values.view(np.uint32) >> 16).astype(np.uint16)
     return values.astype(DTYPES[dtype])
 
 
 def shard(folder: Path) -> None:
-    """Cut model.safetensors in two, with an index."""
+    """Replace model.safetensors with two shards and an index."""
     from phi_c.convert.safetensors_file import read_header
 
-    whole = folder / "model.safetensors"
-    stored = read_header(whole)
+    single = folder / "model.safetensors"
+    stored = read_header(single)
     tensors = {name: (t.dtype, t.rows(0, t.shape[0]).reshape(t.shape)) for name, t in stored.items()}
     names = list(tensors)
     halves = {
         "model-00001-of-00002.safetensors": names[: len(names) // 2],
         "model-00002-of-00002.safetensors": names[len(names) // 2 :],
     }
-    for file, part in halves.items():
-        write_safetensors(folder / file, {name: tensors[name] for name in part})
-    places = {name: file for file, part in halves.items() for name in part}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    whole.unlink()
+    for file, half in halves.items():
+        write_safetensors(folder / file, {name: tensors[name] for name in half})
+    shard_of = {name: file for file, half in halves.items() for name in half}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shard_of}))
+    single.unlink()

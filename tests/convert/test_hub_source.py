@@ -1,4 +1,4 @@
-"""`phi-c convert hf:owner/repo`, from a stand-in hub."""
+"""`phi-c convert hf:owner/repo` against a fake Hugging Face Hub."""
 
 import os
 import signal
@@ -54,23 +54,23 @@ def run(tmp_path: Path, *arguments: str, **changes: str) -> subprocess.Completed
     )
 
 
-def test_a_repository(server: FakeHub, folder: Path, tmp_path: Path) -> None:
+def test_repository_is_downloaded_once(server: FakeHub, folder: Path, tmp_path: Path) -> None:
     done = run(tmp_path, "hf:owner/tiny-model", HF_ENDPOINT=server.url)
     assert (done.returncode, done.stdout) == (0, "tiny-model-f32.gguf\n"), done.stderr
-    asked = [path for method, path, _ in server.requests if method == "GET"]
-    fetched = {path.rpartition("/")[2] for path in asked if "/resolve/" in path}
-    assert fetched == {file.name for file in folder.iterdir()}  # and none of the others
+    requested = [path for method, path, _ in server.requests if method == "GET"]
+    fetched = {path.rpartition("/")[2] for path in requested if "/resolve/" in path}
+    assert fetched == {file.name for file in folder.iterdir()}  # and no other files
     local = convert(folder, tmp_path / "local.gguf")
-    same = (tmp_path / "work/tiny-model-f32.gguf").read_bytes()
-    assert same == local.read_bytes()
+    expected = (tmp_path / "work/tiny-model-f32.gguf").read_bytes()
+    assert expected == local.read_bytes()
     for changes in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
         offline = run(tmp_path, "hf:owner/tiny-model", "--force", **changes)
         assert (offline.returncode, offline.stdout) == (0, "tiny-model-f32.gguf\n"), offline.stderr
     pinned = run(tmp_path, f"hf:owner/tiny-model@{COMMIT}", "pinned.gguf", HF_ENDPOINT=server.url)
-    assert (tmp_path / "work/pinned.gguf").read_bytes() == same, pinned.stderr
+    assert (tmp_path / "work/pinned.gguf").read_bytes() == expected, pinned.stderr
 
 
-def test_what_the_hub_refuses(server: FakeHub, tmp_path: Path) -> None:
+def test_hub_errors_are_one_line(server: FakeHub, tmp_path: Path) -> None:
     for source, message in (
         ("hf:owner/nothing", "has no repository owner/nothing"),
         ("hf:owner/tiny-model@v9", "has no revision 'v9'"),
@@ -80,14 +80,14 @@ def test_what_the_hub_refuses(server: FakeHub, tmp_path: Path) -> None:
         assert done.returncode == 1
         assert message in done.stderr
         assert done.stderr.count("\n") == 1
-    gone = run(tmp_path, "hf:owner/tiny-model", HF_ENDPOINT="http://127.0.0.1:9")
-    assert "which the cache lacks" in gone.stderr
-    assert gone.stderr.count("\n") == 1
+    unreachable = run(tmp_path, "hf:owner/tiny-model", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "which is not cached" in unreachable.stderr
+    assert unreachable.stderr.count("\n") == 1
     assert run(tmp_path, "hf:owner/tiny-model/file.gguf", HF_ENDPOINT=server.url).returncode == 2
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
-def test_an_interrupted_download(server: FakeHub, tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send SIGINT to a single process")
+def test_interrupted_download_can_be_repeated(server: FakeHub, tmp_path: Path) -> None:
     server.stall_after = 500
     (tmp_path / "work").mkdir()
     process = subprocess.Popen(
@@ -106,8 +106,8 @@ def test_an_interrupted_download(server: FakeHub, tmp_path: Path) -> None:
     assert run(tmp_path, "hf:owner/tiny-model", HF_ENDPOINT=server.url).returncode == 0
 
 
-def test_sources_that_are_none() -> None:
+def test_invalid_sources() -> None:
     with pytest.raises(OptionError, match=r"expected hf:owner/repo\[@revision\]"):
         hub.resolve_folder("hf:owner", FILES)
-    with pytest.raises(ModelNotFoundError, match="is no folder"):
+    with pytest.raises(ModelNotFoundError, match="does not exist, expected a folder"):
         hub.resolve_folder("nowhere/at/all", FILES)

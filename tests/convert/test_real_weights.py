@@ -1,4 +1,4 @@
-"""SmolLM2's published file, expanded to a Hugging Face folder and converted: the same tensors and tokens."""
+"""SmolLM2's published GGUF file, dequantised to a Hugging Face folder and converted: tensors and tokens are equal."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from hf_files import write_safetensors
 
 import gguf
@@ -17,7 +18,7 @@ from phi_c.text.vocabulary import CONTROL, read_vocabulary
 
 Floats = npt.NDArray[np.float32]
 
-# Names of the GGUF file -> those of transformers, written down here once more.
+# GGUF name -> transformers name, independent of the table in model/architectures.py.
 LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -32,8 +33,8 @@ LAYER = {
 MODEL = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
 
 
-def expand(path: Path, folder: Path) -> dict[str, Floats]:
-    """Write the folder in float32; returns the tensors by the GGUF file's names, q and k paired as they are there."""
+def dequantise_to_folder(path: Path, folder: Path) -> dict[str, Floats]:
+    """Write a float32 folder; return GGUF name -> tensor, with the rows of q and k interleaved as in the GGUF file."""
     reader = gguf.GGUFReader(path)
     tensors = {t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32) for t in reader.tensors}
     key: Any = lambda name: reader.fields[f"llama.{name}"].contents()  # noqa: E731
@@ -89,9 +90,10 @@ def write_tokenizer(path: Path, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def test_smollm2(smollm2_path: Path, tmp_path: Path) -> None:
+@pytest.mark.exhaustive
+def test_smollm2_round_trip(smollm2_path: Path, tmp_path: Path) -> None:
     folder = tmp_path / "SmolLM2"
-    tensors = expand(smollm2_path, folder)
+    tensors = dequantise_to_folder(smollm2_path, folder)
     output = convert(folder, tmp_path / "m.gguf")
     (folder / "model.safetensors").unlink()
     reader = gguf.GGUFReader(output)
@@ -109,6 +111,6 @@ def test_smollm2(smollm2_path: Path, tmp_path: Path) -> None:
         assert answer.text == " Paris"
         prompt = model.tokenizer.encode("The harbour lay still under a pale sky, and the")
         a, b = model.logits(prompt), original.logits(prompt)
-    # The original rounds its activations to int8; that is all that is between them.
+    # The original quantises its activations to int8, which is the only difference.
     assert ((a - b) ** 2).sum() / (a**2).sum() <= 2e-3
     output.unlink()

@@ -1,4 +1,4 @@
-"""Safetensors files: read as the format says, and damaged in every way with nothing but a PhiError."""
+"""Safetensors files: valid ones are read as the format defines, corrupt ones raise only PhiError."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def read_all(path: Path) -> None:
             tensor.rows(0, tensor.shape[0])
 
 
-def test_reads_what_is_there(tmp_path: Path) -> None:
+def test_rows_equal_what_was_written(tmp_path: Path) -> None:
     stored = read_header(write_safetensors(tmp_path / "t", TENSORS))
     assert {name: (t.dtype, t.shape) for name, t in stored.items()} == {
         name: (dtype, values.shape) for name, (dtype, values) in TENSORS.items()
@@ -37,7 +37,7 @@ def test_reads_what_is_there(tmp_path: Path) -> None:
     assert np.array_equal(stored["c"].rows(2, 4), [[2], [3]])
 
 
-def test_reads_what_the_library_writes(tmp_path: Path) -> None:
+def test_file_of_the_safetensors_package(tmp_path: Path) -> None:
     library = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed: the extra `reference`")
     values = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "y": np.ones(3, np.float16)}
     library.save_file(values, tmp_path / "t", metadata={"format": "np"})
@@ -45,7 +45,7 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
         assert np.array_equal(tensor.rows(0, tensor.shape[0]).reshape(tensor.shape), values[name])
 
 
-def test_truncated_anywhere(tmp_path: Path) -> None:
+def test_truncation_at_every_byte(tmp_path: Path) -> None:
     whole = write_safetensors(tmp_path / "t", TENSORS).read_bytes()
     for length in range(len(whole)):
         (tmp_path / "t").write_bytes(whole[:length])
@@ -54,10 +54,10 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(at=st.integers(0, 10**6), byte=st.integers(0, 255))
-def test_any_byte_of_the_header_changed(tmp_path: Path, at: int, byte: int) -> None:
+@given(index=st.integers(0, 10**6), byte=st.integers(0, 255))
+def test_any_header_byte_changed(tmp_path: Path, index: int, byte: int) -> None:
     content = bytearray(write_safetensors(tmp_path / "t", TENSORS).read_bytes())
-    content[at % (8 + int.from_bytes(content[:8], "little"))] = byte
+    content[index % (8 + int.from_bytes(content[:8], "little"))] = byte
     (tmp_path / "t").write_bytes(content)
     try:
         read_all(tmp_path / "t")
@@ -82,7 +82,7 @@ def test_any_byte_of_the_header_changed(tmp_path: Path, at: int, byte: int) -> N
         {"dtype": 5, "shape": [1], "data_offsets": [0, 4]},
     ],
 )
-def test_a_damaged_entry(tmp_path: Path, entry: object) -> None:
+def test_corrupt_header_entry(tmp_path: Path, entry: object) -> None:
     text = json.dumps({"x": entry}).encode()
     (tmp_path / "t").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
     with pytest.raises(ModelFileError, match="x"):
@@ -90,19 +90,19 @@ def test_a_damaged_entry(tmp_path: Path, entry: object) -> None:
 
 
 @pytest.mark.parametrize("header", [b"", b"[]", b"nonsense", b"[" * 100_000, b"\xff\xfe"])
-def test_a_damaged_header(tmp_path: Path, header: bytes) -> None:
+def test_corrupt_header(tmp_path: Path, header: bytes) -> None:
     (tmp_path / "t").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(ModelFileError):
         read_header(tmp_path / "t")
 
 
-def test_a_header_of_impossible_size(tmp_path: Path) -> None:
+def test_header_larger_than_the_file(tmp_path: Path) -> None:
     for size in (MAX_HEADER_BYTES + 1, 2**63):
         (tmp_path / "t").write_bytes(size.to_bytes(8, "little") + bytes(100))
-        with pytest.raises(ModelFileError, match="no safetensors file"):
+        with pytest.raises(ModelFileError, match="not a safetensors file"):
             read_header(tmp_path / "t")
 
 
-def test_no_file(tmp_path: Path) -> None:
+def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="cannot be read"):
-        read_header(tmp_path / "gone")
+        read_header(tmp_path / "missing")

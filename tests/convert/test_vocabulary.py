@@ -1,4 +1,4 @@
-"""tokenizer.json and tokenizer.model as GGUF metadata: the same ids, or a refusal."""
+"""Conversion of tokenizer.json and tokenizer.model to GGUF metadata: the same ids, or an error."""
 
 import json
 from pathlib import Path
@@ -34,14 +34,14 @@ PRE_NAMES = {
 
 
 def load(folder: Path, architecture: str = "phi3", n_vocab: int = 1000) -> tuple[Tokenizer, dict[str, Any]]:
-    """Return our tokenizer of a folder by way of its metadata, whose numbers are arrays as in a file."""
+    """Return phi-c's tokenizer for a folder and its metadata; numeric lists become arrays, as in a GGUF file."""
     metadata = read_tokenizer(folder, architecture, n_vocab)
     arrays = {k: np.array(v) for k, v in metadata.items() if isinstance(v, list) and not isinstance(v[0], str)}
     return load_tokenizer(metadata | arrays), metadata
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_the_same_ids(tmp_path: Path, kind: str) -> None:
+def test_ids_equal_the_tokenizers_package(tmp_path: Path, kind: str) -> None:
     save_tokenizer(tmp_path, kind)
     ours, metadata = load(tmp_path, "phi2" if kind == "phi-2" else "phi3")
     assert metadata["tokenizer.ggml.pre"] == PRE_NAMES[kind]
@@ -65,14 +65,14 @@ def test_special_ids_and_template(tmp_path: Path, kind: str) -> None:
     assert metadata.get("tokenizer.chat_template") == TOKENIZERS[kind][3]
 
 
-def test_the_template_in_a_file_of_its_own(tmp_path: Path) -> None:
+def test_template_in_chat_template_jinja(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, "phi-2")
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     assert load(tmp_path)[1]["tokenizer.chat_template"] == "{{ messages }}"
 
 
-def test_phi3s_vocabulary_survives(phi3_vocab: Path, tmp_path: Path) -> None:
-    """The real vocabulary, written as a tokenizer.json and read again, gives every token the same rank and type."""
+def test_phi3_vocabulary_round_trip(phi3_vocab: Path, tmp_path: Path) -> None:
+    """The published vocabulary, written as tokenizer.json and converted, keeps the rank and type of every token."""
     from phi_c.gguf.reader import GGUFFile
     from phi_c.text.backend import build_backend
     from phi_c.text.vocabulary import read_vocabulary
@@ -91,8 +91,8 @@ def test_phi3s_vocabulary_survives(phi3_vocab: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "<|endoftext|>"}))
     ours, metadata = load(tmp_path, n_vocab=32064)
     assert ours.vocabulary.tokens == source.tokens
-    same = [a == b or {a, b} == {2, 5} for a, b in zip(ours.vocabulary.kinds, source.kinds, strict=True)]
-    assert all(same)
+    for a, b in zip(ours.vocabulary.kinds, source.kinds, strict=True):
+        assert a == b or {a, b} == {2, 5}  # unknown and unused tokens: tokenizer.json does not distinguish them
     assert ours.vocabulary.rstrip == source.rstrip
     ranked = [i for i, kind in enumerate(source.kinds) if kind == 1 and len(source.tokens[i]) > 1]
     by_score = sorted(ranked, key=lambda i: -metadata["tokenizer.ggml.scores"][i])
@@ -102,47 +102,51 @@ def test_phi3s_vocabulary_survives(phi3_vocab: Path, tmp_path: Path) -> None:
         assert ours.encode(text, add_bos=False) == reference.encode(text, add_bos=False)
 
 
-def change(folder: Path, **changes: Any) -> None:
+def edit_tokenizer(folder: Path, **changes: Any) -> None:
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(content | changes), encoding="utf-8")
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "a normalizer": ({"normalizer": {"type": "NFC"}}, UnsupportedModelError, "no normalizer"),
+    "normalizer": ({"normalizer": {"type": "NFC"}}, UnsupportedModelError, "no normalizer"),
     "no pre-tokenizer": ({"pre_tokenizer": None}, UnsupportedModelError, "with a pre-tokenizer"),
-    "another pre-tokenizer": (
+    "unknown pre-tokenizer": (
         {"pre_tokenizer": {"type": "WhitespaceSplit"}},
         UnsupportedModelError,
-        "cuts texts as none of",
+        "unknown pre-tokenizer",
     ),
-    "no BPE": ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}, UnsupportedModelError, "no BPE"),
-    "damaged": ({"model": 5}, UnsupportedModelError, "no BPE vocabulary"),
-    "damaged added tokens": ({"added_tokens": [{"id": 1}]}, ModelFileError, "missing field"),
+    "not BPE": (
+        {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}},
+        UnsupportedModelError,
+        "expected a BPE vocabulary",
+    ),
+    "corrupt model": ({"model": 5}, UnsupportedModelError, "expected a BPE vocabulary"),
+    "corrupt added tokens": ({"added_tokens": [{"id": 1}]}, ModelFileError, "missing field"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_gguf_cannot_say(tmp_path: Path, case: str) -> None:
-    changes, kind, message = REFUSED[case]
+def test_tokenizer_that_gguf_cannot_represent(tmp_path: Path, case: str) -> None:
+    changes, error, message = REFUSED[case]
     save_tokenizer(tmp_path, "phi-4")
-    change(tmp_path, **changes)
-    with pytest.raises(kind, match=message) as caught:
+    edit_tokenizer(tmp_path, **changes)
+    with pytest.raises(error, match=message) as caught:
         load(tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_merges_in_another_order_than_scores_can_say(tmp_path: Path) -> None:
-    """SentencePiece ranks tokens; a BPE that ranks two ways to one token apart is something else."""
+def test_merges_that_scores_cannot_represent(tmp_path: Path) -> None:
+    """SentencePiece ranks tokens, so it reaches every token; without most merges, this BPE does not."""
     save_tokenizer(tmp_path, "phi-3")
     content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     content["model"]["merges"] = content["model"]["merges"][:10]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(UnsupportedModelError, match="into other tokens"):
+    with pytest.raises(UnsupportedModelError, match="gets different ids"):
         load(tmp_path)
 
 
-def test_an_id_beyond_the_embedding(tmp_path: Path) -> None:
+def test_id_beyond_the_embedding(tmp_path: Path) -> None:
     n_tokens = save_tokenizer(tmp_path, "phi-4")
     load(tmp_path, n_vocab=n_tokens)
     with pytest.raises(ModelFileError, match=f"expected 0 to {n_tokens - 2}"):

@@ -1,4 +1,4 @@
-"""RoPE, store_kv and attention kernels of every tier."""
+"""Rotary embeddings, KV cache pages and attention, on every tier."""
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ Floats = npt.NDArray[np.float32]
 @pytest.mark.parametrize(
     ("head_dim", "rope_dims"), [(2, 2), (20, 14), (64, 64), (80, 32), (80, 40), (96, 96), (128, 98)]
 )
-def test_rope_equals_scalar_tier(head_dim: int, rope_dims: int, style: str, tier: str) -> None:
+def test_rope_matches_the_scalar_tier_bit_for_bit(head_dim: int, rope_dims: int, style: str, tier: str) -> None:
     rng = np.random.default_rng([head_dim, rope_dims])
     x = rng.normal(size=head_dim).astype(np.float32)
     cos, sin = rng.normal(size=(2, rope_dims // 2)).astype(np.float32)
@@ -35,8 +35,8 @@ def test_rope_equals_scalar_tier(head_dim: int, rope_dims: int, style: str, tier
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("slot", [0, 5, 15, 16, 31])
 @pytest.mark.parametrize("head_dim", [2, 20, 64, 80, 96, 128])
-def test_store_kv_f16(head_dim: int, slot: int, tier: str) -> None:
-    """Floats of every kind are rounded as NumPy does, and only the slot is written."""
+def test_store_kv(head_dim: int, slot: int, tier: str) -> None:
+    """Values are rounded as NumPy does, special values included, and only the slot is written."""
     rng = np.random.default_rng([head_dim, slot])
     special = np.array(
         [0, -0.0, 1e-42, 6e-8, -2.9e-8, 3e-8, 6.1e-5, 65504, 65519.9, 65520, -1e30, np.inf, -np.inf, np.nan], np.float32
@@ -60,26 +60,30 @@ def test_store_kv_f16(head_dim: int, slot: int, tier: str) -> None:
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("head_dim", [2, 20, 64, 80, 96, 128])
 @pytest.mark.parametrize("window", [0, 1, 40])
-@pytest.mark.parametrize(("last", "n_tokens"), [(0, 1), (31, 1), (32, 3), (70, 8), (100, 5), (120, 13), (230, 32)])
-def test_attention_f16(last: int, n_tokens: int, window: int, head_dim: int, tier: str) -> None:
-    """Slots that no token attends to contain NaN, as freed pages may; three query heads share a KV head."""
-    rng = np.random.default_rng([last, n_tokens, head_dim])
+@pytest.mark.parametrize(
+    ("query_start", "n_tokens"), [(0, 1), (31, 1), (32, 3), (70, 8), (100, 5), (120, 13), (230, 32)]
+)
+def test_attention(query_start: int, n_tokens: int, window: int, head_dim: int, tier: str) -> None:
+    """Against float64, with three query heads per key/value head. Masked positions hold NaN, as freed pages may."""
+    rng = np.random.default_rng([query_start, n_tokens, head_dim])
     q = rng.normal(size=(n_tokens, 3, head_dim)).astype(np.float32)
-    k, v = rng.normal(size=(2, last + n_tokens, head_dim)).astype(np.float16).astype(np.float32)
+    k, v = rng.normal(size=(2, query_start + n_tokens, head_dim)).astype(np.float16).astype(np.float32)
     scale = head_dim**-0.5
-    got = _core.attention(q, k, v, last, window, scale, tier)
+    got = _core.attention(q, k, v, query_start, window, scale, tier)
     for t in range(n_tokens):
-        first = max(0, last + t + 1 - window) if window else 0
-        scores = q[t].astype(np.float64) @ k[first : last + t + 1].T * scale
+        first = max(0, query_start + t + 1 - window) if window else 0
+        scores = q[t].astype(np.float64) @ k[first : query_start + t + 1].T * scale
         weights = np.exp(scores - scores.max(1, keepdims=True))
-        exact = weights @ v[first : last + t + 1] / weights.sum(1, keepdims=True)
+        exact = weights @ v[first : query_start + t + 1] / weights.sum(1, keepdims=True)
         np.testing.assert_allclose(got[t], exact, rtol=2e-5, atol=2e-6)
-        alone = _core.attention(q[t : t + 1], k[: last + t + 1], v[: last + t + 1], last + t, window, scale, tier)
+        alone = _core.attention(
+            q[t : t + 1], k[: query_start + t + 1], v[: query_start + t + 1], query_start + t, window, scale, tier
+        )
         assert np.array_equal(got[t], alone[0])
 
 
-def as_stored_in_q8(x: Floats) -> Floats:
-    """Return floats as stored in q8 pages: int8 with a half-precision scale per 32 dimensions."""
+def in_int8(x: Floats) -> Floats:
+    """Return floats as stored in int8 pages: one half-precision scale per 32 dimensions."""
     padded = np.zeros((len(x), -(-x.shape[1] // 32) * 32), np.float32)
     padded[:, : x.shape[1]] = x
     blocks = padded.reshape(len(x), -1, 32)
@@ -92,8 +96,8 @@ def as_stored_in_q8(x: Floats) -> Floats:
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("slot", [0, 15, 16, 31])
 @pytest.mark.parametrize("head_dim", [2, 20, 64, 72, 96, 128])
-def test_store_kv_q8(head_dim: int, slot: int, tier: str) -> None:
-    """Bytes equal the scalar tier's, also for zeros, blocks too small for a scale, infinities and NaN."""
+def test_store_kv_in_int8(head_dim: int, slot: int, tier: str) -> None:
+    """Byte for byte as the scalar tier, also for zeros, blocks whose scale underflows, infinities and NaN."""
     rng = np.random.default_rng([head_dim, slot])
     for x in (spiky(2, head_dim, rng), np.zeros((2, head_dim), np.float32), np.full((2, head_dim), 1e-9, np.float32)):
         for special in (None, 1e-42, np.inf, np.nan, 1e9):
@@ -106,18 +110,18 @@ def test_store_kv_q8(head_dim: int, slot: int, tier: str) -> None:
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("head_dim", [2, 20, 64, 80, 96, 128])
 @pytest.mark.parametrize("window", [0, 40])
-@pytest.mark.parametrize(("last", "n_tokens"), [(0, 1), (32, 3), (100, 5), (120, 13), (230, 32)])
-def test_attention_q8(last: int, n_tokens: int, window: int, head_dim: int, tier: str) -> None:
-    """Against float64 with the stored keys and values, with outlier channels."""
-    rng = np.random.default_rng([last, n_tokens, head_dim])
+@pytest.mark.parametrize(("query_start", "n_tokens"), [(0, 1), (32, 3), (100, 5), (120, 13), (230, 32)])
+def test_attention_in_int8(query_start: int, n_tokens: int, window: int, head_dim: int, tier: str) -> None:
+    """Against float64 on the keys and values as stored, with outlier channels a hundred times larger."""
+    rng = np.random.default_rng([query_start, n_tokens, head_dim])
     q = rng.normal(size=(n_tokens, 3, head_dim)).astype(np.float32)
-    k, v = spiky(last + n_tokens, head_dim, rng), spiky(last + n_tokens, head_dim, rng)
+    k, v = spiky(query_start + n_tokens, head_dim, rng), spiky(query_start + n_tokens, head_dim, rng)
     q[..., np.abs(k).max(0) > 20] /= 100  # so that outlier channels do not dominate the scores
-    stored_k, stored_v = as_stored_in_q8(k).astype(np.float64), as_stored_in_q8(v).astype(np.float64)
+    stored_k, stored_v = in_int8(k).astype(np.float64), in_int8(v).astype(np.float64)
     scale = head_dim**-0.5
-    got = _core.attention(q, k, v, last, window, scale, tier, "q8")
+    got = _core.attention(q, k, v, query_start, window, scale, tier, "q8")
     for t in range(n_tokens):
-        end = last + t + 1
+        end = query_start + t + 1
         first = max(0, end - window) if window else 0
         scores = q[t].astype(np.float64) @ stored_k[first:end].T * scale
         weights = np.exp(scores - scores.max(1, keepdims=True))
@@ -127,7 +131,7 @@ def test_attention_q8(last: int, n_tokens: int, window: int, head_dim: int, tier
         assert np.array_equal(got[t], alone[0])
 
 
-def test_unknown_kv_type_raises() -> None:
+def test_unknown_kv_type_is_rejected() -> None:
     x = np.ones(32, np.float32)
     with pytest.raises(ValueError, match="kv_type is 'q4', expected one of f16, q8"):
         _core.store_kv(x, x, 0, None, "q4")

@@ -52,8 +52,8 @@ def test_every_type(write: WriteModel, architecture: str, weight_type: str, tier
 
 def unambiguous(reference: Reference) -> int:
     """Return the number of rows, at least 8, before the first in which rounding might choose other experts."""
-    rows = np.flatnonzero(reference.margins < 1e-3)
-    n = int(rows[0]) if rows.size else len(reference.margins)
+    rows = np.flatnonzero(reference.routing_margins < 1e-3)
+    n = int(rows[0]) if rows.size else len(reference.routing_margins)
     assert n >= 8
     return n
 
@@ -93,7 +93,7 @@ def test_experts(tmp_path: Path, n_experts: int) -> None:
     expected = reference.logits(TOKENS)
     n = unambiguous(reference)
     assert nmse(runner.run(TOKENS)[:n], expected[:n]) <= 1e-6
-    chosen = np.unique(reference.chosen["blk.0."])
+    chosen = np.unique(reference.chosen_experts["blk.0."])
     assert len(chosen) == n_experts
     assert nmse(runner.run(TOKENS[:1]), reference.logits(TOKENS[:1])) <= 1e-6
 

@@ -1,4 +1,4 @@
-"""The prefix cache on disk through the Python interface, and in real processes that are killed."""
+"""The prefix cache on disk: through the public interface, and in processes that are killed."""
 
 import hashlib
 import os
@@ -31,7 +31,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("shape", [{}, {"window": 100}, {"n_ctx_orig": 300}])
-def test_a_later_process_finds_the_prompt(tmp_path: Path, shape: dict[str, Any]) -> None:
+def test_prompt_is_cached_for_later_processes(tmp_path: Path, shape: dict[str, Any]) -> None:
     model = write_tiny(tmp_path / "m.gguf", weight_type="Q8_0", n_ctx=2048, **shape)
     folder = tmp_path / "cache"
     prompt = tokens_of(500)
@@ -52,9 +52,9 @@ def test_a_later_process_finds_the_prompt(tmp_path: Path, shape: dict[str, Any])
         assert again.logprobs == expected.logprobs
     with phi_c.load(model, prefix_cache=folder) as llm:
         longer = generate(llm, follow)
-        assert longer.usage.cached_tokens == whole_pages(500)  # of the answer nothing is kept
+        assert longer.usage.cached_tokens == whole_pages(500)  # the pages of the answer are not stored
         assert longer.logprobs == expected_follow.logprobs
-        assert len(files_of(folder)) == 2  # what is new of it
+        assert len(files_of(folder)) == 2  # with the pages that the first file does not have
     with phi_c.load(model, prefix_cache=folder) as llm:
         both = generate(llm, follow)
         assert both.usage.cached_tokens == whole_pages(len(follow) - 1)
@@ -62,28 +62,28 @@ def test_a_later_process_finds_the_prompt(tmp_path: Path, shape: dict[str, Any])
         assert llm.engine.scheduler.n_available_pages == llm.engine.kv.n_pages
 
 
-def test_other_models_and_options_never_hit(path: Path, tmp_path: Path) -> None:
+def test_other_models_and_options_miss(path: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     prompt = tokens_of(200)
     other = write_tiny(tmp_path / "other.gguf", weight_type="Q8_0", n_ctx=2048, seed=1)
-    ways: list[tuple[Path, dict[str, Any]]] = [
+    variants: list[tuple[Path, dict[str, Any]]] = [
         (path, {}),
         (other, {}),
         (path, {"kv_type": "q8"}),
         (path, {"layout": "mmap"}),
     ]
-    ways += [(path, {"tier": tier}) for tier in phi_c._core.tiers()[:-1]]
+    variants += [(path, {"tier": tier}) for tier in phi_c._core.tiers()[:-1]]
     default = phi_c._core.default_tier()
-    ways = [(model, {"tier": default, **options}) for model, options in ways]
-    ways = [way for i, way in enumerate(ways) if way not in ways[:i]]
+    variants = [(model, {"tier": default, **options}) for model, options in variants]
+    variants = [variant for i, variant in enumerate(variants) if variant not in variants[:i]]
     for cached in (0, whole_pages(199)):
-        for model, options in ways:
+        for model, options in variants:
             with phi_c.load(model, prefix_cache=folder, **options) as llm:
                 assert generate(llm, prompt).usage.cached_tokens == cached
-    assert len(files_of(folder)) == len(ways)
+    assert len(files_of(folder)) == len(variants)
 
 
-def test_both_rotations_are_kept_apart(tmp_path: Path) -> None:
+def test_long_rope_factors_have_different_keys(tmp_path: Path) -> None:
     model = write_tiny(tmp_path / "m.gguf", weight_type="Q8_0", n_ctx=512, n_ctx_orig=128)
     prompt = tokens_of(120)
     with phi_c.load(model, prefix_cache=tmp_path / "cache") as llm:
@@ -98,7 +98,7 @@ def test_both_rotations_are_kept_apart(tmp_path: Path) -> None:
         assert again.logprobs == short.logprobs
 
 
-def test_damaged_files_are_written_again(path: Path, tmp_path: Path) -> None:
+def test_corrupt_files_are_replaced(path: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     prompt = tokens_of(200)
     with phi_c.load(path, prefix_cache=folder) as llm:
@@ -119,7 +119,7 @@ def test_damaged_files_are_written_again(path: Path, tmp_path: Path) -> None:
             assert file.read_bytes() == data
 
 
-def test_a_file_that_goes_while_it_is_known(path: Path, tmp_path: Path) -> None:
+def test_indexed_file_that_was_deleted(path: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     prompt = tokens_of(200)
     with phi_c.load(path, prefix_cache=folder) as llm:
@@ -128,7 +128,7 @@ def test_a_file_that_goes_while_it_is_known(path: Path, tmp_path: Path) -> None:
         kv_connector = llm.engine.scheduler.kv_connector
         assert kv_connector is not None
         kv_connector.refresh()
-        real, kv_connector.refresh = kv_connector.refresh, lambda: None  # it is not noticed in time
+        real, kv_connector.refresh = kv_connector.refresh, lambda: None  # the deletion is not noticed
         files_of(folder)[0].unlink()
         got = generate(llm, prompt)
         assert (got.usage.cached_tokens, got.logprobs) == (0, expected.logprobs)
@@ -136,8 +136,8 @@ def test_a_file_that_goes_while_it_is_known(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", [0, 3, 5])
-def test_a_file_replaced_by_one_with_fewer_pages(path: Path, tmp_path: Path, lost: int) -> None:
-    """As a thread leaves it that writes what another one is writing, and loses a page to a third meanwhile."""
+def test_file_replaced_by_one_with_fewer_pages(path: Path, tmp_path: Path, lost: int) -> None:
+    """As after two writers of the same prompt, the second of which lost a page to eviction."""
     folder = tmp_path / "cache"
     prompt = tokens_of(200)
     with phi_c.load(path, prefix_cache=folder) as llm:
@@ -146,24 +146,26 @@ def test_a_file_replaced_by_one_with_fewer_pages(path: Path, tmp_path: Path, los
         with phi_c.load(path, prefix_cache=folder) as other:
             kv_connector = other.engine.scheduler.kv_connector
             assert isinstance(kv_connector, prefix_cache.DiskPrefixCache)
-            kv_connector.refresh()  # knows the whole file
-            keys = llm.engine.known_keys()
-            kept = [key for key in kv_connector._keys[file.name] if key != kv_connector._keys[file.name][lost]]
-            assert len(kept) == len(keys) - 1 == 5
+            kv_connector.refresh()  # indexes the whole file
+            keys = llm.engine.registered_keys()
+            remaining = [key for key in kv_connector._keys[file.name] if key != kv_connector._keys[file.name][lost]]
+            assert len(remaining) == len(keys) - 1 == 5
             with file.with_suffix(".new").open("xb") as replacement:
                 page_file.write_pages(
-                    replacement, kv_connector._origin, kept, llm.engine.kv.page_bytes, llm.engine.read_page
+                    replacement, kv_connector._origin, remaining, llm.engine.kv.page_bytes, llm.engine.read_page
                 )
             file.with_suffix(".new").replace(file)
             got = generate(other, prompt)
             assert (got.usage.cached_tokens, got.logprobs) == (lost * PAGE_TOKENS, expected.logprobs)
             assert other.engine.scheduler.n_available_pages == other.engine.kv.n_pages
-    with phi_c.load(path, prefix_cache=folder) as llm:  # what was lost has been written again
+    with phi_c.load(path, prefix_cache=folder) as llm:  # the lost page was stored again
         got = generate(llm, prompt)
         assert (got.usage.cached_tokens, got.logprobs) == (whole_pages(199), expected.logprobs)
 
 
-def test_an_interrupt_while_pages_are_fetched(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keyboard_interrupt_while_pages_are_fetched(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompt = tokens_of(200)
     with phi_c.load(path, prefix_cache=tmp_path / "c") as llm:
         expected = generate(llm, prompt)
@@ -184,9 +186,9 @@ def test_an_interrupt_while_pages_are_fetched(path: Path, tmp_path: Path, monkey
         assert (got.usage.cached_tokens, got.logprobs) == (192, expected.logprobs)
 
 
-@pytest.mark.parametrize("n_freed", [0, 1, 2])
-def test_pages_that_two_files_hold(path: Path, tmp_path: Path, n_freed: int) -> None:
-    """As processes that wrote at the same time leave them; files may go between a look and the next."""
+@pytest.mark.parametrize("n_deleted", [0, 1, 2])
+def test_pages_stored_in_two_files(path: Path, tmp_path: Path, n_deleted: int) -> None:
+    """As after concurrent writers; some of the files are deleted after they were indexed."""
     folder = tmp_path / "cache"
     prompt = tokens_of(200)
     with phi_c.load(path, prefix_cache=folder) as llm:
@@ -201,28 +203,30 @@ def test_pages_that_two_files_hold(path: Path, tmp_path: Path, n_freed: int) -> 
             assert kv_connector is not None
             kv_connector.refresh()
             kv_connector.refresh = lambda: None
-            kept = {other: other.read_bytes() for other in files_of(folder)}
-            for other in files_of(folder)[::order][:n_freed]:
+            contents = {other: other.read_bytes() for other in files_of(folder)}
+            for other in files_of(folder)[::order][:n_deleted]:
                 other.unlink()
             got = generate(llm, prompt)
-            assert (got.usage.cached_tokens, got.logprobs) == (0 if n_freed == 2 else 192, expected.logprobs)
+            assert (got.usage.cached_tokens, got.logprobs) == (0 if n_deleted == 2 else 192, expected.logprobs)
             for other in files_of(folder):
                 other.unlink()
-            for other, data in kept.items():
+            for other, data in contents.items():
                 other.write_bytes(data)
 
 
-def test_a_folder_that_two_models_share_while_they_run(path: Path, tmp_path: Path) -> None:
-    """What one has written the other finds at its next call."""
+def test_two_loaded_models_share_a_folder(path: Path, tmp_path: Path) -> None:
+    """A file that one model writes is found by the next call of the other one."""
     with phi_c.load(path, prefix_cache=tmp_path / "c") as a, phi_c.load(path, prefix_cache=tmp_path / "c") as b:
         for seed in range(3):
             expected = generate(a, tokens_of(200, seed))
-            time.sleep(0.02)  # folders' times are as fine as the system's clock
+            time.sleep(0.02)  # the resolution of modification times
             got = generate(b, tokens_of(200, seed))
             assert (got.usage.cached_tokens, got.logprobs) == (whole_pages(199), expected.logprobs)
 
 
-def test_the_size_is_bounded(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_least_recently_used_files_are_deleted_beyond_the_limit(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "cache"
     with phi_c.load(path, prefix_cache=folder) as llm:
         generate(llm, tokens_of(200))
@@ -233,11 +237,11 @@ def test_the_size_is_bounded(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
         for i in range(1, 8):
             os.utime(file, (i, i)) if i < 3 else None
             generate(llm, tokens_of(200, i))
-            time.sleep(0.03)  # files' times are as fine as the system's clock
+            time.sleep(0.03)  # the resolution of modification times
             assert sum(f.stat().st_size for f in files_of(folder)) <= 3.5 * n_bytes
             if i == 3:
                 assert file not in files_of(folder)
-    # What is used stays: the fifth is found, and so the sixth and not the fifth makes room for another one.
+    # Using the fifth prompt makes it the most recently used: the next file evicts the sixth, not the fifth.
     for seeds in ((5, 100), (5,)):
         with phi_c.load(path, prefix_cache=folder) as llm:
             for seed in seeds:
@@ -248,7 +252,7 @@ def test_the_size_is_bounded(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
         generate(llm, tokens_of(600, 30))
         assert sum(f.stat().st_size for f in files_of(tmp_path / "small")) <= 1.5 * n_bytes
     with phi_c.load(path, prefix_cache=tmp_path / "small") as llm:
-        assert 192 <= generate(llm, tokens_of(600, 30)).usage.cached_tokens < 320  # the beginning
+        assert 192 <= generate(llm, tokens_of(600, 30)).usage.cached_tokens < 320  # the beginning of the prompt
     monkeypatch.setenv(prefix_cache.LIMIT_VARIABLE, "0")
     with phi_c.load(path, prefix_cache=tmp_path / "none") as llm:
         generate(llm, tokens_of(200))
@@ -258,9 +262,9 @@ def test_the_size_is_bounded(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
         phi_c.load(path, prefix_cache=folder)
 
 
-def test_a_folder_that_cannot_be_written(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_that_cannot_be_written(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(CacheError, match="cannot be made"):
+    with pytest.raises(CacheError, match="cannot be created"):
         phi_c.load(path, prefix_cache=tmp_path / "file")
 
     def full(*_: object) -> None:
@@ -268,7 +272,7 @@ def test_a_folder_that_cannot_be_written(path: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(prefix_cache, "atomic_write", full)
     with phi_c.load(path, prefix_cache=tmp_path / "c") as llm:
-        with pytest.warns(RuntimeWarning, match="the prefix cache keeps nothing more: no room"):
+        with pytest.warns(RuntimeWarning, match="the prefix cache on disk is disabled: no room"):
             text = generate(llm, tokens_of(200))
         assert len(text.tokens) == 12
         with warnings.catch_warnings():
@@ -276,18 +280,18 @@ def test_a_folder_that_cannot_be_written(path: Path, tmp_path: Path, monkeypatch
             generate(llm, tokens_of(200, 1))
 
 
-def test_the_default_folder(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_folder(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PHI_C_CACHE", str(tmp_path))
     with phi_c.load(path, prefix_cache=True) as llm:
         generate(llm, tokens_of(200))
     assert len(files_of(tmp_path / "prefix")) == 1
-    assert prefix_cache.n_bytes_kept() == files_of(tmp_path / "prefix")[0].stat().st_size
+    assert prefix_cache.stored_bytes() == files_of(tmp_path / "prefix")[0].stat().st_size
     with phi_c.load(path) as llm:
         assert generate(llm, tokens_of(200)).usage.cached_tokens == 0
 
 
-def test_threads_with_one_disk_prefix_cache(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts with prefixes in common, a cache with room for few of them and a limit that deletes files meanwhile."""
+def test_concurrent_calls(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts with a common prefix, a KV cache with room for a few, and a limit that causes evictions."""
     shared = tokens_of(130)
     prompts = [[*shared, *tokens_of(60 + 16 * i, i)] for i in range(6)]
     with phi_c.load(path) as llm:
@@ -315,10 +319,8 @@ def test_threads_with_one_disk_prefix_cache(path: Path, tmp_path: Path, monkeypa
     assert sum(f.stat().st_size for f in files_of(tmp_path / "c")) <= 22 * page_bytes
 
 
-def test_files_written_at_once_stay_below_the_limit(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both find the same room free before either has written."""
+def test_concurrent_writes_stay_below_the_limit(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both writers find room for their file before either has written."""
     both_have_room, write_pages = threading.Barrier(2), prefix_cache.write_pages
 
     def write_together(*arguments: Any) -> None:
@@ -354,8 +356,10 @@ _PROMPTS_FOREVER = """
 """
 
 
-def test_several_processes_share_a_folder(path: Path, tmp_path: Path) -> None:
-    limit = {prefix_cache.LIMIT_VARIABLE: str(40 * 32 * 1024 / 2**30)}  # of 48 pages that they need: files go as well
+def test_processes_share_a_folder(path: Path, tmp_path: Path) -> None:
+    limit = {
+        prefix_cache.LIMIT_VARIABLE: str(40 * 32 * 1024 / 2**30)
+    }  # 40 of the 48 pages that they store: files are evicted
     processes = [in_other_process(_PROMPTS_FOREVER, path, tmp_path / "c", 24, **limit) for _ in range(3)]
     outputs = [process.communicate()[0].decode().splitlines() for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
@@ -368,9 +372,9 @@ def test_several_processes_share_a_folder(path: Path, tmp_path: Path) -> None:
                 assert llm.generate(prompt, max_tokens=4, **GREEDY).tokens == tokens
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="kill -9 is POSIX's")
-def test_a_process_killed_while_it_writes(path: Path, tmp_path: Path) -> None:
-    """Its files are whole or absent, what it left half done is cleared away in time, and later processes go on."""
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX only")
+def test_process_killed_while_writing(path: Path, tmp_path: Path) -> None:
+    """Its files are complete or absent, its stale partial files are deleted, and later processes use the cache."""
     folder = tmp_path / "c"
     for milliseconds in (0, 2, 5, 11):
         process = in_other_process(_PROMPTS_FOREVER, path, folder, 0)
@@ -388,5 +392,5 @@ def test_a_process_killed_while_it_writes(path: Path, tmp_path: Path) -> None:
     with phi_c.load(path, prefix_cache=folder) as llm:
         generate(llm, tokens_of(200, 77))
     assert not abandoned.exists()
-    # None of them was found damaged, or it would have been deleted.
+    # None of them was found corrupt and deleted.
     assert sums.items() <= {file: hashlib.sha256(file.read_bytes()).digest() for file in files_of(folder)}.items()

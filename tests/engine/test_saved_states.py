@@ -1,4 +1,4 @@
-"""Saved states through the Python interface, and in real processes that are killed."""
+"""Saved states: through the public interface, and in processes that are killed."""
 
 import os
 import signal
@@ -28,10 +28,10 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("shape", "options"),
     [({}, {}), ({"window": 100}, {"n_ctx": 2048}), ({"n_ctx_orig": 300}, {}), ({"n_ctx_orig": 300}, {"rope": "long"})],
 )
-def test_a_state_goes_on_with_the_same_bits(
+def test_loaded_state_continues_with_the_same_bits(
     tmp_path: Path, shape: dict[str, Any], options: dict[str, Any], kv_type: str
 ) -> None:
-    """Prompts and a chat, in another model object with another page table, without computing their pages again."""
+    """Prompts and a chat continue in another LLM object, with other pages, without computing them again."""
     model = write_tiny(tmp_path / "m.gguf", weight_type="Q8_0", n_ctx=2048, **shape)
     prompts = [tokens_of(200), [*tokens_of(200)[:150], *tokens_of(300, 1)], tokens_of(70, 2)]
     with phi_c.load(model, kv_type=kv_type, **options) as llm:
@@ -41,7 +41,7 @@ def test_a_state_goes_on_with_the_same_bits(
         second = llm.chat(talk, max_tokens=20, logprobs=1, **GREEDY)
         saved = llm.save_state(tmp_path / "state")
         assert saved.n_bytes == (tmp_path / "state").stat().st_size
-        assert saved.tokens == len(llm.engine.known_keys()) * PAGE_TOKENS
+        assert saved.tokens == len(llm.engine.registered_keys()) * PAGE_TOKENS
     with phi_c.load(model, kv_type=kv_type, **options) as llm:
         loaded = llm.load_state(tmp_path / "state")
         assert loaded.loaded_tokens == loaded.tokens == saved.tokens
@@ -55,7 +55,7 @@ def test_a_state_goes_on_with_the_same_bits(
         assert (again.tokens, again.logprobs) == (second.tokens, second.logprobs)
 
 
-def test_one_text_of_many(path: Path, tmp_path: Path) -> None:
+def test_state_of_one_prefix(path: Path, tmp_path: Path) -> None:
     a, b = tokens_of(200), tokens_of(200, 1)
     with phi_c.load(path) as llm:
         llm.chat(TALK, max_tokens=1, **GREEDY)
@@ -76,7 +76,7 @@ def test_one_text_of_many(path: Path, tmp_path: Path) -> None:
         assert llm.chat(TALK, max_tokens=1, **GREEDY).usage.cached_tokens == whole_pages(n_talk - 1)
 
 
-def test_a_smaller_cache_takes_what_was_used_last(path: Path, tmp_path: Path) -> None:
+def test_smaller_kv_cache_loads_the_most_recently_used_pages(path: Path, tmp_path: Path) -> None:
     old, new = tokens_of(321), tokens_of(321, 1)
     with phi_c.load(path) as llm:
         expected = [generate(llm, old).tokens, generate(llm, new).tokens]
@@ -89,14 +89,14 @@ def test_a_smaller_cache_takes_what_was_used_last(path: Path, tmp_path: Path) ->
     with phi_c.load(path, n_ctx=480) as llm:
         running = llm.stream(tokens_of(200, 3), max_tokens=100, **GREEDY)
         next(running)
-        assert llm.load_state(tmp_path / "state").loaded_tokens == 480 - 320  # that many are promised
+        assert llm.load_state(tmp_path / "state").loaded_tokens == 480 - 320  # pages that the running sequence may need
         again = generate(llm, new, 1)
         assert again.usage.cached_tokens == 160
         list(running)
         assert llm.engine.scheduler.n_available_pages == llm.engine.kv.n_pages
 
 
-def test_what_is_there_already_stays(path: Path, tmp_path: Path) -> None:
+def test_pages_already_cached_are_not_duplicated(path: Path, tmp_path: Path) -> None:
     tokens = tokens_of(300)
     with phi_c.load(path) as llm:
         expected = generate(llm, tokens)
@@ -105,11 +105,11 @@ def test_what_is_there_already_stays(path: Path, tmp_path: Path) -> None:
             assert llm.load_state(tmp_path / "state") == phi_c.StateSummary(
                 tmp_path / "state", 288, 288, (tmp_path / "state").stat().st_size
             )
-        assert len(llm.engine.known_keys()) == len(set(llm.engine.known_keys())) == 9
+        assert len(llm.engine.registered_keys()) == len(set(llm.engine.registered_keys())) == 9
         assert generate(llm, tokens).logprobs == expected.logprobs
 
 
-def test_a_state_of_something_else(path: Path, tmp_path: Path) -> None:
+def test_state_of_another_model_or_options(path: Path, tmp_path: Path) -> None:
     with phi_c.load(path, tier="scalar") as llm:
         generate(llm, tokens_of(100))
         llm.save_state(tmp_path / "state")
@@ -126,14 +126,14 @@ def test_a_state_of_something_else(path: Path, tmp_path: Path) -> None:
         with phi_c.load(model, **{"tier": "scalar", **options}) as llm:
             with pytest.raises(StateError, match=message):
                 llm.load_state(tmp_path / "state")
-            assert llm.engine.known_keys() == []
+            assert llm.engine.registered_keys() == []
     if len(phi_c._core.tiers()) > 1:
         with phi_c.load(path, tier=phi_c._core.tiers()[1]) as llm, pytest.raises(StateError, match="tier 'scalar'"):
             llm.load_state(tmp_path / "state")
 
 
-def test_damaged_states(path: Path, tmp_path: Path) -> None:
-    """Cut off anywhere, or with any byte changed: StateError, and what a model says stays right."""
+def test_corrupt_states(path: Path, tmp_path: Path) -> None:
+    """Truncated anywhere or with any bit flipped: StateError, and later results stay correct."""
     tokens = tokens_of(100)
     with phi_c.load(path) as llm:
         expected = generate(llm, tokens)
@@ -164,14 +164,14 @@ def test_damaged_states(path: Path, tmp_path: Path) -> None:
         broken.write_bytes(b"GGUF" + bytes(5000))
         with pytest.raises(StateError, match="not a saved state"):
             llm.load_state(broken)
-        with pytest.raises(StateError, match="there is no such file"):
+        with pytest.raises(StateError, match="no such file"):
             llm.load_state(tmp_path / "nowhere")
         with pytest.raises(StateError, match="cannot be read"):
             llm.load_state(tmp_path)
         assert generate(llm, tokens).logprobs == expected.logprobs
 
 
-def test_a_state_that_cannot_be_written(path: Path, tmp_path: Path) -> None:
+def test_state_that_cannot_be_written(path: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with phi_c.load(path) as llm:
         generate(llm, tokens_of(100))
@@ -186,7 +186,7 @@ def test_a_state_that_cannot_be_written(path: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "state"]
 
 
-def test_saving_and_loading_while_others_run(path: Path, tmp_path: Path) -> None:
+def test_save_and_load_during_other_calls(path: Path, tmp_path: Path) -> None:
     prompts = [tokens_of(150 + 10 * i, i) for i in range(4)]
     with phi_c.load(path) as llm:
         expected = [generate(llm, prompt).tokens for prompt in prompts]
@@ -201,7 +201,7 @@ def test_saving_and_loading_while_others_run(path: Path, tmp_path: Path) -> None
             except BaseException as error:
                 errors.append(error)
 
-        def move() -> None:
+        def load_and_save() -> None:
             try:
                 for _ in range(8):
                     llm.load_state(tmp_path / "0")
@@ -210,7 +210,9 @@ def test_saving_and_loading_while_others_run(path: Path, tmp_path: Path) -> None
             except BaseException as error:
                 errors.append(error)
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)] + [threading.Thread(target=move)]
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)] + [
+            threading.Thread(target=load_and_save)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -231,9 +233,9 @@ _SAVE_FOREVER = """
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="kill -9 is POSIX's")
-def test_a_process_killed_while_it_saves(path: Path, tmp_path: Path) -> None:
-    """At whatever moment: under its name the file is whole."""
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX only")
+def test_process_killed_while_saving(path: Path, tmp_path: Path) -> None:
+    """At any moment the file is complete."""
     state = tmp_path / "state"
     for milliseconds in (0, 1, 3, 7, 15, 40):
         process = in_other_process(_SAVE_FOREVER, path, state)
@@ -247,7 +249,7 @@ def test_a_process_killed_while_it_saves(path: Path, tmp_path: Path) -> None:
             assert llm.load_state(state).loaded_tokens == whole_pages(297 * 6)
 
 
-def test_errors_are_one_line(path: Path, tmp_path: Path) -> None:
+def test_error_is_one_line_and_names_the_file(path: Path, tmp_path: Path) -> None:
     (tmp_path / "state").write_bytes(b"PHIPAGES" + bytes(4096))
     with phi_c.load(path) as llm, pytest.raises(PhiError) as caught:
         llm.load_state(tmp_path / "state")

@@ -1,4 +1,4 @@
-"""Who runs when: first come first served, within the pages and the batch."""
+"""The scheduler: admission, batches, page tables, sliding windows, LongRoPE switch."""
 
 from collections.abc import Mapping
 
@@ -16,24 +16,24 @@ def sequence(n_prompt: int, max_tokens: int = 8, first: int = 0) -> Sequence:
 
 
 def run(scheduler: Scheduler) -> list[tuple[Sequence, int]]:
-    """Run a step as the engine does, with a token 7 for everyone."""
+    """Run a step as the engine does; every sampled token is 7."""
     work = scheduler.schedule()
     for w in work:
-        wants = w.wants_logits
-        scheduler.computed(w)
-        if wants:
+        wants_logits = w.wants_logits
+        scheduler.commit(w)
+        if wants_logits:
             w.sequence.tokens.append(7)
     return [(w.sequence, w.n_tokens) for w in work]
 
 
-def test_a_prompt_runs_in_chunks_then_token_by_token() -> None:
+def test_prefill_in_chunks_then_decode() -> None:
     scheduler = Scheduler(PagePool(16), n_batch=20)
     s = sequence(45)
     scheduler.add(s)
     assert [run(scheduler) for _ in range(5)] == [[(s, 20)], [(s, 20)], [(s, 5)], [(s, 1)], [(s, 1)]]
 
 
-def test_generation_goes_before_prompts_within_a_batch() -> None:
+def test_decode_precedes_prefill_in_a_batch() -> None:
     scheduler = Scheduler(PagePool(32), n_batch=20)
     a, b = sequence(10), sequence(50, first=100)
     scheduler.add(a)
@@ -42,7 +42,7 @@ def test_generation_goes_before_prompts_within_a_batch() -> None:
     assert run(scheduler) == [(a, 1), (b, 19)]
 
 
-def test_a_sequence_waits_for_the_pages_it_may_need() -> None:
+def test_sequence_waits_for_all_pages_it_may_need() -> None:
     scheduler = Scheduler(PagePool(4), n_batch=512)
     a, b = sequence(PAGE_TOKENS, 2 * PAGE_TOKENS), sequence(PAGE_TOKENS, 40, first=500)
     small = sequence(3, 3, first=900)
@@ -50,7 +50,7 @@ def test_a_sequence_waits_for_the_pages_it_may_need() -> None:
         scheduler.add(s)
     assert [s for s, _ in run(scheduler)] == [a]
     assert b.status is Status.WAITING
-    assert small.status is Status.WAITING  # would fit, but came later
+    assert small.status is Status.WAITING  # would fit, but was queued later
     scheduler.remove(a)
     assert [s for s, _ in run(scheduler)] == [b, small]
     for s in (b, small):
@@ -58,7 +58,7 @@ def test_a_sequence_waits_for_the_pages_it_may_need() -> None:
     assert scheduler.n_available_pages == 4
 
 
-def test_an_earlier_prefix_is_not_computed_again() -> None:
+def test_cached_prefix_is_not_computed_again() -> None:
     scheduler = Scheduler(PagePool(16), n_batch=512)
     first = sequence(3 * PAGE_TOKENS)
     scheduler.add(first)
@@ -66,12 +66,12 @@ def test_an_earlier_prefix_is_not_computed_again() -> None:
     scheduler.remove(first)
     again = sequence(3 * PAGE_TOKENS)
     scheduler.add(again)
-    # The last token is computed in any case: its logits are wanted.
+    # The page of the last token is computed again, because its logits are needed.
     assert run(scheduler) == [(again, PAGE_TOKENS)]
     assert again.n_cached == 2 * PAGE_TOKENS
 
 
-def test_crossing_the_original_context_computes_all_anew() -> None:
+def test_long_rope_switch_recomputes_the_sequence() -> None:
     scheduler = Scheduler(PagePool(16), n_batch=512, n_ctx_orig=40)
     s = sequence(39)
     scheduler.add(s)
@@ -86,8 +86,8 @@ def test_crossing_the_original_context_computes_all_anew() -> None:
     assert scheduler.n_available_pages == 16
 
 
-def test_crossing_with_shared_pages_waits_for_room() -> None:
-    """Two sequences share a prefix; the one that crosses needs pages of its own, and gets them when there are some."""
+def test_long_rope_switch_with_shared_pages_waits_for_room() -> None:
+    """Of two sequences with a common prefix, the one that switches waits until pages of its own are available."""
     scheduler = Scheduler(PagePool(5), n_batch=512, n_ctx_orig=66)
     a = sequence(2 * PAGE_TOKENS + 1, 4)
     scheduler.add(a)
@@ -107,7 +107,7 @@ def test_crossing_with_shared_pages_waits_for_room() -> None:
     assert scheduler.n_available_pages == 5
 
 
-def test_what_is_read_gives_rows_from_its_first_position_on() -> None:
+def test_hidden_state_request_outputs_from_its_first_position() -> None:
     scheduler = Scheduler(PagePool(16), n_batch=20)
     s = Sequence(list(range(45)), output_from=30)
     scheduler.add(s)
@@ -116,11 +116,11 @@ def test_what_is_read_gives_rows_from_its_first_position_on() -> None:
         (w,) = scheduler.schedule()
         assert not w.wants_logits
         rows.append((w.n_tokens, w.n_output_rows))
-        scheduler.computed(w)
+        scheduler.commit(w)
     assert rows == [(20, 0), (20, 10), (5, 5)]
     assert scheduler.schedule() == []
     scheduler.remove(s)
-    # Only what lies before the first row may come from the cache: a whole page here, none there.
+    # Only positions before output_from may come from the cache, in whole pages.
     for output_from, n_cached in ((40, PAGE_TOKENS), (PAGE_TOKENS, PAGE_TOKENS), (PAGE_TOKENS - 1, 0), (0, 0)):
         again = Sequence(list(range(45)), output_from=output_from)
         scheduler.add(again)
@@ -129,19 +129,19 @@ def test_what_is_read_gives_rows_from_its_first_position_on() -> None:
         scheduler.remove(again)
 
 
-def test_generation_asks_for_one_row() -> None:
+def test_generation_request_outputs_one_row() -> None:
     scheduler = Scheduler(PagePool(16), n_batch=20)
     scheduler.add(sequence(25))
     found = []
     for _ in range(2):
         (w,) = scheduler.schedule()
         found.append((w.n_tokens, w.n_output_rows, w.wants_logits))
-        scheduler.computed(w)
+        scheduler.commit(w)
     assert found == [(20, 0, False), (5, 1, True)]
 
 
-def test_a_text_longer_than_the_pool_slides_through() -> None:
-    pool = PagePool(4)  # a window of 2 pages anywhere, and a step
+def test_sequence_longer_than_the_pool_with_a_window() -> None:
+    pool = PagePool(4)  # a window of 64 positions at any alignment, and one step
     scheduler = Scheduler(pool, n_batch=20, window=64)
     s = sequence(1000, 100)
     scheduler.add(s)
@@ -154,20 +154,20 @@ def test_a_text_longer_than_the_pool_slides_through() -> None:
     assert scheduler.n_available_pages == 4
 
 
-def test_several_long_texts_share_a_cache() -> None:
-    """Each needs what its window does, not what its length does."""
+def test_concurrent_long_sequences_with_a_window() -> None:
+    """A sequence needs the pages of its window, not those of its whole length."""
     scheduler = Scheduler(PagePool(8), n_batch=20, window=64)
-    texts = [sequence(1000, first=first) for first in (0, 2000, 4000)]
-    for s in texts:
+    sequences = [sequence(1000, first=first) for first in (0, 2000, 4000)]
+    for s in sequences:
         scheduler.add(s)
     scheduler.schedule()
-    assert scheduler.running == texts[:2]
+    assert scheduler.running == sequences[:2]
     assert scheduler.n_available_pages == 0
 
 
-def test_a_shared_page_is_no_promise_to_have_it_back() -> None:
-    """Two texts slide away from a prefix that they share: each may need all its pages for itself."""
-    window = 2 * PAGE_TOKENS + 1  # at most three pages with steps of a token
+def test_shared_page_is_counted_as_freed_once() -> None:
+    """Two sequences whose windows leave a common prefix: each may need all its pages for itself."""
+    window = 2 * PAGE_TOKENS + 1  # at most three pages with steps of one token
     for n_pages, together in ((5, False), (6, True)):
         scheduler = Scheduler(PagePool(n_pages), n_batch=1, window=window)
         a, b = sequence(2 * PAGE_TOKENS + 1, 200), sequence(2 * PAGE_TOKENS + 1, 150)
@@ -186,8 +186,8 @@ def test_a_shared_page_is_no_promise_to_have_it_back() -> None:
         assert scheduler.n_available_pages == n_pages
 
 
-def test_a_page_that_a_short_text_keeps_is_not_had_back() -> None:
-    """A text slides away from a prefix that another, which never slides, goes on holding."""
+def test_page_held_by_a_short_sequence_is_not_counted_as_freed() -> None:
+    """A sequence whose window leaves a prefix that another sequence holds to its end."""
     for n_pages, together in ((5, False), (6, True)):
         scheduler = Scheduler(PagePool(n_pages), n_batch=1, window=2 * PAGE_TOKENS + 1)
         long, short = sequence(2 * PAGE_TOKENS + 1, 200), sequence(2 * PAGE_TOKENS + 1, 3)
@@ -197,7 +197,7 @@ def test_a_page_that_a_short_text_keeps_is_not_had_back() -> None:
         scheduler.add(short)
         run(scheduler)
         assert (short in scheduler.running) is together
-        while len(long.tokens) - long.n_prompt < 200:  # the batch has room for one: the other stands still
+        while len(long.tokens) - long.n_prompt < 200:  # the batch has room for one token, so the other sequence waits
             run(scheduler)
             assert scheduler.n_available_pages >= 0
         scheduler.remove(long)
@@ -207,7 +207,7 @@ def test_a_page_that_a_short_text_keeps_is_not_had_back() -> None:
         assert scheduler.n_available_pages == n_pages
 
 
-def test_a_next_turn_finds_its_window_where_the_beginning_is_gone() -> None:
+def test_next_turn_needs_the_cached_pages_of_its_window_only() -> None:
     pool = PagePool(5)
     scheduler = Scheduler(pool, n_batch=32, window=64)
     first = sequence(20 * PAGE_TOKENS + 5, 1)
@@ -221,7 +221,7 @@ def test_a_next_turn_finds_its_window_where_the_beginning_is_gone() -> None:
     assert again.n_cached == 20 * PAGE_TOKENS
     assert again.pages[:18] == [FREED] * 18
     scheduler.remove(again)
-    # An earlier turn was edited: its window has left, all is computed anew.
+    # An edited turn whose window is freed is computed from the beginning.
     edited = sequence(10 * PAGE_TOKENS + 3, 1)
     scheduler.add(edited)
     run(scheduler)
@@ -230,8 +230,8 @@ def test_a_next_turn_finds_its_window_where_the_beginning_is_gone() -> None:
     assert scheduler.n_available_pages == 5
 
 
-class DamagedShelf:
-    """Says that it has a page, and has not."""
+class FailingConnector:
+    """A KVConnector that contains keys but cannot fetch their pages."""
 
     def __init__(self, keys: list[bytes]) -> None:
         self.keys = set(keys)
@@ -247,11 +247,11 @@ class DamagedShelf:
         return False
 
 
-def test_a_page_that_cannot_be_fetched_is_computed() -> None:
+def test_page_that_cannot_be_fetched_is_computed() -> None:
     s = sequence(3 * PAGE_TOKENS + 2)
     keys: list[bytes] = []
     extend_keys(keys, s.tokens, long_rope=False)
-    scheduler = Scheduler(PagePool(6), n_batch=512, kv_connector=DamagedShelf(keys[:2]))
+    scheduler = Scheduler(PagePool(6), n_batch=512, kv_connector=FailingConnector(keys[:2]))
     scheduler.add(s)
     assert run(scheduler) == [(s, 3 * PAGE_TOKENS + 2)]
     assert s.n_cached == 0

@@ -1,4 +1,5 @@
-"""The scheduler against an oracle: texts come, go and slide, and every page tells what was written into it."""
+"""The scheduler against an oracle, as a Hypothesis state machine: sequences are added, run, cancelled and cached, and
+each page records the prefix that its content depends on."""
 
 from collections.abc import Mapping
 
@@ -8,42 +9,42 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from phi_c._core import PAGE_TOKENS
 from phi_c.engine.kv_pages import FREED, PagePool
-from phi_c.engine.scheduler import Scheduler, Work, pages_at_once, pages_for
+from phi_c.engine.scheduler import Scheduler, Work, max_resident_pages, pages_for
 from phi_c.engine.sequence import Sequence, Status
 from phi_c.sampling.params import SamplingParams
 from phi_c.sampling.sampler import Sampler
 
 SAMPLER = Sampler(SamplingParams(), 10)
-Slots = dict[int, tuple[object, ...]]  # slot of a page -> the whole prefix that its content depends on
+Slots = dict[int, tuple[object, ...]]  # position in a page -> the whole prefix that its content depends on
 
 
-class ShelfOfDicts:
-    """A kv_connector that holds what it was given, and loses some of it."""
+class DictConnector:
+    """A KVConnector that stores pages in a dictionary; some are marked as corrupt."""
 
     def __init__(self, content: list[Slots]) -> None:
         self.content = content
-        self.kept: dict[bytes, Slots] = {}
-        self.damaged: set[bytes] = set()
+        self.stored: dict[bytes, Slots] = {}
+        self.corrupt: set[bytes] = set()
 
     def refresh(self) -> None:
         pass
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self.kept
+        return key in self.stored
 
     def fetch(self, pages: Mapping[bytes, int]) -> bool:
         for key in pages:
-            if key in self.damaged:
-                del self.kept[key]
-                self.damaged.remove(key)
+            if key in self.corrupt:
+                del self.stored[key]
+                self.corrupt.remove(key)
                 return False
         for key, page in pages.items():
-            self.content[page] = dict(self.kept[key])
+            self.content[page] = dict(self.stored[key])
         return True
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Runs steps as the engine does, with a dictionary for each page in place of keys and values."""
+    """Runs steps as the engine does, with a dictionary per page instead of keys and values."""
 
     @initialize(
         window=st.none() | st.integers(1, 150) | st.integers(33, 70),
@@ -55,20 +56,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.window, self.n_batch, self.n_ctx_orig = window, n_batch, n_ctx_orig
         self.pool = PagePool(n_pages)
         self.content: list[Slots] = [{} for _ in range(n_pages)]
-        self.kv_connector = ShelfOfDicts(self.content)
+        self.kv_connector = DictConnector(self.content)
         self.scheduler = Scheduler(self.pool, n_batch, n_ctx_orig, window, self.kv_connector)
         self.all: list[Sequence] = []
-        self.texts: list[list[int]] = []
+        self.earlier: list[list[int]] = []
 
     @rule(data=st.data(), n_new=st.integers(1, 300), max_tokens=st.integers(1, 120), letter=st.integers(0, 1))
     def add(self, data: st.DataObject, n_new: int, max_tokens: int, letter: int) -> None:
-        """Add a text, often one that continues, or begins as, an earlier one."""
+        """Add a sequence, often one that shares a prefix with an earlier one."""
         tokens: list[int] = []
-        if self.texts and data.draw(st.booleans()):
-            earlier = data.draw(st.sampled_from(self.texts))
+        if self.earlier and data.draw(st.booleans()):
+            earlier = data.draw(st.sampled_from(self.earlier))
             tokens = earlier[: data.draw(st.integers(0, len(earlier)))]
         sequence = Sequence([*tokens, *[letter] * n_new], max_tokens, SAMPLER, frozenset())
-        if pages_at_once(sequence.n_longest, self.n_batch, self.window) <= self.pool.n_pages:
+        if max_resident_pages(sequence.max_positions, self.n_batch, self.window) <= self.pool.n_pages:
             self.scheduler.add(sequence)
             self.all.append(sequence)
 
@@ -76,25 +77,25 @@ class SchedulerMachine(RuleBasedStateMachine):
     def steps(self, n: int) -> None:
         for _ in range(n):
             self.step()
-            self.counts_are_exact()
+            self.reference_counts_are_exact()
 
     def step(self) -> None:
         work = self.scheduler.schedule()
         assert sum(w.n_tokens for w in work) <= self.n_batch
         if not work:
             assert not self.scheduler.running
-            assert not self.scheduler.waiting  # whoever waits alone has room
+            assert not self.scheduler.waiting  # a sequence that waits alone has room
         for w in work:
             self.compute(w)
         for w in work:
-            wants = w.wants_logits
-            self.scheduler.computed(w)
-            if wants:
+            wants_logits = w.wants_logits
+            self.scheduler.commit(w)
+            if wants_logits:
                 self.emit(w.sequence)
 
     @rule()
-    def step_that_is_interrupted(self) -> None:
-        """As when a call is cancelled: nothing of it counts, whatever it has written."""
+    def interrupted_step(self) -> None:
+        """As after a cancel: pages are written, but nothing is committed."""
         for w in self.scheduler.schedule():
             self.compute(w)
 
@@ -103,62 +104,62 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert s.long_rope is (self.n_ctx_orig is not None and len(s.tokens) > self.n_ctx_orig)
         for p in range(s.n_computed, s.n_computed + work.n_tokens):
             first = 0 if self.window is None else max(p + 1 - self.window, 0)
-            for seen in range(first, p):
-                slots = self.content[s.pages[seen // PAGE_TOKENS]]
-                assert s.pages[seen // PAGE_TOKENS] != FREED
-                assert slots[seen % PAGE_TOKENS] == (s.long_rope, *s.tokens[: seen + 1])
+            for position in range(first, p):
+                slots = self.content[s.pages[position // PAGE_TOKENS]]
+                assert s.pages[position // PAGE_TOKENS] != FREED
+                assert slots[position % PAGE_TOKENS] == (s.long_rope, *s.tokens[: position + 1])
             self.content[s.pages[p // PAGE_TOKENS]][p % PAGE_TOKENS] = (s.long_rope, *s.tokens[: p + 1])
 
     def emit(self, s: Sequence) -> None:
         s.tokens.append(len(s.tokens) % 3)
         if len(s.tokens) - s.n_prompt >= s.max_tokens:
-            self.texts.append(s.tokens)
+            self.earlier.append(s.tokens)
             self.scheduler.remove(s)
 
     @precondition(lambda self: self.scheduler.running or self.scheduler.waiting)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         s = data.draw(st.sampled_from([*self.scheduler.running, *self.scheduler.waiting]))
-        self.texts.append(s.tokens)
+        self.earlier.append(s.tokens)
         self.scheduler.remove(s)
 
     @rule()
-    def put_on_shelf(self) -> None:
+    def store_pages(self) -> None:
         for key in self.pool.registered_keys():
             page = self.pool.find(key)
             assert page is not None
-            self.kv_connector.kept[key] = dict(self.content[page])
+            self.kv_connector.stored[key] = dict(self.content[page])
 
-    @precondition(lambda self: self.kv_connector.kept)
+    @precondition(lambda self: self.kv_connector.stored)
     @rule(data=st.data())
-    def damage(self, data: st.DataObject) -> None:
-        self.kv_connector.damaged.add(data.draw(st.sampled_from(sorted(self.kv_connector.kept))))
+    def corrupt_page(self, data: st.DataObject) -> None:
+        self.kv_connector.corrupt.add(data.draw(st.sampled_from(sorted(self.kv_connector.stored))))
 
     @invariant()
-    def counts_are_exact(self) -> None:
+    def reference_counts_are_exact(self) -> None:
         if not hasattr(self, "pool"):
             return
-        held = [page for s in self.scheduler.running for page in s.pages[s.n_freed :]]
-        assert FREED not in held
+        referenced = [page for s in self.scheduler.running for page in s.pages[s.n_freed :]]
+        assert FREED not in referenced
         assert all(page == FREED for s in self.scheduler.running for page in s.pages[: s.n_freed])
         for page in range(self.pool.n_pages):
-            assert self.pool.ref_count(page) == held.count(page)
-        assert self.pool.n_free_pages == self.pool.n_pages - len(set(held))
+            assert self.pool.ref_count(page) == referenced.count(page)
+        assert self.pool.n_free_pages == self.pool.n_pages - len(set(referenced))
         assert self.scheduler.n_available_pages >= 0
         for s in self.scheduler.running:
-            assert len(s.pages) - s.n_freed <= pages_at_once(s.n_longest, self.n_batch, self.window)
+            assert len(s.pages) - s.n_freed <= max_resident_pages(s.max_positions, self.n_batch, self.window)
         for s in self.all:
             assert s.status is not Status.DONE or not s.pages
 
     @invariant()
-    def what_is_known_is_whole(self) -> None:
+    def registered_pages_are_full(self) -> None:
         if not hasattr(self, "pool"):
             return
         for key in self.pool.registered_keys():
             page = self.pool.find(key)
             assert page is not None
             longest = max(self.content[page].values(), key=len)
-            assert len(longest) % PAGE_TOKENS == 1  # the rotation, and whole pages
+            assert len(longest) % PAGE_TOKENS == 1  # long_rope, and the tokens of whole pages
             assert set(self.content[page]) == set(range(PAGE_TOKENS))
 
     def teardown(self) -> None:
@@ -168,22 +169,20 @@ class SchedulerMachine(RuleBasedStateMachine):
             if not (self.scheduler.running or self.scheduler.waiting):
                 break
             self.step()
-        assert not self.scheduler.waiting, "somebody waits for ever"
+        assert not self.scheduler.waiting, "a sequence waits forever"
         assert self.pool.n_free_pages == self.scheduler.n_available_pages == self.pool.n_pages
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(
-    max_examples=80, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestScheduler.settings = settings(max_examples=80, stateful_step_count=30, suppress_health_check=list(HealthCheck))
 
 
-def test_pages_at_once_is_the_most_that_any_step_needs() -> None:
+def test_max_resident_pages_is_the_maximum_over_all_steps() -> None:
     for window in (1, 2, 31, 32, 33, 64, 65, 100):
         for n_batch in (1, 2, 31, 32, 33, 64):
-            most = 0
-            for start in range(400):  # n_batch tokens at start .. see from start + 1 - window
+            maximum = 0
+            for start in range(400):  # n_batch tokens from `start` attend to start + 1 - window ..
                 end = start + n_batch
                 first = max(start + 1 - window, 0) // PAGE_TOKENS
-                most = max(most, pages_for(end) - first)
-            assert pages_at_once(10**6, n_batch, window) == most
+                maximum = max(maximum, pages_for(end) - first)
+            assert max_resident_pages(10**6, n_batch, window) == maximum

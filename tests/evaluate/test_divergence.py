@@ -12,7 +12,7 @@ import phi_c
 from phi_c.engine import prompt_outputs
 from phi_c.errors import Cancelled, OptionError, PhiError
 from phi_c.evaluate import compare
-from phi_c.evaluate.metrics import distances
+from phi_c.evaluate.metrics import token_metrics
 from reference import Reference
 from tiny_gguf import write_tiny
 
@@ -32,7 +32,7 @@ def models(paths: tuple[Path, Path]) -> Iterator[tuple[phi_c.LLM, phi_c.LLM]]:
         yield a, b
 
 
-def test_a_model_is_itself(paths: tuple[Path, Path]) -> None:
+def test_model_with_itself(paths: tuple[Path, Path]) -> None:
     with phi_c.load(paths[0]) as a, phi_c.load(paths[0], n_batch=7, n_threads=1) as b:
         found = compare(a, b, TEXT, n_ctx=N_CTX)
         assert compare(a, a, TEXT, n_ctx=N_CTX) == found
@@ -41,7 +41,7 @@ def test_a_model_is_itself(paths: tuple[Path, Path]) -> None:
     assert all((bucket.kl, bucket.top1_agreement) == (0, 1) for bucket in found.by_position)
 
 
-def test_two_models_as_numpy_has_them(paths: tuple[Path, Path], models: tuple[phi_c.LLM, phi_c.LLM]) -> None:
+def test_two_models_match_numpy(paths: tuple[Path, Path], models: tuple[phi_c.LLM, phi_c.LLM]) -> None:
     a, b = models
     ids = a.tokenizer.encode(TEXT)
     kl, top1_agreement, nll_a, nll_b = [], [], [], []
@@ -79,16 +79,16 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
-def test_chunks_do_not_matter(models: tuple[phi_c.LLM, phi_c.LLM], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_chunks(models: tuple[phi_c.LLM, phi_c.LLM], monkeypatch: pytest.MonkeyPatch) -> None:
     expected = compare(*models, TEXT, n_ctx=N_CTX)
     monkeypatch.setattr(prompt_outputs, "LM_HEAD_ROWS", 7)
-    monkeypatch.setattr("phi_c.evaluate.metrics._VALUES_AT_ONCE", 1)
+    monkeypatch.setattr("phi_c.evaluate.metrics._MAX_CHUNK_VALUES", 1)
     found = compare(*models, TEXT, n_ctx=N_CTX)
     assert found.kl == pytest.approx(expected.kl, rel=1e-12)
     assert found.top1_agreement == expected.top1_agreement
 
 
-def test_memory_is_a_few_rows_of_logits(tmp_path: Path) -> None:
+def test_memory_is_bounded_by_one_chunk_of_logits(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "wide.gguf", "phi3", "Q8_0", n_extra_words=20000)
     with phi_c.load(path) as a, phi_c.load(path) as b:
         window_bytes = 500 * a.config.n_vocab * 4
@@ -102,33 +102,39 @@ def test_memory_is_a_few_rows_of_logits(tmp_path: Path) -> None:
     assert peak < 0.5 * window_bytes
 
 
-def test_distances() -> None:
+def test_token_metrics() -> None:
     p, q = np.asarray([[0.5, 0.25, 0.25], [0.2, 0.4, 0.4]]), np.asarray([[0.25, 0.5, 0.25], [0.2, 0.5, 0.3]])
-    found = distances(np.log(p).astype(np.float32) + 3, np.log(q).astype(np.float32), np.asarray([2]))
+    found = token_metrics(np.log(p).astype(np.float32) + 3, np.log(q).astype(np.float32), np.asarray([2]))
     np.testing.assert_allclose(found["kl"], (p * np.log(p / q)).sum(1), atol=1e-6)
     assert found["top1_agreement"].tolist() == [False, True]
     np.testing.assert_allclose(found["nll"], [-np.log(0.25)], atol=1e-6)
     np.testing.assert_allclose(found["reference_nll"], [-np.log(0.25)], atol=1e-6)
 
 
-def test_what_compare_refuses(models: tuple[phi_c.LLM, phi_c.LLM], tmp_path: Path) -> None:
+def test_invalid_models_and_options(models: tuple[phi_c.LLM, phi_c.LLM], tmp_path: Path) -> None:
     a, b = models
     with pytest.raises(OptionError, match="expected at least 50: 1 window of 50"):
         compare(a, b, "the", n_ctx=N_CTX)
     with pytest.raises(OptionError, match="n_ctx is 513"):
         compare(a, b, TEXT, n_ctx=513)
     wide = write_tiny(tmp_path / "wide.gguf", n_extra_words=3)
-    with phi_c.load(wide) as other, pytest.raises(OptionError, match=r"a.gguf has \d+ logits a token, wide.gguf \d+"):
+    with (
+        phi_c.load(wide) as other,
+        pytest.raises(OptionError, match=r"a.gguf has \d+ logits per token and wide.gguf \d+"),
+    ):
         compare(a, other, TEXT, n_ctx=N_CTX)
     renamed = tmp_path / "renamed.gguf"
     data = (a.path).read_bytes()
     assert data.count(b"\xe2\x96\x81ing") == 1
     renamed.write_bytes(data.replace(b"\xe2\x96\x81ing", b"\xe2\x96\x81qqq"))
-    with phi_c.load(renamed) as other, pytest.raises(OptionError, match="in a.gguf, .* in renamed.gguf: expected one"):
+    with (
+        phi_c.load(renamed) as other,
+        pytest.raises(OptionError, match="in a.gguf and .* in renamed.gguf: only models with the same vocabulary"),
+    ):
         compare(a, other, TEXT, n_ctx=N_CTX)
-    damaged = tmp_path / "nan.gguf"
-    damaged.write_bytes(data[:-64] + np.full(16, np.nan, np.float32).tobytes())  # of the last norm
-    with phi_c.load(damaged) as other, pytest.raises(PhiError, match="of a.gguf or nan.gguf are not finite"):
+    corrupt = tmp_path / "nan.gguf"
+    corrupt.write_bytes(data[:-64] + np.full(16, np.nan, np.float32).tobytes())  # the weights of the last norm
+    with phi_c.load(corrupt) as other, pytest.raises(PhiError, match="of a.gguf or nan.gguf are not finite"):
         compare(a, other, TEXT, n_ctx=N_CTX)
     flag = phi_c.CancelFlag()
     flag.set()

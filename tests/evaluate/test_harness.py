@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on local data with real weights: its figures are those of llm.score, logits and generate."""
+"""lm-evaluation-harness on local tasks with SmolLM2: same results as LLM.score, LLM.logits and LLM.generate."""
 
 import json
 import math
@@ -26,13 +26,13 @@ CHOICES = [
     ("", ["The", "zq"], 0),
 ]
 QUESTIONS = ["The capital of France is the city of", "One, two, three,", "The sun rises in the"]
-# The hub is out of reach. In processes of their own: huggingface_hub reads these when it is imported.
+# No network. Set for child processes, because huggingface_hub reads these variables when it is imported.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUTF8": "1"}
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the task files and their data."""
+    """Return a folder with task files and their data."""
     folder = tmp_path_factory.mktemp("tasks")
     rows: dict[str, list[dict[str, Any]]] = {
         "choice": [{"question": q, "choices": c, "label": label} for q, c, label in CHOICES],
@@ -67,7 +67,7 @@ def run(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def results(smollm2_path: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Return what the harness's command line wrote: its figures, and its samples by task."""
+    """Return the results that the harness's command line wrote, with the samples of each task."""
     home, out = tmp_path_factory.mktemp("hf"), tmp_path_factory.mktemp("out")
     arguments = ["-m", "phi_c.evaluate", "--model", "phi-c", "--model_args", f"model={smollm2_path},n_ctx=512"]
     arguments += ["--tasks", "phi_c_choice,phi_c_write,phi_c_rolling", "--include_path", str(tasks)]
@@ -90,7 +90,7 @@ def answers(results: dict[str, Any], task: str) -> list[tuple[dict[str, Any], li
 
 
 def log_likelihood(llm: phi_c.LLM, context: list[int], ids: list[int]) -> tuple[float, bool]:
-    """Log-softmax of the logits of the whole, in float64."""
+    """Return (log-likelihood, is greedy) of ids after a context, from LLM.logits in float64."""
     logits = llm.logits(context + ids[:-1])[len(context) - 1 :].astype(np.float64)
     shifted = logits - logits.max(1, keepdims=True)
     values = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
@@ -103,7 +103,7 @@ def test_multiple_choice(llm: phi_c.LLM, results: dict[str, Any]) -> None:
     n_right = 0
     for (question, choices, label), (doc, got) in zip(CHOICES, found, strict=True):
         assert doc["question"] == question
-        # The harness puts a space between text and choice.
+        # The harness puts a space between question and choice.
         scores = llm.score(question, [f" {choice}" for choice in choices])
         values = [float(value) for value, _ in got]  # strings in the file
         for choice, score, value, (_, text) in zip(choices, scores, values, got, strict=True):
@@ -130,14 +130,14 @@ def test_generated_text(llm: phi_c.LLM, results: dict[str, Any]) -> None:
 
 
 def test_rolling_perplexity(llm: phi_c.LLM, results: dict[str, Any]) -> None:
-    """The first 512 tokens after the prefix, then a window of the new tokens after as many old ones as fit."""
+    """The first window scores 512 tokens after the prefix; the second scores the rest after as much context as fits."""
     texts, total = [ENGLISH, "A short one."], 0.0
     for text, (_, got) in zip(texts, answers(results, "phi_c_rolling"), strict=True):
         ids = llm.tokenizer.encode(text, add_bos=False)
         prefix = [llm.tokenizer.bos_id]
         expected = log_likelihood(llm, prefix, ids[:512])[0]
         if len(ids) > 512:
-            # As many inputs as the context has, whose end is new.
+            # The second window fills the context; only its end is scored.
             expected += log_likelihood(llm, ids[len(ids) - 513 : 512], ids[512:])[0]
         assert float(got[0]) == pytest.approx(expected, abs=2e-3)
         total += float(got[0])
@@ -146,7 +146,7 @@ def test_rolling_perplexity(llm: phi_c.LLM, results: dict[str, Any]) -> None:
     assert bits == pytest.approx(-total / n_bytes / math.log(2))
 
 
-def test_pairs_are_cut_as_the_harness_cuts_them(llm: phi_c.LLM) -> None:
+def test_encode_pair_matches_the_harness(llm: phi_c.LLM) -> None:
     from lm_eval.api.model import TemplateLM
 
     from phi_c.scoring import encode_pair
@@ -171,7 +171,7 @@ def test_pairs_are_cut_as_the_harness_cuts_them(llm: phi_c.LLM) -> None:
                 assert encode_pair(llm.tokenizer, context, continuation, parse_special=True) == expected
 
 
-def test_requests_beyond_the_context(smollm2_path: Path) -> None:
+def test_requests_longer_than_the_context_and_invalid_options(smollm2_path: Path) -> None:
     from lm_eval.api.instance import Instance
 
     from phi_c.evaluate.harness import PhiCLM
@@ -186,13 +186,13 @@ def test_requests_beyond_the_context(smollm2_path: Path) -> None:
     context, own = ids[:-1][-64:], ids[-1:]
     assert value == pytest.approx(lm.llm.score(context, [own])[0].logprob)
     (text,) = lm.generate_until([request("generate_until", long, {"until": [], "max_gen_toks": 10})], disable_tqdm=True)
-    kept = lm.llm.tokenizer.encode(long)[-54:]
-    assert text == lm.llm.generate(kept, max_tokens=10, temperature=0, repeat_penalty=1).text
+    truncated = lm.llm.tokenizer.encode(long)[-54:]
+    assert text == lm.llm.generate(truncated, max_tokens=10, temperature=0, repeat_penalty=1).text
     with pytest.raises(ContextLengthError, match="a continuation has"):
         lm.loglikelihood([request("loglikelihood", "a", long)], disable_tqdm=True)
-    with pytest.raises(ContextLengthError, match="64 tokens to generate leave none"):
+    with pytest.raises(ContextLengthError, match="generating 64 tokens leaves no room"):
         lm.generate_until([request("generate_until", "a", {"max_gen_toks": 64})], disable_tqdm=True)
-    with pytest.raises(OptionError, match="generation_kwargs have num_beams"):
+    with pytest.raises(OptionError, match="generation_kwargs of the task: num_beams"):
         lm.generate_until([request("generate_until", "a", {"num_beams": 2})], disable_tqdm=True)
     sampled = {"do_sample": True, "temperature": 1.5, "seed": 4, "max_gen_toks": 20, "until": "zq"}
     first, second = lm.generate_until([request("generate_until", "The", sampled)] * 2, disable_tqdm=True)
@@ -204,7 +204,7 @@ def test_requests_beyond_the_context(smollm2_path: Path) -> None:
         texts.append(lm.generate_until([request("generate_until", "The", sampled)] * 2, disable_tqdm=True))
     assert texts[0] == texts[1]
     assert texts[0][0] != texts[0][1]
-    with pytest.raises(OptionError, match="n_ctx cannot be given"):
+    with pytest.raises(OptionError, match="n_ctx cannot be used"):
         PhiCLM(lm.llm, n_ctx=5)
     lm.llm.close()
 
@@ -237,13 +237,13 @@ print("acc", found["results"]["phi_c_choice"]["acc,none"])
 """
 
 
-def test_from_python(smollm2_path: Path, tasks: Path, tmp_path: Path) -> None:
+def test_simple_evaluate(smollm2_path: Path, tasks: Path, tmp_path: Path) -> None:
     done = run("-c", _SCRIPT, str(smollm2_path), str(tasks), home=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == "acc 1.0"
 
 
-def test_an_error_is_one_line(tasks: Path, tmp_path: Path) -> None:
+def test_error_is_one_line(tasks: Path, tmp_path: Path) -> None:
     arguments = ["--model", "phi-c", "--model_args", "model=/none.gguf", "--tasks", "phi_c_choice"]
     done = run("-m", "phi_c.evaluate", *arguments, "--include_path", str(tasks), home=tmp_path)
     assert done.returncode == 1

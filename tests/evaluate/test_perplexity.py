@@ -1,4 +1,4 @@
-"""Perplexity against NumPy's on the same windows, cut here once more from the documents that define them."""
+"""Perplexity against NumPy, with windows implemented independently from their definitions."""
 
 import math
 from collections.abc import Iterator
@@ -33,14 +33,14 @@ def llm(path: Path) -> Iterator[phi_c.LLM]:
 
 
 def nll(reference: Reference, tokens: list[int]) -> np.ndarray:
-    """Return minus the log-probability of each token after the first."""
+    """Return the negative log-likelihood of each token after the first."""
     logits = reference.logits(tokens)[:-1].astype(np.float64)
     logits -= logits.max(1, keepdims=True)
     return (np.log(np.exp(logits).sum(1)) - logits[np.arange(len(logits)), tokens[1:]]).astype(np.float64)
 
 
-def test_windows_of_llama_cpp(llm: phi_c.LLM, path: Path) -> None:
-    """Its perplexity(): logits of positions n_ctx / 2 to n_ctx - 2 of each whole chunk count, BOS opens each chunk."""
+def test_llama_cpp_windows(llm: phi_c.LLM, path: Path) -> None:
+    """As llama.cpp's perplexity(): the logits at n_ctx / 2 .. n_ctx - 2 of each chunk, which begins with BOS."""
     ids, n_ctx = llm.tokenizer.encode(TEXT), 48
     reference = Reference(path)
     values = []
@@ -65,8 +65,8 @@ def test_windows_of_llama_cpp(llm: phi_c.LLM, path: Path) -> None:
 
 
 @pytest.mark.parametrize(("n_ctx", "stride"), [(48, 16), (48, 47), (48, 48), (60, 1), (500, 100)])
-def test_strided_windows_of_transformers(llm: phi_c.LLM, path: Path, n_ctx: int, stride: int) -> None:
-    """The loop of its guide: labels before the new part are masked, and the model shifts labels by one."""
+def test_transformers_strided_windows(llm: phi_c.LLM, path: Path, n_ctx: int, stride: int) -> None:
+    """The loop of the transformers guide: labels before the new part are masked, and the model shifts labels by one."""
     text = TEXT[:100] if stride == 1 else TEXT
     ids = llm.tokenizer.encode(text)
     reference = Reference(path)
@@ -94,17 +94,17 @@ def test_strided_windows_of_transformers(llm: phi_c.LLM, path: Path, n_ctx: int,
         assert found.nll_standard_error == pytest.approx(standard_error(sums, counts), rel=0.02)
 
 
-def test_every_token_counts_once() -> None:
+def test_strided_windows_score_every_token_once() -> None:
     for n, n_ctx, stride in ((10, 4, 1), (10, 4, 3), (11, 4, 2), (3, 8, 2), (9, 4, 4), (2, 2, 1)):
         ids = list(range(n))
-        counted = [t for w in strided(ids, n_ctx, stride) for t in w.tokens[w.first :]]
+        counted = [t for w in strided(ids, n_ctx, stride) for t in w.tokens[w.n_context :]]
         skipped = {0} if stride < n_ctx else set(range(0, n, n_ctx))
         assert counted == [i for i in ids if i not in skipped]
-        assert all(1 <= w.first < len(w.tokens) <= n_ctx for w in strided(ids, n_ctx, stride))
+        assert all(1 <= w.n_context < len(w.tokens) <= n_ctx for w in strided(ids, n_ctx, stride))
 
 
-def test_standard_error_covers_the_truth() -> None:
-    """Values that share a window's level: the error of the mean is that of the levels, not of all values."""
+def test_standard_error_of_correlated_windows() -> None:
+    """The values of a window share a level, so the error of the mean is that of the levels, not of all values."""
     rng = np.random.default_rng(0)
     sums, counts, means, errors = [], [], [], []
     for _ in range(400):
@@ -123,17 +123,17 @@ def test_perplexity_of() -> None:
     assert perplexity_of(1e4) == math.inf
 
 
-def test_progress_is_the_figure_so_far(llm: phi_c.LLM) -> None:
+def test_progress_reports_the_perplexity_so_far(llm: phi_c.LLM) -> None:
     seen: list[tuple[int, int, Perplexity]] = []
     found = perplexity(llm, TEXT, n_ctx=48, progress=lambda *step: seen.append(step))
     assert [done for done, _, _ in seen] == list(range(1, found.n_windows + 1))
     assert {total for _, total, _ in seen} == {found.n_windows}
     assert seen[-1][2] == found
-    # What was computed before is in the cache, and the figure the same.
+    # From the prefix cache the result is the same.
     assert perplexity(llm, TEXT, n_ctx=48).nll == pytest.approx(found.nll, abs=1e-12)
 
 
-def test_what_perplexity_refuses(llm: phi_c.LLM) -> None:
+def test_invalid_options(llm: phi_c.LLM) -> None:
     n = len(llm.tokenizer.encode("the and"))
     with pytest.raises(OptionError, match=f"the text has {n} tokens, expected at least 48: 1 window of 48"):
         perplexity(llm, "the and", n_ctx=48)
@@ -153,8 +153,9 @@ def test_what_perplexity_refuses(llm: phi_c.LLM) -> None:
         perplexity(llm, TEXT, n_ctx=48, cancel=flag)
 
 
+@pytest.mark.exhaustive
 def test_smollm2_on_english(smollm2_path: Path) -> None:
-    """What 4-bit weights and int8 activations do to float32's perplexity is within a hundredth."""
+    """Int8 activations change the mean NLL by less than 0.01 nats from that of float32."""
     with phi_c.load(smollm2_path) as llm:
         ids = llm.tokenizer.encode(ENGLISH)
         found = perplexity(llm, ENGLISH, n_ctx=256, n_windows=1)

@@ -1,4 +1,4 @@
-"""The header reader: what it reads, and the message for each kind of damage."""
+"""The GGUF reader: values, tensors, lifetime of views, and the error message for each kind of corruption."""
 
 import errno
 import mmap
@@ -31,7 +31,7 @@ def open_bytes(path: Path, data: bytes) -> GGUFFile:
     return GGUFFile(path)
 
 
-class TestReading:
+class TestRead:
     def test_every_scalar_type(self, path: Path) -> None:
         values = {
             "u8": (U8, 255),
@@ -60,9 +60,9 @@ class TestReading:
             key("ints", ARRAY, (I32, [-1, 2, 3])),
             key("floats", ARRAY, (F64, [0.25, -1.0])),
             key("bools", ARRAY, (BOOL, [True, False])),
-            key("texts", ARRAY, (STRING, ["a", "", "ü"])),
-            key("none", ARRAY, (U8, [])),
-            key("no texts", ARRAY, (STRING, [])),
+            key("strings", ARRAY, (STRING, ["a", "", "ü"])),
+            key("empty", ARRAY, (U8, [])),
+            key("no strings", ARRAY, (STRING, [])),
             key("nested", ARRAY, (ARRAY, [(U8, [1, 2]), (STRING, ["x"])])),
             key("after", U8, 7),
         ]
@@ -71,8 +71,8 @@ class TestReading:
         assert isinstance(ints, np.ndarray) and ints.dtype == np.int32 and ints.tolist() == [-1, 2, 3]
         assert isinstance(bools, np.ndarray) and bools.dtype == np.bool_ and bools.tolist() == [True, False]
         assert np.array_equal(np.asarray(metadata["floats"]), [0.25, -1.0])
-        assert metadata["texts"] == ["a", "", "ü"]
-        assert len(np.asarray(metadata["none"])) == 0 and metadata["no texts"] == []
+        assert metadata["strings"] == ["a", "", "ü"]
+        assert len(np.asarray(metadata["empty"])) == 0 and metadata["no strings"] == []
         assert isinstance(nested, list) and np.asarray(nested[0]).tolist() == [1, 2] and nested[1] == ["x"]
         assert metadata["after"] == 7
         with pytest.raises(ValueError, match="read-only"):
@@ -98,7 +98,7 @@ class TestReading:
     def test_version_2(self, path: Path) -> None:
         assert open_bytes(path, gguf([key("a", U8, 1)], version=2)).version == 2
 
-    def test_own_alignment(self, path: Path) -> None:
+    def test_alignment_from_metadata(self, path: Path) -> None:
         data = gguf([key("general.alignment", U32, 64)], [tensor("a", (1,), 0, 64)], bytes(128), alignment=64)
         file = open_bytes(path, data)
         assert file.alignment == 64
@@ -136,7 +136,7 @@ class TestLifetime:
         with pytest.raises(errors.ModelFileError, match="no tensor 'b'"):
             open_bytes(path, gguf()).data("b")
 
-    def test_metadata_does_not_hold_the_mapping(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_metadata_does_not_keep_the_mapping_open(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         maps: list[tuple[mmap.mmap, int]] = []
         original = reader._map_file
         monkeypatch.setattr(reader, "_map_file", lambda p: maps.append(original(p)) or maps[-1])
@@ -145,10 +145,10 @@ class TestLifetime:
         assert maps[0][0].closed
         with pytest.raises(errors.ModelFileError):
             open_bytes(path, gguf(n_keys=1))
-        assert maps[1][0].closed  # a refused file is not left open
+        assert maps[1][0].closed  # also closed after an error
 
 
-class TestRefusedPaths:
+class TestBadPaths:
     def test_missing(self, path: Path) -> None:
         with pytest.raises(errors.ModelNotFoundError, match=r"model\.gguf: no such file"):
             GGUFFile(path)
@@ -173,11 +173,11 @@ class TestRefusedPaths:
             raise PermissionError(errno.EACCES, "Permission denied")
 
         path.write_bytes(gguf())
-        monkeypatch.setattr(Path, "open", refuse)  # root reads everything, so a real file would not do
+        monkeypatch.setattr(Path, "open", refuse)  # not by file mode: root can read every file
         with pytest.raises(errors.ModelFileError, match="cannot be read: Permission denied"):
             GGUFFile(path)
 
-    @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such pipes")
+    @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no named pipes in the file system")
     def test_pipe_does_not_block(self, path: Path) -> None:
         os.mkfifo(path)
         with pytest.raises(errors.ModelFileError, match="a pipe or a device"):
@@ -185,7 +185,7 @@ class TestRefusedPaths:
 
 
 CASES = {
-    "magic": (gguf(magic=b"GGML"), "no GGUF file"),
+    "magic": (gguf(magic=b"GGML"), "not a GGUF file"),
     "short magic": (b"GGU", "the magic number"),
     "no version": (b"GGUF", "the version"),
     "no counts": (b"GGUF\3\0\0\0\0", "the number of tensors"),
@@ -201,12 +201,12 @@ CASES = {
     "value type": (gguf([key("a", U8, 1)[:-5] + struct.pack("<IB", 13, 1)]), "unknown value type 13"),
     "bool": (gguf([key("a", BOOL, True)[:-1] + b"\2"]), "expected the byte 0 or 1, found 2"),
     "bools": (gguf([key("a", ARRAY, (BOOL, [True]))[:-1] + b"\2"]), "expected bytes 0 or 1, found 2"),
-    "text not UTF-8": (gguf([key("a", STRING, b"ok\xc3(")]), "'a' is not UTF-8 text: byte 0xc3"),
-    "texts not UTF-8": (
+    "string not UTF-8": (gguf([key("a", STRING, b"ok\xc3(")]), "'a' is not UTF-8 text: byte 0xc3"),
+    "strings not UTF-8": (
         gguf([key("a", ARRAY, (STRING, [b"x", b"\xff"]))]),
         "'a' is not an array of 2 strings",
     ),
-    "text length": (gguf([key("a", STRING, "")[:-8] + struct.pack("<Q", 2**40)]), "length of"),
+    "string length": (gguf([key("a", STRING, "")[:-8] + struct.pack("<Q", 2**40)]), "length of"),
     "element type": (gguf([key("a", ARRAY, (U8, []))[:-12] + struct.pack("<IQ", 99, 0)]), "element type 99"),
     "element count": (gguf([key("a", ARRAY, (U8, []))[:-8] + struct.pack("<Q", HUGE)]), "element count of"),
     "wrapping count": (
@@ -228,7 +228,7 @@ CASES = {
     "alignment 0": (gguf([key("general.alignment", U32, 0)]), "general.alignment is 0"),
     "alignment 48": (gguf([key("general.alignment", U32, 48)]), "general.alignment is 48"),
     "alignment 4": (gguf([key("general.alignment", U32, 4)]), "general.alignment is 4"),
-    "alignment text": (gguf([key("general.alignment", STRING, "32")]), "general.alignment is '32'"),
+    "alignment string": (gguf([key("general.alignment", STRING, "32")]), "general.alignment is '32'"),
     "alignment bool": (gguf([key("general.alignment", BOOL, True)]), "general.alignment is True"),
     "tensor twice": (gguf([], [tensor("a", (1,)), tensor("a", (1,), 0, 32)], bytes(64)), "'a' appears twice"),
     "no dimensions": (gguf([], [tensor("abcdefgh", ())], bytes(64)), "'abcdefgh' has 0 dimensions"),
@@ -236,10 +236,10 @@ CASES = {
     "empty tensor": (gguf([], [tensor("a", (0, 4))], bytes(64)), r"'a' has the shape \(4, 0\)"),
     "part of a block": (gguf([], [tensor("a", (33,), Q8_0)], bytes(128)), "'a' has rows of 33 elements"),
     "unaligned": (gguf([], [tensor("a", (1,), 0, 16)], bytes(64)), "offset 16, expected a multiple of 32"),
-    "past the end": (gguf([], [tensor("a", (17,))], bytes(64)), "'a' takes 68 bytes"),
-    "offset past the end": (gguf([], [tensor("a", (1,), 0, 2**63)], bytes(64)), "'a' takes 4 bytes"),
-    "wrapping offset": (gguf([], [tensor("a", (1,), 0, 2**64 - 32)], bytes(64)), "'a' takes 4 bytes"),
-    "wrapping shape": (gguf([], [tensor("a", (2**32, 2**32))], bytes(64)), "'a' takes 73786976294838206464"),
+    "past the end": (gguf([], [tensor("a", (17,))], bytes(64)), "'a' needs 68 bytes"),
+    "offset past the end": (gguf([], [tensor("a", (1,), 0, 2**63)], bytes(64)), "'a' needs 4 bytes"),
+    "wrapping offset": (gguf([], [tensor("a", (1,), 0, 2**64 - 32)], bytes(64)), "'a' needs 4 bytes"),
+    "wrapping shape": (gguf([], [tensor("a", (2**32, 2**32))], bytes(64)), "'a' needs 73786976294838206464"),
     "overlap": (
         gguf([], [tensor("a", (16,)), tensor("b", (1,), 0, 32)], bytes(64)),
         "'a' and 'b' overlap",
@@ -248,7 +248,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("data", "message"), CASES.values(), ids=CASES.keys())
-def test_damage_is_named(path: Path, data: bytes, message: str) -> None:
+def test_corrupt_headers_are_reported(path: Path, data: bytes, message: str) -> None:
     with pytest.raises(errors.ModelFileError, match=message) as caught:
         open_bytes(path, data)
     assert str(caught.value).startswith(f"{path}: ")
@@ -266,12 +266,12 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize(("data", "message"), UNSUPPORTED.values(), ids=UNSUPPORTED.keys())
-def test_unsupported_is_named(path: Path, data: bytes, message: str) -> None:
+def test_unsupported_files_are_reported(path: Path, data: bytes, message: str) -> None:
     with pytest.raises(errors.UnsupportedModelError, match=message):
         open_bytes(path, data)
 
 
-def test_every_truncation_is_refused(path: Path) -> None:
+def test_every_truncation_is_detected(path: Path) -> None:
     keys = [
         key("a", STRING, "text"),
         key("b", ARRAY, (STRING, ["x", "yz"])),
@@ -285,20 +285,20 @@ def test_every_truncation_is_refused(path: Path) -> None:
             open_bytes(path, data[:n_bytes])
 
 
-def test_counts_that_fit_a_sparse_file_cost_no_memory(path: Path) -> None:
-    """A count of a damaged header may fit a file of gigabytes: the limits on counts refuse it at once."""
+def test_huge_counts_in_a_huge_file_allocate_no_memory(path: Path) -> None:
+    """In a file of gigabytes a corrupt count can fit the file; the limits on counts reject it before allocation."""
     for element_type in (STRING, U8, F64, ARRAY):
         head = gguf([key("a", ARRAY, (element_type, []))[:-8] + struct.pack("<Q", 2**25)])
         path.write_bytes(head)
         try:
-            os.truncate(path, 2**33)  # sparse: takes no space
+            os.truncate(path, 2**33)  # sparse: uses no disk space
         except OSError:
-            pytest.skip("the file system keeps no sparse files of this size")
+            pytest.skip("the file system does not support sparse files of this size")
         with pytest.raises(errors.ModelFileError, match="is 33554432, expected at most"):
             GGUFFile(path)
 
 
-def test_phi3_vocabulary(phi3_vocab: Path) -> None:
+def test_phi3_vocabulary_file(phi3_vocab: Path) -> None:
     with GGUFFile(phi3_vocab) as file:
         tokens, scores = file.metadata["tokenizer.ggml.tokens"], file.metadata["tokenizer.ggml.scores"]
     assert isinstance(tokens, list) and isinstance(scores, np.ndarray)
@@ -307,7 +307,7 @@ def test_phi3_vocabulary(phi3_vocab: Path) -> None:
 
 
 def test_opening_is_fast(phi3_vocab: Path) -> None:
-    """A 32k vocabulary opens in about 3 ms; GGUFReader of the gguf package takes a second."""
+    """A file with a 32k vocabulary opens in about 3 ms; gguf.GGUFReader needs a second."""
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
@@ -326,5 +326,5 @@ def test_opening_is_fast(phi3_vocab: Path) -> None:
         (None, "None"),
     ],
 )
-def test_values_in_messages_stay_short(value: object, text: str) -> None:
+def test_values_in_messages_are_short(value: object, text: str) -> None:
     assert short(value) == text

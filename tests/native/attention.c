@@ -1,4 +1,4 @@
-/* store_kv and attention, over pages in random order whose unused slots contain NaN. */
+/* store_kv and attention, over pages in random order whose unused slots hold NaN. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,7 +11,7 @@ enum { N_QUERIES = 3 };
 
 static const char *const kv_names[PHI_N_KV_TYPES] = {"f16", "q8"};
 
-/* ---- store_kv: the bytes of the scalar tier ---- */
+/* ---- store_kv: the same bytes as the scalar tier ---- */
 
 static void check_store(const phi_kernels *k, phi_kv_type type, int head_dim, int slot, int special) {
     static const float specials[] = {0.0f,     1e-42f, 6e-8f, -2.9e-8f, 6.1e-5f,   65504.0f, 65519.9f,
@@ -51,18 +51,17 @@ static void test_store(const phi_kernels *k, phi_kv_type type) {
     }
 }
 
-/* ---- attention: against double precision, with the stored keys and values ---- */
+/* ---- attention: against double precision, on the keys and values as stored ---- */
 
 typedef struct {
     phi_kv_type type;
     int head_dim, n_positions;
     uint8_t *pages;
     int32_t *page_table;
-    double *keys, *values; /* [n_positions, head_dim], as stored */
+    double *keys, *values; /* [n_positions, head_dim], as read back from the pages */
 } cache;
 
-/* Reads a position's key and value back from its page. */
-static void read_position(cache *c, int position) {
+static void read_back(cache *c, int position) {
     const size_t n = (size_t)c->head_dim, slot = (size_t)(position % PHI_PAGE_TOKENS), at = (size_t)position * n;
     const size_t page_bytes = phi_kv_slice_bytes(c->type, c->head_dim), n_blocks = phi_kv_blocks(c->head_dim);
     uint8_t *bytes = c->pages + (size_t)c->page_table[position / PHI_PAGE_TOKENS] * page_bytes;
@@ -98,7 +97,7 @@ static cache make_cache(const phi_kernels *k, generator *g, phi_kv_type type, in
     float *key = floats(n), *value = floats(n);
     memset(c.pages, 0xff, (size_t)n_pages * page_bytes);
     for (int i = 0; i < n_pages; i++) c.page_table[i] = i;
-    for (int i = n_pages - 1; i > 0; i--) { /* random order */
+    for (int i = n_pages - 1; i > 0; i--) { /* a random order of pages */
         const int j = next_below(g, i + 1);
         const int32_t page = c.page_table[i];
         c.page_table[i] = c.page_table[j];
@@ -110,15 +109,15 @@ static cache make_cache(const phi_kernels *k, generator *g, phi_kv_type type, in
         value[n / 2] *= 30.0f; /* an outlier channel */
         k->store_kv[type](key, value, head_dim, p % PHI_PAGE_TOKENS,
                           c.pages + (size_t)c.page_table[p / PHI_PAGE_TOKENS] * page_bytes);
-        read_position(&c, p);
+        read_back(&c, p);
     }
     free(key);
     free(value);
     return c;
 }
 
-/* Makes a position's value infinite, as values that overflow half precision are stored. */
-static void make_infinite(cache *c, int position) {
+/* Makes a value infinite, as a store of numbers beyond the range of half precision does. */
+static void make_value_infinite(cache *c, int position) {
     const size_t n = (size_t)c->head_dim, slot = (size_t)(position % PHI_PAGE_TOKENS),
                  n_blocks = phi_kv_blocks(c->head_dim);
     uint8_t *bytes =
@@ -136,38 +135,38 @@ static void free_cache(cache *c) {
     free(c->values);
 }
 
-/* Attention of one query, in double precision. */
-static void exact_attention(const cache *c, const float *q, int position, int window, double scale, double *out) {
+/* The output for one query at a position. */
+static void attend_exactly(const cache *c, const float *q, int position, int window, double scale, double *out) {
     const size_t n = (size_t)c->head_dim;
     const int first = phi_first_visible(position, window);
-    double *scores = memory((size_t)(position + 1) * sizeof *scores), largest = -INFINITY, total = 0.0;
+    double *scores = memory((size_t)(position + 1) * sizeof *scores), row_max = -INFINITY, row_sum = 0.0;
     for (int p = first; p <= position; p++) {
         scores[p] = 0.0;
         for (size_t d = 0; d < n; d++) scores[p] += (double)q[d] * c->keys[(size_t)p * n + d] * scale;
-        largest = fmax(largest, scores[p]);
+        row_max = fmax(row_max, scores[p]);
     }
     for (size_t d = 0; d < n; d++) out[d] = 0.0;
     for (int p = first; p <= position; p++) {
-        const double weight = exp(scores[p] - largest);
+        const double weight = exp(scores[p] - row_max);
         for (size_t d = 0; d < n; d++) out[d] += weight * c->values[(size_t)p * n + d];
-        total += weight;
+        row_sum += weight;
     }
-    for (size_t d = 0; d < n; d++) out[d] /= total;
+    for (size_t d = 0; d < n; d++) out[d] /= row_sum;
     free(scores);
 }
 
-/* n_tokens tokens from position `last` on, in one call and one by one. Values after position last_finite are infinite.
- */
-static void check_attention(const phi_kernels *k, phi_kv_type type, int head_dim, int last, int n_tokens, int window,
-                            int last_finite) {
-    generator g = {(uint64_t)(last * 1000 + head_dim)};
+/* Tokens at positions query_start, query_start + 1, ..., in one call and one by one. Values after position
+ * last_finite are infinite. */
+static void check_attention(const phi_kernels *k, phi_kv_type type, int head_dim, int query_start, int n_tokens,
+                            int window, int last_finite) {
+    generator g = {(uint64_t)(query_start * 1000 + head_dim)};
     const size_t n = (size_t)head_dim, stride = N_QUERIES * n + 4, n_floats = (size_t)n_tokens * stride;
-    cache c = make_cache(k, &g, type, head_dim, last + n_tokens);
+    cache c = make_cache(k, &g, type, head_dim, query_start + n_tokens);
     float *q = floats(n_floats), *out = floats(n_floats), *alone = floats(n_floats);
     float *scratch = floats(phi_attention_scratch_floats(head_dim));
     double *exact = memory(n * sizeof *exact);
     fill_normal(&g, n_floats, q);
-    for (int p = last_finite + 1; p < c.n_positions; p++) make_infinite(&c, p);
+    for (int p = last_finite + 1; p < c.n_positions; p++) make_value_infinite(&c, p);
     memset(scratch, 0xff, phi_attention_scratch_floats(head_dim) * sizeof *scratch);
     phi_attention a = {
         .q = q,
@@ -178,7 +177,7 @@ static void check_attention(const phi_kernels *k, phi_kv_type type, int head_dim
         .pages = c.pages,
         .page_bytes = phi_kv_slice_bytes(type, head_dim),
         .page_table = c.page_table,
-        .last = last,
+        .query_start = query_start,
         .window = window,
         .scale = 1.0f / sqrtf((float)head_dim),
         .scratch = scratch,
@@ -189,22 +188,22 @@ static void check_attention(const phi_kernels *k, phi_kv_type type, int head_dim
     a.out = alone;
     for (int t = 0; t < n_tokens; t++) {
         a.q = q + (size_t)t * stride;
-        a.last = last + t;
+        a.query_start = query_start + t;
         k->attention[type](&a);
         for (size_t i = 0; i < N_QUERIES; i++) {
             const size_t at = (size_t)t * stride + i * n;
-            exact_attention(&c, q + at, last + t, window, (double)a.scale, exact);
-            for (size_t d = 0; d < n && last + t <= last_finite; d++) {
+            attend_exactly(&c, q + at, query_start + t, window, (double)a.scale, exact);
+            for (size_t d = 0; d < n && query_start + t <= last_finite; d++) {
                 CHECK(near(out[at + d], exact[d], 2e-5, 6e-6),
                       "%s: attention %s, head_dim %d, window %d, token %d of %d at %d, query %zu, dimension %zu is "
                       "%.9g, expected %.9g",
-                      k->name, kv_names[type], head_dim, window, t, n_tokens, last, i, d, (double)out[at + d],
+                      k->name, kv_names[type], head_dim, window, t, n_tokens, query_start, i, d, (double)out[at + d],
                       exact[d]);
             }
             CHECK(first_difference(out + at, alone + i * n, n) == n,
-                  "%s: attention %s, head_dim %d, window %d, token %d of %d at %d, query %zu differs from a call of "
-                  "its own",
-                  k->name, kv_names[type], head_dim, window, t, n_tokens, last, i);
+                  "%s: attention %s, head_dim %d, window %d, token %d of %d at %d, query %zu differs from the token "
+                  "computed alone",
+                  k->name, kv_names[type], head_dim, window, t, n_tokens, query_start, i);
         }
     }
     free_cache(&c);
@@ -218,15 +217,16 @@ static void check_attention(const phi_kernels *k, phi_kv_type type, int head_dim
 void test_attention(const phi_kernels *k) {
     const int head_dims[] = {2, 20, 64, 80, 96, 128}, windows[] = {0, 1, 40};
     const int tokens[][2] = {{0, 1},   {31, 1},   {32, 3},   {70, 8},
-                             {100, 5}, {120, 13}, {150, 64}, {230, 32}}; /* last, n_tokens */
+                             {100, 5}, {120, 13}, {150, 64}, {230, 32}}; /* query_start, n_tokens */
     for (phi_kv_type type = 0; type < PHI_N_KV_TYPES; type++) {
         test_store(k, type);
         for (int d = 0; d < LENGTH(head_dims); d++) {
             for (int w = 0; w < LENGTH(windows); w++) {
                 for (int t = 0; t < LENGTH(tokens); t++) {
-                    const int last = tokens[t][0], n_tokens = tokens[t][1];
-                    check_attention(k, type, head_dims[d], last, n_tokens, windows[w], last + n_tokens);
-                    check_attention(k, type, head_dims[d], last, n_tokens, windows[w], last + n_tokens / 2);
+                    const int query_start = tokens[t][0], n_tokens = tokens[t][1];
+                    check_attention(k, type, head_dims[d], query_start, n_tokens, windows[w], query_start + n_tokens);
+                    check_attention(k, type, head_dims[d], query_start, n_tokens, windows[w],
+                                    query_start + n_tokens / 2);
                 }
             }
         }

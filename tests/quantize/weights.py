@@ -1,4 +1,4 @@
-"""Rows of weights that quantisers may meet, and what their errors amount to."""
+"""Rows of weights from several distributions, and quantisation errors."""
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +23,9 @@ def _outliers(rng: np.random.Generator) -> Floats:
     return rows.astype(np.float32)
 
 
-def _mixed(rng: np.random.Generator) -> Floats:
-    sizes = (10.0 ** rng.uniform(-4, 1, (N_ROWS, N_COLS // 32))).repeat(32, 1)
-    return (rng.normal(size=(N_ROWS, N_COLS)) * sizes).astype(np.float32)
+def _mixed_magnitudes(rng: np.random.Generator) -> Floats:
+    magnitudes = (10.0 ** rng.uniform(-4, 1, (N_ROWS, N_COLS // 32))).repeat(32, 1)
+    return (rng.normal(size=(N_ROWS, N_COLS)) * magnitudes).astype(np.float32)
 
 
 def _gaussian(rng: np.random.Generator, scale: float = 1.0, offset: float = 0.0) -> Floats:
@@ -36,43 +36,43 @@ def _constant(rng: np.random.Generator) -> Floats:
     return np.repeat(np.linspace(-0.7, 0.7, N_ROWS, dtype=np.float32)[:, None], N_COLS, 1)
 
 
-MAKERS = {
+DISTRIBUTIONS = {
     "gaussian": _gaussian,
     "heavy tails": lambda rng: (rng.standard_t(2, (N_ROWS, N_COLS)) * 0.02).astype(np.float32),
     "outlier channels": _outliers,
-    "blocks of all sizes": _mixed,
+    "blocks of all magnitudes": _mixed_magnitudes,
     "mostly zeros": lambda rng: _gaussian(rng) * (rng.random((N_ROWS, N_COLS)) < 0.05),
     "constant": _constant,
-    "far above zero": lambda rng: _gaussian(rng, 0.01, 1.0),
-    "far below zero": lambda rng: _gaussian(rng, 0.01, -1.0),
+    "offset 1": lambda rng: _gaussian(rng, 0.01, 1.0),
+    "offset -1": lambda rng: _gaussian(rng, 0.01, -1.0),
     "tiny": lambda rng: _gaussian(rng, 1e-6),
-    "below the least half": lambda rng: _gaussian(rng, 3e-8),
+    "below the smallest float16": lambda rng: _gaussian(rng, 3e-8),
     "large": lambda rng: _gaussian(rng, 1e4),
     "zero": lambda rng: np.zeros((N_ROWS, N_COLS), np.float32),
 }
 
 
 def make(distribution: str, *, seed: int = 0) -> Floats:
-    """Return rows [N_ROWS, N_COLS] of a distribution, a key of MAKERS."""
-    return np.ascontiguousarray(MAKERS[distribution](np.random.default_rng(seed)), np.float32)
+    """Return rows, float32 [N_ROWS, N_COLS]. distribution: a key of DISTRIBUTIONS."""
+    return np.ascontiguousarray(DISTRIBUTIONS[distribution](np.random.default_rng(seed)), np.float32)
 
 
 def importance(n_cols: int = N_COLS, *, seed: int = 0) -> Floats:
-    """Return mean squares of activations, as uneven as those of real models: some columns a thousand times others."""
+    """Return mean squares of activations, log-normal as in real models: some are 1000 times as large as others."""
     return np.random.default_rng(seed).lognormal(0, 2, n_cols).astype(np.float32)
 
 
 def quantized(name: str, rows: Floats, weights: Floats | None = None, n_threads: int = 1) -> Bytes:
-    """Return our blocks."""
+    """Return the blocks of phi-c's quantiser: uint8 [n_rows, row_bytes]."""
     return _core.quantize_rows(TYPES[name].type_id, rows, weights, n_threads)
 
 
 def values_of(name: str, blocks: Bytes) -> Floats:
-    """Return what the gguf package reads in blocks."""
+    """Dequantise blocks with the gguf package."""
     return gguf.quants.dequantize(blocks, GGMLQuantizationType[name])
 
 
 def error_of(name: str, blocks: Bytes, rows: Floats, weights: Floats | None = None) -> float:
-    """Return the sum of squared errors, each times its column's weight."""
-    off = (rows.astype(np.float64) - values_of(name, blocks)) ** 2
-    return float(off.sum() if weights is None else (off * weights).sum())
+    """Return the sum of squared errors, each multiplied by the weight of its column."""
+    squares = (rows.astype(np.float64) - values_of(name, blocks)) ** 2
+    return float(squares.sum() if weights is None else (squares * weights).sum())

@@ -1,4 +1,4 @@
-"""Options of sampling are checked one by one."""
+"""Validation of the sampling options."""
 
 import math
 from typing import Any
@@ -37,12 +37,12 @@ def test_values_out_of_range(name: str, value: Any) -> None:
         SamplingParams(**{name: value})
 
 
-def test_an_unknown_option_is_a_type_error() -> None:
+def test_unknown_option_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="topp"):
         SamplingParams(topp=0.5)  # type: ignore[call-arg]
 
 
-def test_the_ends_of_the_ranges() -> None:
+def test_limits_of_the_ranges_are_valid() -> None:
     SamplingParams(temperature=-1, top_p=2, min_p=1, repeat_last_n=-1, logit_bias={0: -math.inf}, seed=0)
 
 
@@ -51,6 +51,6 @@ def test_penalties_are_off_by_default() -> None:
     assert (params.repeat_penalty, params.presence_penalty, params.frequency_penalty) == (1.0, 0.0, 0.0)
 
 
-def test_temperature_zero_is_argmax_whatever_was_generated() -> None:
+def test_temperature_zero_is_argmax_with_default_penalties() -> None:
     logits = np.array([1.0, 3.0, 2.999, -1.0], np.float32)
     assert Sampler(SamplingParams(temperature=0), 4).sample(logits, [1] * 64) == 1

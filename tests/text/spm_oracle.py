@@ -1,4 +1,4 @@
-"""SentencePiece BPE as its paper says it: merge the adjacent pair with the best score, the leftmost of equals."""
+"""SentencePiece BPE as its paper defines it: merge the adjacent pair with the highest score, leftmost first."""
 
 from itertools import pairwise
 
@@ -6,7 +6,7 @@ from phi_c.text.vocabulary import BYTE, CONTROL, UNKNOWN, Vocabulary
 
 
 def encode(vocabulary: Vocabulary, text: str) -> list[int]:
-    """Return the ids of a plain text, without BOS; slow and simple."""
+    """Return the token ids of a plain text, without BOS. Slow and simple."""
     if not text:
         return []
     text = (" " if vocabulary.add_space_prefix else "") + text
@@ -18,13 +18,12 @@ def encode(vocabulary: Vocabulary, text: str) -> list[int]:
     symbols = list(text.replace(" ", "\u2581"))
     while True:
         pairs = [(scores.get(a + b, -1e30), -i) for i, (a, b) in enumerate(pairwise(symbols))]
-        best, at = max(pairs, default=(-1e30, 0))
+        best, position = max(pairs, default=(-1e30, 0))
         if best == -1e30:
             break
-        symbols[-at : -at + 2] = [symbols[-at] + symbols[-at + 1]]
+        symbols[-position : -position + 2] = [symbols[-position] + symbols[-position + 1]]
     ids = {token: i for i, token in reversed(list(enumerate(vocabulary.tokens)))}
     result = []
     for symbol in symbols:
-        known = symbol in scores
-        result += [ids[symbol]] if known else [ids[f"<0x{byte:02X}>"] for byte in symbol.encode()]
+        result += [ids[symbol]] if symbol in scores else [ids[f"<0x{byte:02X}>"] for byte in symbol.encode()]
     return result

@@ -1,12 +1,12 @@
-"""Texts that tokenizers disagree about: 10,000 and more, of a seed, the same on every machine and Python."""
+"""Random texts that are hard for tokenizers. A seed gives the same texts on every machine and Python version."""
 
 import random
 from collections.abc import Callable, Sequence
 
 WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
-_NEARLY_SPACE = "\x1c\x1d\x1e\x1f\u200b\u200c\u200d\u2060\ufeff\u180e\u2581"
+_SPACE_LIKE = "\x1c\x1d\x1e\x1f\u200b\u200c\u200d\u2060\ufeff\u180e\u2581"
 
-# First and last letters of blocks: Latin to the astral planes.
+# First and last code points of letter ranges, from Latin to the supplementary planes.
 _SCRIPTS = (
     (0x61, 0x7A), (0x41, 0x5A), (0xC0, 0xFF), (0x100, 0x24F), (0x1E00, 0x1EFF), (0x250, 0x2AF), (0x370, 0x3FF),
     (0x400, 0x4FF), (0x531, 0x556), (0x5D0, 0x5EA), (0x620, 0x64A), (0x710, 0x72F), (0x904, 0x939), (0x985, 0x9B9),
@@ -19,12 +19,12 @@ _SCRIPTS = (
 _MARKS = (
     (0x300, 0x36F), (0x591, 0x5BD), (0x64B, 0x65F), (0x93E, 0x94D), (0xE34, 0xE3A), (0x1DC0, 0x1DFF), (0x20D0, 0x20F0),
 )  # fmt: skip
-# ASCII, Arabic-Indic, full width, superscripts and fractions, Roman, Devanagari, Chinese
+# ASCII, Arabic-Indic, full width, superscripts and fractions, Roman, Devanagari, Chinese.
 _DIGITS = (
     "0123456789", "\u0660\u0661\u0662\u0669", "\uff10\uff11\uff19", "\u00b2\u00b3\u00b9\u00bd", "\u2160\u2163\u216b",
     "\u0967\u096f", "\u4e00\u4e8c",
 )  # fmt: skip
-# Joined by ZWJ, with skin tones, variation selectors and tags; flags and keycaps
+# With ZWJ, skin tones, variation selectors and tags; flags and keycaps.
 _EMOJI = (
     "\U0001f642", "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466", "\U0001f44d\U0001f3fd", "\u2764\ufe0f",
     "\U0001f3f3\ufe0f\u200d\U0001f308", "\U0001f1eb\U0001f1f7", "1\ufe0f\u20e3", "\u263a", "\U0001fae8",
@@ -65,7 +65,7 @@ def _letters(r: random.Random) -> str:
 def _white_space(r: random.Random) -> str:
     if r.random() < 0.5:
         return r.choice(" \t\n\r") * r.randint(1, 40)
-    return "".join(r.choice(" \n" if r.random() < 0.6 else WHITE_SPACE + _NEARLY_SPACE) for _ in range(r.randint(1, 8)))
+    return "".join(r.choice(" \n" if r.random() < 0.6 else WHITE_SPACE + _SPACE_LIKE) for _ in range(r.randint(1, 8)))
 
 
 def _controls(r: random.Random) -> str:
@@ -73,15 +73,15 @@ def _controls(r: random.Random) -> str:
     return "".join(chr(r.randint(*r.choice(ranges))) for _ in range(r.randint(1, 5)))
 
 
-def _marked(r: random.Random) -> str:
+def _with_marks(r: random.Random) -> str:
     def marks() -> str:
         return "".join(chr(r.randint(*r.choice(_MARKS))) for _ in range(r.randint(0, 3)))
 
     return marks() + "".join(c + marks() for c in _letters(r))
 
 
-def _any(r: random.Random) -> str:
-    # Not the surrogates, and the planes of no characters seldom.
+def _any_character(r: random.Random) -> str:
+    # Never surrogates, and rarely the planes without assigned characters.
     return "".join(
         chr(c if c < 0xD800 else c + 0x800)
         for c in (r.randrange(0x1F800 if r.random() < 0.9 else 0x10F800) for _ in range(r.randint(1, 12)))
@@ -93,7 +93,7 @@ def _repeated(r: random.Random) -> str:
 
 
 _KINDS: tuple[Callable[[random.Random], str], ...] = (
-    _letters, _white_space, _controls, _marked, _any, _repeated,
+    _letters, _white_space, _controls, _with_marks, _any_character, _repeated,
     lambda r: r.choice(_WORDS),
     lambda r: " ".join(r.choice(_WORDS) for _ in range(r.randint(2, 8))),
     lambda r: "".join(r.choice(r.choice(_DIGITS[: r.choice((1, 1, 7))])) for _ in range(r.randint(1, 15))),
@@ -103,20 +103,20 @@ _KINDS: tuple[Callable[[random.Random], str], ...] = (
 )  # fmt: skip
 
 
-def texts(specials: Sequence[str], count: int = 12_000, seed: int = 3) -> list[str]:
-    """Return different texts: of one kind, of several glued or spaced, and with special tokens and what is nearly one.
+def sample_texts(specials: Sequence[str], count: int = 12_000, seed: int = 3) -> list[str]:
+    """Return distinct texts, each of one or several of the kinds above, joined with or without white space.
 
-    specials: the names of a vocabulary's special tokens; a quarter of the texts have some.
+    specials: names of a vocabulary's special tokens; a quarter of the texts contain some of them, or misspellings.
     """
     r = random.Random(seed)
     specials = [*specials]
-    nearly = [s[:-1] for s in specials] + [s.upper() for s in specials] + [s.replace("|", " |", 1) for s in specials]
+    misspelled = [form for s in specials for form in (s[:-1], s.upper(), s.replace("|", " |", 1))]
     found = {"": None}
     while len(found) < count:
         parts = [r.choice(_KINDS)(r) for _ in range(r.choice((1, 1, 2, 3, 5)))]
         if specials and r.random() < 0.25:
             for _ in range(r.randint(1, 4)):
-                parts.insert(r.randint(0, len(parts)), r.choice(specials if r.random() < 0.8 else nearly))
+                parts.insert(r.randint(0, len(parts)), r.choice(specials if r.random() < 0.8 else misspelled))
                 if r.random() < 0.5:
                     parts.insert(r.randint(0, len(parts)), _white_space(r))
         found[r.choice(("", "", " ", "\n", "  ")).join(parts)] = None

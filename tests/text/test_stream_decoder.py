@@ -1,4 +1,4 @@
-"""Streaming: whole characters, stop strings across tokens, the same text as decoding at once."""
+"""StreamDecoder: complete characters, stop strings that span tokens, the same text as `decode`."""
 
 import pytest
 from hypothesis import given, settings
@@ -16,58 +16,58 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(GGUFFile(path).metadata)
 
 
-def pushed(stream: StreamDecoder, ids: list[int]) -> list[str]:
+def push_all(stream: StreamDecoder, ids: list[int]) -> list[str]:
     return [*(stream.push(i) for i in ids), stream.finish()]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(ids=st.lists(st.integers(0, 390), max_size=40))
-def test_pieces_are_the_decoded_text(tokenizer: Tokenizer, ids: list[int]) -> None:
-    """Any ids, so any broken UTF-8."""
-    assert "".join(pushed(StreamDecoder(tokenizer), ids)) == tokenizer.decode(ids)
+def test_streamed_text_equals_decoded_text(tokenizer: Tokenizer, ids: list[int]) -> None:
+    """For arbitrary ids, which include invalid UTF-8."""
+    assert "".join(push_all(StreamDecoder(tokenizer), ids)) == tokenizer.decode(ids)
 
 
-def test_never_half_a_character(tokenizer: Tokenizer) -> None:
+def test_characters_are_never_split(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a🙂é", add_bos=False)
-    pieces = pushed(StreamDecoder(tokenizer), ids)
+    pieces = push_all(StreamDecoder(tokenizer), ids)
     assert "\ufffd" not in "".join(pieces)
     assert [p for p in pieces if p] == ["a", "🙂", "é"]
 
 
-def test_an_unfinished_character_is_shown_at_the_end(tokenizer: Tokenizer) -> None:
+def test_incomplete_character_at_the_end_is_replaced(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a🙂", add_bos=False)[:-1]
-    assert pushed(StreamDecoder(tokenizer), ids)[-1] == "\ufffd"
+    assert push_all(StreamDecoder(tokenizer), ids)[-1] == "\ufffd"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.text("ab the", max_size=30), stops=st.lists(st.text("ab te", min_size=1, max_size=4), max_size=3))
-def test_stop_strings_across_tokens(tokenizer: Tokenizer, text: str, stops: list[str]) -> None:
+def test_stop_strings_span_tokens(tokenizer: Tokenizer, text: str, stops: list[str]) -> None:
     stream = StreamDecoder(tokenizer, stops)
-    given_out = "".join(pushed(stream, tokenizer.encode(text, add_bos=False)))
+    streamed = "".join(push_all(stream, tokenizer.encode(text, add_bos=False)))
     ends = [text.find(stop) for stop in stops if stop in text]
     assert stream.stopped is bool(ends)
     if not ends:
-        assert given_out == text
+        assert streamed == text
     else:
-        # The first stop string to be complete ends the text: another may have begun before it.
-        assert text.startswith(given_out)
-        assert len(given_out) in [text.find(stop) for stop in stops]
-        assert not any(stop in given_out for stop in stops)
-    assert stream.text == given_out
+        # The stop string that is completed first ends the text, even if another one began earlier.
+        assert text.startswith(streamed)
+        assert len(streamed) in [text.find(stop) for stop in stops]
+        assert not any(stop in streamed for stop in stops)
+    assert stream.text == streamed
 
 
-def test_text_is_held_back_only_while_it_may_become_a_stop(tokenizer: Tokenizer) -> None:
+def test_text_is_withheld_only_while_it_may_become_a_stop_string(tokenizer: Tokenizer) -> None:
     stream = StreamDecoder(tokenizer, ["END"])
     assert [stream.push(i) for i in tokenizer.encode("xEx", add_bos=False)] == ["", "x", "", "Ex"]
 
 
-def test_a_first_space_belongs_to_a_text_that_continues(tokenizer: Tokenizer) -> None:
+def test_first_space_is_kept_in_a_continuation(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("the", add_bos=False)
-    assert "".join(pushed(StreamDecoder(tokenizer), ids)) == "the"
-    assert "".join(pushed(StreamDecoder(tokenizer, continues=True), ids)) == " the"
+    assert "".join(push_all(StreamDecoder(tokenizer), ids)) == "the"
+    assert "".join(push_all(StreamDecoder(tokenizer, continues=True), ids)) == " the"
 
 
-def test_special_tokens_are_nothing_unless_asked_for(tokenizer: Tokenizer) -> None:
+def test_special_tokens_are_omitted_by_default(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a<|end|>", add_bos=False, parse_special=True)
-    assert "".join(pushed(StreamDecoder(tokenizer), ids)) == "a"
-    assert "".join(pushed(StreamDecoder(tokenizer, special=True), ids)) == "a<|end|>"
+    assert "".join(push_all(StreamDecoder(tokenizer), ids)) == "a"
+    assert "".join(push_all(StreamDecoder(tokenizer, special=True), ids)) == "a<|end|>"

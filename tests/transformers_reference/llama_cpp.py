@@ -1,4 +1,4 @@
-"""llama.cpp in this process, through the xllamacpp wheel."""
+"""llama.cpp in this process, through the xllamacpp package."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,14 +16,17 @@ def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
 
 
-def distance(got: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
-    """Return the NMSE of log-probabilities about their mean, which softmax leaves undetermined."""
+def log_prob_nmse(got: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+    """Return the NMSE of log-probabilities, each centred on its mean."""
     a, b = (log_softmax(x)[None] - log_softmax(x).mean() for x in (got, expected))
     return worst_nmse(a, b)
 
 
 class LlamaCpp:
-    """A file loaded with a context of so many positions."""
+    """A model file loaded by llama.cpp.
+
+    n_ctx: context size, tokens.
+    """
 
     def __init__(self, path: Path, n_ctx: int) -> None:
         library = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: pip install '.[reference]'")
@@ -33,7 +36,7 @@ class LlamaCpp:
         params.n_parallel = 1
         params.verbosity = 0
         params.warmup = False
-        params.fit_params = False  # takes the context as it is told
+        params.fit_params = False  # do not change n_ctx to fit memory
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
         self._server = library.Server(params)
 
@@ -52,7 +55,7 @@ class LlamaCpp:
         return choice
 
     def log_probs(self, prompt: str | Sequence[int], n_vocab: int) -> npt.NDArray[np.float64]:
-        """Return the log-probabilities of what follows: [n_vocab]."""
+        """Return the log-probabilities of the next token, float64 [n_vocab]."""
         (step,) = self._complete(prompt, 1, n_vocab)["logprobs"]["content"]
         values = np.full(n_vocab, np.nan)
         for entry in step["top_logprobs"]:
@@ -61,6 +64,6 @@ class LlamaCpp:
         return values
 
     def greedy(self, prompt: str, n_tokens: int) -> str:
-        """Return the text of the likeliest tokens."""
+        """Return the text of n_tokens tokens, generated greedily."""
         text: str = self._complete(prompt, n_tokens, 1)["text"]
         return text

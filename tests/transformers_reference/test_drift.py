@@ -1,7 +1,7 @@
-"""Past the window and past the original context logits stay transformers'; those of an engine without either drift.
+"""Logits beyond the sliding window and LongRoPE's original context equal transformers'; without them they drift.
 
-llama.cpp runs phi3 files without a window, and chooses LongRoPE's factors by the context that it is given rather than
-by the text. The same file is run by both, at the lengths of the published models: 2047 and 4096.
+llama.cpp runs phi3 files without a sliding window, and chooses LongRoPE's factors by the context size instead of the
+sequence length. Both engines run the same file with the published models' window (2047) and original context (4096).
 """
 
 from typing import Any
@@ -10,15 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from converted_model import Convert, Converted
-from llama_cpp import LlamaCpp, distance
+from llama_cpp import LlamaCpp, log_prob_nmse
 
 from phi_c import llm
 from reference_models import growing_factors, random_tokens, worst_nmse
 
 WINDOW, N_CTX_ORIG = 2047, 4096
-SAME, DRIFTED = 1e-6, 1e-2
+MAX_NMSE, MIN_DRIFT = 1e-6, 1e-2
 
-# Published settings of Phi-3-mini-4k and -128k, heads of 96 as theirs, but two of them and two layers.
+# Published settings of Phi-3-mini-4k and -128k, with the same head_dim (96) but two heads and two layers.
 SHAPE: dict[str, Any] = {
     "hidden_size": 192,
     "num_attention_heads": 2,
@@ -39,7 +39,7 @@ LONG = {
 }
 
 
-def ours(model: Converted, tokens: list[int]) -> npt.NDArray[np.float32]:
+def phi_c_logits(model: Converted, tokens: list[int]) -> npt.NDArray[np.float32]:
     with llm.load(model.gguf, n_ctx=8192 if len(tokens) > 4000 else 4096) as engine:
         return engine.logits(tokens)
 
@@ -50,34 +50,34 @@ def windowed(converted: Convert) -> Converted:
 
 
 @pytest.fixture(scope="module")
-def long(converted: Convert) -> Converted:
+def long_rope(converted: Convert) -> Converted:
     return converted("Phi3", "phi-3", LONG)
 
 
-def test_past_the_window(windowed: Converted, converted: Convert) -> None:
-    """At every position of a text beyond it; the same weights without the window drift from its first position on."""
+def test_beyond_the_window(windowed: Converted, converted: Convert) -> None:
+    """All positions agree with transformers; without the window, logits differ from position 2047 onward."""
     tokens = random_tokens(WINDOW + 200, windowed.n_tokens)
     expected = windowed.expected(tokens)
-    assert worst_nmse(ours(windowed, tokens), expected) <= SAME
-    without = ours(converted("Phi3", "phi-3", FULL), tokens)
-    inside = worst_nmse(without[:WINDOW], expected[:WINDOW])
-    outside = worst_nmse(without[WINDOW:], expected[WINDOW:])
+    assert worst_nmse(phi_c_logits(windowed, tokens), expected) <= MAX_NMSE
+    without_window = phi_c_logits(converted("Phi3", "phi-3", FULL), tokens)
+    inside = worst_nmse(without_window[:WINDOW], expected[:WINDOW])
+    outside = worst_nmse(without_window[WINDOW:], expected[WINDOW:])
     print(f"without the window: {inside:.1e} inside, {outside:.1e} outside")
-    assert inside <= SAME
+    assert inside <= MAX_NMSE
     assert outside > 1e-4
 
 
-def test_past_the_original_context(long: Converted) -> None:
-    """Short factors up to 4096 tokens, long ones with the next; taking the others drifts."""
+def test_beyond_the_original_context(long_rope: Converted) -> None:
+    """Sequences of 4096 tokens use the short factors, longer ones the long factors; with short factors they drift."""
     for n_tokens in (N_CTX_ORIG, N_CTX_ORIG + 1):
-        tokens = random_tokens(n_tokens, long.n_tokens)
-        expected = long.expected(tokens)
-        assert worst_nmse(ours(long, tokens), expected) <= SAME
-    with llm.load(long.gguf, n_ctx=8192, rope="short") as engine:
-        other = engine.logits(tokens)
-    error = worst_nmse(other, expected)
+        tokens = random_tokens(n_tokens, long_rope.n_tokens)
+        expected = long_rope.expected(tokens)
+        assert worst_nmse(phi_c_logits(long_rope, tokens), expected) <= MAX_NMSE
+    with llm.load(long_rope.gguf, n_ctx=8192, rope="short") as engine:
+        with_short_factors = engine.logits(tokens)
+    error = worst_nmse(with_short_factors, expected)
     print(f"short factors beyond the original context: {error:.1e}")
-    assert error > DRIFTED
+    assert error > MIN_DRIFT
 
 
 @pytest.fixture(scope="module")
@@ -86,18 +86,18 @@ def short_context(windowed: Converted) -> LlamaCpp:
 
 
 @pytest.fixture(scope="module")
-def long_context(long: Converted) -> LlamaCpp:
-    return LlamaCpp(long.gguf, 8192)
+def long_context(long_rope: Converted) -> LlamaCpp:
+    return LlamaCpp(long_rope.gguf, 8192)
 
 
 @pytest.mark.parametrize("n_tokens", [100, WINDOW, WINDOW + 200])
-def test_llama_cpp_past_the_window(windowed: Converted, short_context: LlamaCpp, n_tokens: int) -> None:
+def test_llama_cpp_beyond_the_window(windowed: Converted, short_context: LlamaCpp, n_tokens: int) -> None:
     tokens = random_tokens(n_tokens, windowed.n_tokens)
     expected = windowed.expected(tokens)[-1]
-    theirs = distance(short_context.log_probs(tokens, len(expected)), expected)
-    mine = distance(ours(windowed, tokens)[-1], expected)
-    print(f"{n_tokens} tokens: llama.cpp {theirs:.1e}, phi-c {mine:.1e}")
-    assert mine <= SAME
+    theirs = log_prob_nmse(short_context.log_probs(tokens, len(expected)), expected)
+    ours = log_prob_nmse(phi_c_logits(windowed, tokens)[-1], expected)
+    print(f"{n_tokens} tokens: llama.cpp {theirs:.1e}, phi-c {ours:.1e}")
+    assert ours <= MAX_NMSE
     if n_tokens <= WINDOW:
         assert theirs <= 1e-4
     else:
@@ -105,14 +105,14 @@ def test_llama_cpp_past_the_window(windowed: Converted, short_context: LlamaCpp,
 
 
 @pytest.mark.parametrize("n_tokens", [100, N_CTX_ORIG, N_CTX_ORIG + 1])
-def test_llama_cpp_past_the_original_context(long: Converted, long_context: LlamaCpp, n_tokens: int) -> None:
-    tokens = random_tokens(n_tokens, long.n_tokens)
-    expected = long.expected(tokens)[-1]
-    theirs = distance(long_context.log_probs(tokens, len(expected)), expected)
-    mine = distance(ours(long, tokens)[-1], expected)
-    print(f"{n_tokens} tokens: llama.cpp {theirs:.1e}, phi-c {mine:.1e}")
-    assert mine <= SAME
+def test_llama_cpp_beyond_the_original_context(long_rope: Converted, long_context: LlamaCpp, n_tokens: int) -> None:
+    tokens = random_tokens(n_tokens, long_rope.n_tokens)
+    expected = long_rope.expected(tokens)[-1]
+    theirs = log_prob_nmse(long_context.log_probs(tokens, len(expected)), expected)
+    ours = log_prob_nmse(phi_c_logits(long_rope, tokens)[-1], expected)
+    print(f"{n_tokens} tokens: llama.cpp {theirs:.1e}, phi-c {ours:.1e}")
+    assert ours <= MAX_NMSE
     if n_tokens > N_CTX_ORIG:
         assert theirs <= 1e-4
     else:
-        assert theirs > DRIFTED
+        assert theirs > MIN_DRIFT

@@ -1,4 +1,4 @@
-"""Phi-3.5-MoE's and Phi-2's tensors after conversion, looked at without running them."""
+"""Converted Phi-3.5-MoE tensors against transformers' parameters, and converted Phi-2 files in llama.cpp."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import transformers
 from converted_model import Convert
-from llama_cpp import LlamaCpp, distance
+from llama_cpp import LlamaCpp, log_prob_nmse
 
 import gguf
 from reference_models import random_tokens
@@ -26,8 +26,8 @@ PHI2: dict[str, Any] = {
 }
 
 
-def test_experts_are_planes(converted: Convert) -> None:
-    """Gate, up and down of each expert, as transformers holds them; the router stays float32."""
+def test_expert_tensors(converted: Convert) -> None:
+    """Gate, up and down of each expert equal transformers' parameters; the router is float32."""
     model = converted("Phimoe", "phi-3", MOE, dtype="bfloat16")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32)
     tensors = {t.name: t for t in gguf.GGUFReader(model.gguf).tensors}
@@ -52,4 +52,4 @@ def test_phi2_in_llama_cpp(converted: Convert) -> None:
     engine = LlamaCpp(model.gguf, 256)
     for seed in range(4):
         tokens = random_tokens(30, model.n_tokens, seed)
-        assert distance(engine.log_probs(tokens, model.n_tokens), model.expected(tokens)[-1]) <= 1e-6
+        assert log_prob_nmse(engine.log_probs(tokens, model.n_tokens), model.expected(tokens)[-1]) <= 1e-6

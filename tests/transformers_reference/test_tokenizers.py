@@ -1,4 +1,4 @@
-"""Ids and chat texts of converted files against transformers' tokenizer of the folder."""
+"""Token ids and rendered chats of converted files against transformers' tokenizer."""
 
 import pytest
 from converted_model import Convert
@@ -23,7 +23,7 @@ CASES["llama-3"] = ("Llama", "llama-3", {})
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_ids_and_chat(converted: Convert, kind: str) -> None:
+def test_ids_and_rendered_chat(converted: Convert, kind: str) -> None:
     model = converted(*CASES[kind])
     theirs = reference_tokenizer(model.folder)
     with llm.load(model.gguf) as engine:

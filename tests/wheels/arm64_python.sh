@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# arm64_python.sh FOLDER: unpacks an aarch64 Python, its headers and what NumPy needs, from Debian's arm64 packages,
-# into FOLDER. The machine's own packages are left alone. For qemu-aarch64, with QEMU_LD_PREFIX=FOLDER.
+# arm64_python.sh FOLDER: unpacks an aarch64 Python, its headers and the libraries that NumPy needs from Debian's arm64
+# packages into FOLDER. Does not change the packages of the machine. Run the Python with qemu-aarch64 and
+# QEMU_LD_PREFIX=FOLDER.
 set -euo pipefail
 folder=$1
 apt=$(mktemp -d)

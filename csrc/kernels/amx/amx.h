@@ -1,11 +1,11 @@
-/* The AMX tier's kernels, gathered into one table by table.c. Needs AMX-INT8 and what the AVX-512 tier needs. */
+/* Kernels of the AMX tier, collected by table.c. Requires AMX-INT8 and everything that the AVX-512 tier requires. */
 #ifndef PHI_AMX_H
 #define PHI_AMX_H
 
 #include "../../kernels.h"
 
-/* Up to here products are those of the AVX-512 tier: one token and a batch give the same bits. */
-enum { PHI_AMX_FEW_TOKENS = 16 };
+/* Batches of up to this many tokens use the AVX-512 kernels, whose bits do not depend on the batch size. */
+enum { PHI_AMX_MAX_EXACT_BATCH = 16 };
 
 #define PHI_DECLARE(type) void phi_matmul_packed_##type##_amx(const phi_matmul *m);
 PHI_DECLARE(q4_k)

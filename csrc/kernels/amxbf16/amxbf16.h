@@ -1,12 +1,12 @@
-/* The AMX-BF16 tier's kernels, gathered into one table by table.c. Needs AMX-BF16, AVX512-BF16 and what the AVX-512
- * tier needs. */
+/* Kernels of the AMX-BF16 tier, collected by table.c. Requires AMX-BF16, AVX512-BF16 and everything that the AVX-512
+ * tier requires. */
 #ifndef PHI_AMXBF16_H
 #define PHI_AMXBF16_H
 
 #include "../../kernels.h"
 
-/* Up to here products are those of the AVX-512 tier: one token and a batch give the same bits. */
-enum { PHI_AMXBF16_FEW_TOKENS = 16 };
+/* Batches of up to this many tokens use the AVX-512 kernels, whose bits do not depend on the batch size. */
+enum { PHI_AMXBF16_MAX_EXACT_BATCH = 16 };
 
 #define PHI_DECLARE(type) void phi_matmul_packed_##type##_amxbf16(const phi_matmul *m);
 PHI_DECLARE(q4_0)

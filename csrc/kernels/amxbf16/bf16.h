@@ -1,16 +1,15 @@
-/* Floats to bf16, as weights and activations of the AMX-BF16 tier are rounded: to nearest, ties to even; what is
- * smaller than the smallest normal float becomes 0. */
+/* float32 to bf16 for weights and activations of the AMX-BF16 tier: to nearest, ties to even, denormals to 0. */
 #ifndef PHI_AMXBF16_BF16_H
 #define PHI_AMXBF16_BF16_H
 
 #include <immintrin.h>
 #include <string.h>
 
-/* The first 16 floats in the lower half, the others in the upper one. */
-static inline __m512i phi_to_bf16(__m512 first, __m512 others) {
-    const __m512bh rounded = _mm512_cvtne2ps_pbh(others, first);
+/* 32 bf16 values: `low` in the lower 256 bits, `high` in the upper. */
+static inline __m512i phi_to_bf16(__m512 low, __m512 high) {
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
     __m512i words;
-    memcpy(&words, &rounded, sizeof words); /* not every compiler casts between the two */
+    memcpy(&words, &rounded, sizeof words); /* not every compiler casts __m512bh to __m512i */
     return words;
 }
 

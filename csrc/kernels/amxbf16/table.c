@@ -1,11 +1,12 @@
-/* The AMX-BF16 tier's table. Panels, products of few tokens, and those of F32, F16 and BF16 matrices, whose activations
- * stay in float, are those of the AVX-512 tier. Every product that takes tiled activations is replaced together with
- * quantize_tiled: their layout is not that of the amx tier, which lies between the two. */
+/* Kernel table of the AMX-BF16 tier: prefill products of every packed type. Everything else is inherited from the
+ * AVX-512 tier: packing, batches of up to PHI_AMXBF16_MAX_EXACT_BATCH tokens, and F32, F16 and BF16 matrices, whose
+ * activations stay in float32. The amx tier lies between the two and tiles activations differently, so every product
+ * that takes tiled activations is replaced together with quantize_tiled. */
 #include "amxbf16.h"
 
 const phi_kernels phi_kernels_amxbf16 = {
     .name = "amxbf16",
-    .max_exact_batch = PHI_AMXBF16_FEW_TOKENS,
+    .max_exact_batch = PHI_AMXBF16_MAX_EXACT_BATCH,
     .matmul_packed[PHI_TYPE_Q4_0] = phi_matmul_packed_q4_0_amxbf16,
     .matmul_packed[PHI_TYPE_Q4_1] = phi_matmul_packed_q4_1_amxbf16,
     .matmul_packed[PHI_TYPE_Q8_0] = phi_matmul_packed_q8_0_amxbf16,

@@ -1,63 +1,55 @@
-/* Attention over pages in half precision or int8; generic/attention_tile.h has the way through them, here are its
- * steps. Layout: phi_kv_slice: keys [16 positions side by side][head_dim][16], values [position][head_dim]. Idea: four
- * rows by two vectors in registers, from converted keys (16 positions at a time) and values (16 dimensions); one row
- * reads the pages themselves, asking for what it reads next. Bound: one row: reading the pages, 4 bytes a position and
- * dimension (int8: 2.1); many: the multiplications. */
+/* Attention over pages of the KV cache in half precision or int8: the steps that generic/attention_tile.h calls.
+ * Layout: phi_kv_slice: keys [2 groups][head_dim][16 positions], values [position][head_dim].
+ * Idea: a tile keeps the sums of 4 rows x 2 vectors in registers, over converted keys (16 positions at a time) and
+ * values (16 dimensions). A single row reads the pages directly and prefetches what it reads next.
+ * Bound: one row: reading the pages, 4 bytes (int8: 2.1) per position and dimension; more rows: the FMAs. */
 #include "../generic/attention_tile.h"
+#include "../x86/prefetch.h"
 
 #include <math.h>
 
 #include "avx2.h"
 #include "simd.h"
 
-enum { ROWS = 4, BLOCK = PHI_ATTENTION_BLOCK, LINE_BYTES = 64 };
+enum { ROWS = 4, BLOCK = PHI_ATTENTION_BLOCK };
 
-/* Into the second level: it waits for far more lines at a time than the first one does. */
-PHI_INLINE void ask_for(const void *line) { _mm_prefetch((const char *)line, _MM_HINT_T1); }
-
-PHI_INLINE phi_kv_slice head_of(const phi_attention *a, phi_kv_type type, int position) {
-    return phi_kv_slice_of(type, a->head_dim, (uint8_t *)phi_page_of(a, position));
-}
-
-/* Scales of eight keys from position `first` of the page on, for PHI_KV_BLOCK dimensions from d on; half precision has
- * none. */
+/* Scales of the eight keys in slots first .. first + 7, for the block of PHI_KV_BLOCK dimensions that holds d. Unused
+ * with F16. */
 PHI_INLINE __m256 key_scales(phi_kv_type type, const phi_kv_slice *page, size_t d, size_t first) {
     if (type == PHI_KV_F16) return _mm256_setzero_ps();
     return phi_load_half(page->key_scales + d / PHI_KV_BLOCK * PHI_PAGE_TOKENS + first);
 }
 
-PHI_INLINE __m256 floats_of(__m128i q) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q)); }
+PHI_INLINE __m256 floats_from_int8(__m128i q) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q)); }
 
-/* Dimension d of eight keys. */
+/* Dimension d of the eight keys in slots first .. first + 7. */
 PHI_INLINE __m256 load_keys(phi_kv_type type, const phi_kv_slice *page, size_t head_dim, size_t d, size_t first,
                             __m256 scales) {
     const size_t at = (first / PHI_KV_GROUP * head_dim + d) * PHI_KV_GROUP + first % PHI_KV_GROUP;
     if (type == PHI_KV_F16) return phi_load_half((const uint16_t *)(const void *)page->keys + at);
-    return _mm256_mul_ps(floats_of(_mm_loadl_epi64((const __m128i *)(const void *)(page->keys + at))), scales);
+    return _mm256_mul_ps(floats_from_int8(_mm_loadl_epi64((const __m128i *)(const void *)(page->keys + at))), scales);
 }
 
-/* n, at most 8, dimensions from d on of the value in a slot, then zeros. */
+/* n <= 8 dimensions from d on of the value in a slot, then zeros. */
 PHI_INLINE __m256 load_values(phi_kv_type type, const phi_kv_slice *page, size_t head_dim, size_t slot, size_t d,
                               size_t n) {
     const size_t at = slot * head_dim + d, element = type == PHI_KV_F16 ? 2 : 1;
     const uint8_t *values = page->values + at * element;
-    uint8_t some[16] = {0};
+    uint8_t padded[16] = {0};
     if (n < 8) {
-        memcpy(some, values, n * element);
-        values = some;
+        memcpy(padded, values, n * element);
+        values = padded;
     }
     if (type == PHI_KV_F16) return phi_load_half((const uint16_t *)(const void *)values);
     const size_t n_blocks = (head_dim + PHI_KV_BLOCK - 1) / PHI_KV_BLOCK;
     const short scale = (short)page->value_scales[slot * n_blocks + d / PHI_KV_BLOCK];
     const __m256 scales = _mm256_cvtph_ps(_mm_set1_epi16(scale));
-    return _mm256_mul_ps(floats_of(_mm_loadl_epi64((const __m128i *)(const void *)values)), scales);
+    return _mm256_mul_ps(floats_from_int8(_mm_loadl_epi64((const __m128i *)(const void *)values)), scales);
 }
-
-PHI_INLINE size_t element_bytes(phi_kv_type type) { return type == PHI_KV_F16 ? 2 : 1; }
 
 PHI_INLINE void convert_keys(const phi_attention *a, phi_kv_type type, int page, float *keys) {
     const size_t head_dim = (size_t)a->head_dim;
-    const phi_kv_slice p = head_of(a, type, page);
+    const phi_kv_slice p = phi_kv_slice_at(a, type, page);
     for (size_t b = 0; b < head_dim; b += PHI_KV_BLOCK) {
         for (size_t first = 0; first < PHI_PAGE_TOKENS; first += 8) {
             const __m256 scales = key_scales(type, &p, b, first);
@@ -65,14 +57,15 @@ PHI_INLINE void convert_keys(const phi_attention *a, phi_kv_type type, int page,
                 _mm256_storeu_ps(keys + d * PHI_PAGE_TOKENS + first, load_keys(type, &p, head_dim, d, first, scales));
         }
     }
-    for (size_t i = 0; i < head_dim * PHI_PAGE_TOKENS * element_bytes(type); i += LINE_BYTES) ask_for(p.values + i);
+    for (size_t i = 0; i < head_dim * PHI_PAGE_TOKENS * phi_kv_element_bytes(type); i += CACHE_LINE_BYTES)
+        prefetch_l2_line(p.values + i);
 }
 
 PHI_INLINE void convert_values(const phi_attention *a, phi_kv_type type, int first, int end, size_t first_dim,
                                float *values) {
     const size_t head_dim = (size_t)a->head_dim, left = head_dim - first_dim;
     for (int p = first; p < end; p++, values += PHI_VALUE_DIMS) {
-        const phi_kv_slice page = head_of(a, type, p);
+        const phi_kv_slice page = phi_kv_slice_at(a, type, p);
         const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
         for (size_t d = 0; d < PHI_VALUE_DIMS; d += 8) {
             const size_t n = left <= d ? 0 : left - d < 8 ? left - d : 8;
@@ -82,8 +75,9 @@ PHI_INLINE void convert_values(const phi_attention *a, phi_kv_type type, int fir
     }
 }
 
-/* s = q * keys over every second dimension from `parity` on, for 16 positions. */
-PHI_INLINE void multiply(const phi_tile *t, const float *keys, size_t head_dim, size_t parity, __m256 s[ROWS][2]) {
+/* s = q * k over the even (parity 0) or odd (parity 1) dimensions, for 16 positions. */
+PHI_INLINE void multiply_qk(const phi_query_tile *t, const float *keys, size_t head_dim, size_t parity,
+                            __m256 s[ROWS][2]) {
     UNROLL for (int r = 0; r < ROWS; r++) s[r][0] = s[r][1] = _mm256_setzero_ps();
     for (size_t d = parity; d < head_dim; d += 2) { /* head_dim is even */
         const __m256 k0 = _mm256_loadu_ps(keys + d * PHI_PAGE_TOKENS);
@@ -96,23 +90,24 @@ PHI_INLINE void multiply(const phi_tile *t, const float *keys, size_t head_dim, 
     }
 }
 
-/* Scores of a row at eight positions from `position` on, hidden where it does not see. */
-PHI_INLINE void store_scores(const phi_tile *t, int row, int position, __m256 s, float *scores) {
+/* Stores a row's scores for eight positions from `position` on, -infinity at masked ones. */
+PHI_INLINE void store_scores(const phi_query_tile *t, int row, int position, __m256 s, float *scores) {
     if (position < t->all_first || position + 7 > t->all_last) {
         const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
         const __m256i at = _mm256_add_epi32(lane, _mm256_set1_epi32(position));
-        const __m256i hidden = _mm256_or_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(t->first[row]), at),
-                                               _mm256_cmpgt_epi32(at, _mm256_set1_epi32(t->last[row])));
-        s = _mm256_blendv_ps(s, _mm256_set1_ps(-INFINITY), _mm256_castsi256_ps(hidden));
+        const __m256i masked = _mm256_or_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(t->row_first[row]), at),
+                                               _mm256_cmpgt_epi32(at, _mm256_set1_epi32(t->row_last[row])));
+        s = _mm256_blendv_ps(s, _mm256_set1_ps(-INFINITY), _mm256_castsi256_ps(masked));
     }
     _mm256_storeu_ps(scores, s);
 }
 
-static void score(const phi_attention *a, const phi_tile *t, int page, const float *keys, float *scores) {
+static void compute_scores(const phi_attention *a, const phi_query_tile *t, int page, const float *keys,
+                           float *scores) {
     for (int i = 0; i < PHI_PAGE_TOKENS; i += PHI_KV_GROUP) {
-        __m256 even[ROWS][2], odd[ROWS][2]; /* apart, as one row has them: it needs four sums side by side */
-        multiply(t, keys + i, (size_t)a->head_dim, 0, even);
-        multiply(t, keys + i, (size_t)a->head_dim, 1, odd);
+        __m256 even[ROWS][2], odd[ROWS][2]; /* the same bits as compute_scores_one, which needs four independent sums */
+        multiply_qk(t, keys + i, (size_t)a->head_dim, 0, even);
+        multiply_qk(t, keys + i, (size_t)a->head_dim, 1, odd);
         UNROLL for (int r = 0; r < ROWS; r++) {
             store_scores(t, r, page + i, _mm256_add_ps(even[r][0], odd[r][0]), scores + r * BLOCK + i);
             store_scores(t, r, page + i + 8, _mm256_add_ps(even[r][1], odd[r][1]), scores + r * BLOCK + i + 8);
@@ -120,15 +115,16 @@ static void score(const phi_attention *a, const phi_tile *t, int page, const flo
     }
 }
 
-PHI_INLINE void score_one(const phi_attention *a, phi_kv_type type, const phi_tile *t, int page, float *scores) {
-    const size_t head_dim = (size_t)a->head_dim, line = PHI_KV_GROUP * element_bytes(type);
-    const phi_kv_slice p = head_of(a, type, page);
+PHI_INLINE void compute_scores_one(const phi_attention *a, phi_kv_type type, const phi_query_tile *t, int page,
+                                   float *scores) {
+    const size_t head_dim = (size_t)a->head_dim, line = PHI_KV_GROUP * phi_kv_element_bytes(type);
+    const phi_kv_slice p = phi_kv_slice_at(a, type, page);
     for (size_t i = 0; i < PHI_PAGE_TOKENS; i += PHI_KV_GROUP) {
         __m256 s[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
         for (size_t b = 0; b < head_dim; b += PHI_KV_BLOCK) {
             const __m256 low = key_scales(type, &p, b, i), high = key_scales(type, &p, b, i + 8);
             for (size_t d = b; d < head_dim && d < b + PHI_KV_BLOCK; d += 2) {
-                ask_for(p.values + (i / PHI_KV_GROUP * head_dim + d) * line);
+                prefetch_l2_line(p.values + (i / PHI_KV_GROUP * head_dim + d) * line);
                 const __m256 q0 = _mm256_broadcast_ss(t->q + d), q1 = _mm256_broadcast_ss(t->q + d + 1);
                 s[0] = _mm256_fmadd_ps(q0, load_keys(type, &p, head_dim, d, i, low), s[0]);
                 s[1] = _mm256_fmadd_ps(q0, load_keys(type, &p, head_dim, d, i + 8, high), s[1]);
@@ -141,35 +137,36 @@ PHI_INLINE void score_one(const phi_attention *a, phi_kv_type type, const phi_ti
     }
 }
 
-/* e^x, 0 where x is too low for a normal result. */
+/* e^x; 0 where the result would be subnormal. */
 PHI_INLINE __m256 exp_or_zero(__m256 x) {
     return _mm256_and_ps(phi_exp(x), _mm256_cmp_ps(x, _mm256_set1_ps(-87.3f), _CMP_NLT_UQ));
 }
 
-static void soften(phi_tile *t, int row, float *scores, int n) {
-    __m256 largest = _mm256_set1_ps(t->top[row]);
-    for (int i = 0; i < n; i += 8) largest = _mm256_max_ps(_mm256_loadu_ps(scores + i), largest);
-    const float top = phi_hmax(largest);
-    const __m256 tops = _mm256_set1_ps(top), kept = exp_or_zero(_mm256_sub_ps(_mm256_set1_ps(t->top[row]), tops));
-    __m256 total = _mm256_mul_ps(_mm256_loadu_ps(t->totals[row]), kept);
+static void update_softmax(phi_query_tile *t, int row, float *scores, int n) {
+    __m256 lane_max = _mm256_set1_ps(t->row_max[row]);
+    for (int i = 0; i < n; i += 8) lane_max = _mm256_max_ps(_mm256_loadu_ps(scores + i), lane_max);
+    const float row_max = phi_hmax(lane_max);
+    const __m256 row_max_v = _mm256_set1_ps(row_max),
+                 rescale = exp_or_zero(_mm256_sub_ps(_mm256_set1_ps(t->row_max[row]), row_max_v));
+    __m256 row_sum = _mm256_mul_ps(_mm256_loadu_ps(t->row_sum[row]), rescale);
     for (int i = 0; i < n; i += 8) {
-        const __m256 weight = exp_or_zero(_mm256_sub_ps(_mm256_loadu_ps(scores + i), tops));
+        const __m256 weight = exp_or_zero(_mm256_sub_ps(_mm256_loadu_ps(scores + i), row_max_v));
         _mm256_storeu_ps(scores + i, weight);
-        total = _mm256_add_ps(total, weight);
+        row_sum = _mm256_add_ps(row_sum, weight);
     }
-    _mm256_storeu_ps(t->totals[row], total);
-    t->top[row] = top;
-    t->kept[row] = _mm256_cvtss_f32(kept);
+    _mm256_storeu_ps(t->row_sum[row], row_sum);
+    t->row_max[row] = row_max;
+    t->rescale[row] = _mm256_cvtss_f32(rescale);
 }
 
-static void weigh(const phi_tile *t, const float *weights, const float *values, int n, size_t first_dim) {
+static void accumulate_pv(const phi_query_tile *t, const float *weights, const float *values, int n, size_t first_dim) {
     for (size_t d = 0; d < PHI_VALUE_DIMS; d += 16) {
         __m256 sum[ROWS][2];
         UNROLL for (int r = 0; r < ROWS; r++) {
-            const float *sums = t->sums + (size_t)r * t->sums_stride + first_dim + d;
-            const __m256 kept = _mm256_set1_ps(t->kept[r]);
-            sum[r][0] = _mm256_mul_ps(_mm256_loadu_ps(sums), kept);
-            sum[r][1] = _mm256_mul_ps(_mm256_loadu_ps(sums + 8), kept);
+            const float *acc = t->acc + (size_t)r * t->acc_stride + first_dim + d;
+            const __m256 rescale = _mm256_set1_ps(t->rescale[r]);
+            sum[r][0] = _mm256_mul_ps(_mm256_loadu_ps(acc), rescale);
+            sum[r][1] = _mm256_mul_ps(_mm256_loadu_ps(acc + 8), rescale);
         }
         const float *v = values + d;
         for (int p = 0; p < n; p++, v += PHI_VALUE_DIMS) {
@@ -181,25 +178,25 @@ static void weigh(const phi_tile *t, const float *weights, const float *values, 
             }
         }
         UNROLL for (int r = 0; r < ROWS; r++) {
-            float *sums = t->sums + (size_t)r * t->sums_stride + first_dim + d;
-            _mm256_storeu_ps(sums, sum[r][0]);
-            _mm256_storeu_ps(sums + 8, sum[r][1]);
+            float *acc = t->acc + (size_t)r * t->acc_stride + first_dim + d;
+            _mm256_storeu_ps(acc, sum[r][0]);
+            _mm256_storeu_ps(acc + 8, sum[r][1]);
         }
     }
 }
 
-/* 8 * n_vectors dimensions from first_dim on, n_dims (at most 8) of the last vector. n_vectors is a constant where this
- * is inlined. */
-PHI_INLINE void weigh_dims(const phi_attention *a, phi_kv_type type, const phi_tile *t, int first, int end,
-                           const float *weights, size_t first_dim, int n_vectors, size_t n_dims) {
-    const size_t head_dim = (size_t)a->head_dim, element = element_bytes(type);
-    float *sums = t->sums + first_dim;
+/* 8 * n_vectors dimensions from first_dim on, of which the last vector has only n_dims <= 8. n_vectors is a
+ * compile-time constant once inlined. */
+PHI_INLINE void accumulate_pv_dims(const phi_attention *a, phi_kv_type type, const phi_query_tile *t, int first,
+                                   int end, const float *weights, size_t first_dim, int n_vectors, size_t n_dims) {
+    const size_t head_dim = (size_t)a->head_dim, element = phi_kv_element_bytes(type);
+    float *acc = t->acc + first_dim;
     __m256 sum[12];
     UNROLL for (int i = 0; i < n_vectors; i++) sum[i] =
-        _mm256_mul_ps(_mm256_loadu_ps(sums + 8 * i), _mm256_set1_ps(t->kept[0]));
+        _mm256_mul_ps(_mm256_loadu_ps(acc + 8 * i), _mm256_set1_ps(t->rescale[0]));
     for (int p = first; p < end;) {
-        const phi_kv_slice page = head_of(a, type, p);
-        const uint8_t *ahead = p + BLOCK < t->seen_end ? phi_page_of(a, p + BLOCK) : NULL; /* keys of the next block */
+        const phi_kv_slice page = phi_kv_slice_at(a, type, p);
+        const uint8_t *next_keys = p + BLOCK < t->any_end ? phi_page_of(a, p + BLOCK) : NULL; /* of the next block */
         const int page_end = phi_min(end, (p / PHI_PAGE_TOKENS + 1) * PHI_PAGE_TOKENS);
         for (; p < page_end; p++, weights++) {
             const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
@@ -209,23 +206,23 @@ PHI_INLINE void weigh_dims(const phi_attention *a, phi_kv_type type, const phi_t
                 const __m256 v = load_values(type, &page, head_dim, slot, first_dim + 8 * (size_t)i, n);
                 sum[i] = _mm256_fmadd_ps(weight, v, sum[i]);
             }
-            for (size_t i = 0; ahead && i < (size_t)n_vectors * 8 * element; i += LINE_BYTES)
-                ask_for(ahead + (slot * head_dim + first_dim) * element + i);
+            for (size_t i = 0; next_keys && i < (size_t)n_vectors * 8 * element; i += CACHE_LINE_BYTES)
+                prefetch_l2_line(next_keys + (slot * head_dim + first_dim) * element + i);
         }
     }
-    UNROLL for (int i = 0; i < n_vectors; i++) _mm256_storeu_ps(sums + 8 * i, sum[i]);
+    UNROLL for (int i = 0; i < n_vectors; i++) _mm256_storeu_ps(acc + 8 * i, sum[i]);
 }
 
-PHI_INLINE void weigh_one(const phi_attention *a, phi_kv_type type, const phi_tile *t, int first, int end,
-                          const float *weights) {
+PHI_INLINE void accumulate_pv_one(const phi_attention *a, phi_kv_type type, const phi_query_tile *t, int first, int end,
+                                  const float *weights) {
     const size_t head_dim = (size_t)a->head_dim;
     size_t d = 0;
     if (head_dim % 96 == 0)
-        for (; d < head_dim; d += 96) weigh_dims(a, type, t, first, end, weights, d, 12, 8);
-    for (; d + 64 <= head_dim; d += 64) weigh_dims(a, type, t, first, end, weights, d, 8, 8);
-    for (; d + 8 <= head_dim; d += 8) weigh_dims(a, type, t, first, end, weights, d, 1, 8);
-    if (d < head_dim) weigh_dims(a, type, t, first, end, weights, d, 1, head_dim - d);
+        for (; d < head_dim; d += 96) accumulate_pv_dims(a, type, t, first, end, weights, d, 12, 8);
+    for (; d + 64 <= head_dim; d += 64) accumulate_pv_dims(a, type, t, first, end, weights, d, 8, 8);
+    for (; d + 8 <= head_dim; d += 8) accumulate_pv_dims(a, type, t, first, end, weights, d, 1, 8);
+    if (d < head_dim) accumulate_pv_dims(a, type, t, first, end, weights, d, 1, head_dim - d);
 }
 
-PHI_KV_STEPS(PHI_KV_F16, f16, avx2)
-PHI_KV_STEPS(PHI_KV_Q8, q8, avx2)
+PHI_DEFINE_ATTENTION(PHI_KV_F16, f16, avx2)
+PHI_DEFINE_ATTENTION(PHI_KV_Q8, q8, avx2)

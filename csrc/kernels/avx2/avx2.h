@@ -1,4 +1,4 @@
-/* The AVX2 tier's kernels, gathered into one table by table.c. Needs AVX2, FMA and F16C. */
+/* Kernels of the AVX2 tier, listed in table.c. Requires AVX2, FMA and F16C. */
 #ifndef PHI_AVX2_H
 #define PHI_AVX2_H
 
@@ -33,7 +33,7 @@ void phi_quantize_q8_avx2(const float *x, size_t n, phi_q8 q8);
 void phi_rms_norm_avx2(const float *x, const float *weight, size_t n, float eps, float *y);
 void phi_layer_norm_avx2(const float *x, const float *weight, const float *bias, size_t n, float eps, float *y);
 void phi_rope_neox_avx2(float *x, int rope_dims, const float *cos, const float *sin);
-void phi_rope_norm_avx2(float *x, int rope_dims, const float *cos, const float *sin);
+void phi_rope_interleaved_avx2(float *x, int rope_dims, const float *cos, const float *sin);
 void phi_silu_mul_avx2(const float *gate, const float *up, size_t n, float *y);
 void phi_gelu_avx2(const float *x, size_t n, float *y);
 void phi_add_avx2(const float *x, size_t n, float *y);

@@ -1,8 +1,8 @@
 /* Products of Q2_K to Q6_K rows with int8 activations.
- * Layout: blocks of 256 weights as in the file (blocks.h); activations with a scale a 32 and a sum a 16.
- * Idea: unpack a block to unsigned bytes and 16-bit sub-block scales once, use it for up to four tokens;
- * maddubs makes pairs, madd multiplies by the sub-block's scale, and what the weights' offsets and minima
- * subtract is one float product with the activations' sums.
+ * Layout: row-major blocks of 256 weights (blocks.h); activations with one scale per 32 and one sum per 16.
+ * Idea: a block is unpacked once, to unsigned bytes and 16-bit sub-block scales, for up to four tokens. vpmaddubsw adds
+ * pairs of products, vpmaddwd multiplies these by the sub-block's scale. Offsets and minima of the weights are
+ * subtracted as one float product with the activations' sums.
  * Bound: six instructions for 32 products, or reading the rows. */
 #include "avx2.h"
 #include "simd.h"
@@ -12,15 +12,15 @@
 enum { BLOCK = 256, SUB_BLOCKS = BLOCK / 32, MAX_TOKENS = 4 };
 
 typedef struct {
-    __m256i q[SUB_BLOCKS];     /* 32 weights each, without sign */
-    __m256i scale[SUB_BLOCKS]; /* 16-bit, the scale of the pair of weights in the same place */
-    __m256 min[2];             /* what a unit of activation sum takes away, by sub-blocks of 16 */
+    __m256i q[SUB_BLOCKS];     /* 32 unsigned quants each */
+    __m256i scale[SUB_BLOCKS]; /* int16: the scale of each pair of quants */
+    __m256 min[2];             /* by sub-blocks of 16: offset or minimum, a factor of the activations' sums */
     float d;                   /* multiplies every scale */
 } unpacked;
 
 typedef void (*unpack_fn)(const uint8_t *block, unpacked *u);
 
-/* 16 scales of 16 weights each. */
+/* From 16 scales of 16 weights each. */
 PHI_INLINE void spread_scales_16(__m128i scales_i8, unpacked *u) {
     const __m256i scales = _mm256_cvtepi8_epi16(scales_i8);
     int16_t s[16];
@@ -30,11 +30,11 @@ PHI_INLINE void spread_scales_16(__m128i scales_i8, unpacked *u) {
     }
 }
 
-/* What 16 small integers, times `unit`, take away. */
-PHI_INLINE void minima_16(__m128i i8, float unit, unpacked *u) {
-    const __m256 factor = _mm256_set1_ps(unit);
-    u->min[0] = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(i8)), factor);
-    u->min[1] = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(i8, 8))), factor);
+/* min = i8 * factor for 16 sub-blocks. */
+PHI_INLINE void scale_minima_16(__m128i i8, float factor, unpacked *u) {
+    const __m256 factors = _mm256_set1_ps(factor);
+    u->min[0] = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(i8)), factors);
+    u->min[1] = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(i8, 8))), factors);
 }
 
 PHI_INLINE void unpack_q2_k(const uint8_t *block, unpacked *u) {
@@ -43,7 +43,7 @@ PHI_INLINE void unpack_q2_k(const uint8_t *block, unpacked *u) {
     const __m256i low2 = _mm256_set1_epi8(3);
     u->d = phi_half(b->d);
     spread_scales_16(_mm_and_si128(packed, low4), u);
-    minima_16(_mm_and_si128(_mm_srli_epi16(packed, 4), low4), phi_half(b->dmin), u);
+    scale_minima_16(_mm_and_si128(_mm_srli_epi16(packed, 4), low4), phi_half(b->dmin), u);
     for (int h = 0; h < 2; h++) {
         const __m256i q = phi_load(b->qs + 32 * h);
         u->q[4 * h] = _mm256_and_si256(q, low2);
@@ -67,7 +67,7 @@ PHI_INLINE void unpack_q3_k(const uint8_t *block, unpacked *u) {
     const __m128i scales = _mm_sub_epi8(_mm_loadu_si128((const __m128i *)(const void *)six_bits), _mm_set1_epi8(32));
     u->d = phi_half(b->d);
     spread_scales_16(scales, u);
-    minima_16(scales, u->d * 4.0f, u);
+    scale_minima_16(scales, u->d * 4.0f, u);
     const __m256i hmask = phi_load(b->hmask), low2 = _mm256_set1_epi8(3), bit2 = _mm256_set1_epi8(4);
     for (int h = 0; h < 2; h++) {
         __m256i q = phi_load(b->qs + 32 * h), m = h ? _mm256_srli_epi16(hmask, 4) : hmask;
@@ -80,7 +80,7 @@ PHI_INLINE void unpack_q3_k(const uint8_t *block, unpacked *u) {
     }
 }
 
-/* The 6-bit scales and minima that Q4_K and Q5_K share: phi_unpack_scales_k4 four at a time. */
+/* The 6-bit scales and minima of Q4_K and Q5_K (see phi_unpack_scales_k4), four at a time. */
 PHI_INLINE void unpack_scales_k4(const uint8_t *packed, float dmin, unpacked *u) {
     uint32_t p[3];
     memcpy(p, packed, sizeof p);
@@ -130,7 +130,7 @@ PHI_INLINE void unpack_q6_k(const uint8_t *block, unpacked *u) {
     const __m128i scales = _mm_loadu_si128((const __m128i *)(const void *)b->scales);
     u->d = phi_half(b->d);
     spread_scales_16(scales, u);
-    minima_16(scales, u->d * 32.0f, u);
+    scale_minima_16(scales, u->d * 32.0f, u);
     for (int h = 0; h < 2; h++) {
         const __m256i first = phi_load(b->ql + 64 * h), second = phi_load(b->ql + 64 * h + 32),
                       high = phi_load(b->qh + 32 * h);
@@ -145,14 +145,15 @@ PHI_INLINE void unpack_q6_k(const uint8_t *block, unpacked *u) {
     }
 }
 
+/* Dot products of one row with n_tokens <= MAX_TOKENS tokens; n_tokens is a compile-time constant once inlined. */
 PHI_INLINE void dot(unpack_fn unpack, size_t block_bytes, const phi_matmul *m, const uint8_t *row, int token,
                     int n_tokens, float *out) {
     const size_t n = (size_t)m->n_cols, first = (size_t)(m->first_token + token) * n;
     const phi_q8 q8 = phi_q8_at(m->x->q8, first);
     const int8_t *x = q8.quants;
     const float *scales = q8.scales, *sums = q8.sums;
-    __m256 total[MAX_TOKENS], minus[MAX_TOKENS];
-    for (int t = 0; t < n_tokens; t++) total[t] = minus[t] = _mm256_setzero_ps();
+    __m256 total[MAX_TOKENS], min_total[MAX_TOKENS];
+    for (int t = 0; t < n_tokens; t++) total[t] = min_total[t] = _mm256_setzero_ps();
     for (size_t i = 0; i < n; i += BLOCK) {
         unpacked u;
         unpack(row + i / BLOCK * block_bytes, &u);
@@ -167,12 +168,12 @@ PHI_INLINE void dot(unpack_fn unpack, size_t block_bytes, const phi_matmul *m, c
                 block = _mm256_fmadd_ps(_mm256_cvtepi32_ps(scaled), _mm256_broadcast_ss(st + j), block);
             }
             total[t] = _mm256_fmadd_ps(block, _mm256_set1_ps(u.d), total[t]);
-            minus[t] = _mm256_fmadd_ps(u.min[0], _mm256_loadu_ps(sum), minus[t]);
-            minus[t] = _mm256_fmadd_ps(u.min[1], _mm256_loadu_ps(sum + 8), minus[t]);
+            min_total[t] = _mm256_fmadd_ps(u.min[0], _mm256_loadu_ps(sum), min_total[t]);
+            min_total[t] = _mm256_fmadd_ps(u.min[1], _mm256_loadu_ps(sum + 8), min_total[t]);
         }
     }
     for (int t = 0; t < n_tokens; t++)
-        out[(size_t)(token + t) * m->out_stride] = phi_hsum(_mm256_sub_ps(total[t], minus[t]));
+        out[(size_t)(token + t) * m->out_stride] = phi_hsum(_mm256_sub_ps(total[t], min_total[t]));
 }
 
 PHI_INLINE void matmul(unpack_fn unpack, size_t block_bytes, const phi_matmul *m) {

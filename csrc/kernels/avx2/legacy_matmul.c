@@ -1,7 +1,7 @@
 /* Products of Q4_0 to Q8_0 rows with int8 activations.
- * Layout: blocks of 32 weights as in the file (blocks.h); activations with a scale a 32 and a sum a 16.
- * Idea: unpack a block once, use it for up to four tokens. Weights with a sign lend it to the activations, since
- * maddubs wants one factor without; weights with a minimum take it from the activations' sums.
+ * Layout: row-major blocks of 32 weights (blocks.h); activations with one scale per 32 and one sum per 16.
+ * Idea: a block is unpacked once for up to four tokens. vpmaddubsw needs one unsigned factor: the sign of signed
+ * weights is moved to the activations. Minima are added as products with the activations' sums.
  * Bound: ten instructions for 32 products, or reading the rows. */
 #include "avx2.h"
 #include "simd.h"
@@ -22,7 +22,7 @@ PHI_INLINE __m256i nibbles(const uint8_t *qs) {
     return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(packed, 4), packed), _mm256_set1_epi8(15));
 }
 
-/* Bit i of four bytes as 16 in byte i. */
+/* Byte i is 16 where bit i of the four bytes is set, else 0. */
 PHI_INLINE __m256i fifth_bits(const uint8_t *qh) {
     int32_t bits;
     memcpy(&bits, qh, sizeof bits);
@@ -58,7 +58,8 @@ PHI_INLINE void unpack_q8_0(const uint8_t *block, unpacked *u) {
     *u = (unpacked){phi_load(b->qs), phi_half(b->d), 0.0f};
 }
 
-/* has_min: q is without sign and w = d * q + m; else q has one and w = d * q. Both constants where this is inlined. */
+/* Dot products of one row with n_tokens <= MAX_TOKENS tokens. has_min: q is unsigned and w = d * q + m, else q is
+ * signed and w = d * q. has_min and n_tokens are compile-time constants once inlined. */
 PHI_INLINE void dot(unpack_fn unpack, size_t block_bytes, int has_min, const phi_matmul *m, const uint8_t *row,
                     int token, int n_tokens, float *out) {
     const size_t n = (size_t)m->n_cols, first = (size_t)(m->first_token + token) * n;
@@ -75,7 +76,7 @@ PHI_INLINE void dot(unpack_fn unpack, size_t block_bytes, int has_min, const phi
     for (size_t i = 0; i < n; i += BLOCK) {
         unpacked u;
         unpack(row + i / BLOCK * block_bytes, &u);
-        /* -128 has no absolute value in int8, but as an unsigned byte it is 128: right for maddubs, whose pairs
+        /* abs(-128) overflows int8 to the byte 128, which is correct as the unsigned factor of vpmaddubsw; its pairs
          * stay within 2 * 128 * 127 < 2^15. */
         const __m256i magnitude = has_min ? u.q : _mm256_abs_epi8(u.q);
         for (int t = 0; t < n_tokens; t++) {

@@ -1,39 +1,46 @@
-/* Products of packed rows with int8 activations in 256-bit registers, for the tiers that differ in one instruction.
- * Layout: panels of 16 interleaved rows (kernels/generic/pack.h): a line is four columns of 16 rows, two halves of 8.
- * Idea: the 32 columns of a sub-block become eight lines of unsigned bytes, multiplied by four activations broadcast
- * from memory; the integer sums are converted once a group and scaled. A few tokens take the lines straight from the
- * panel; for many, 256 columns of two panels are unpacked to the first-level cache once, and tiles of tokens pass over
- * them. A token's sum is built in the same order either way.
- * The including file says how: phi_sum and phi_to_int32 add a line's products to sums and widen them, after at most
- * phi_lines_a_sum(bits) lines; PHI_SIGNED_BYTES says whether 8-bit quants are signed there, or moved up by 128.
- * Bound: few: reading the panel, asked for ahead; many: the multiplications, see the including file. */
+/* Products of packed rows with int8 activations in 256-bit registers, shared by the AVX2 and AVX-VNNI tiers.
+ * Layout: panels of 16 interleaved rows (generic/pack.h): a line is four columns of 16 rows, two halves of 8 rows.
+ * Idea: the 32 columns of a sub-block are unpacked to eight lines of unsigned bytes, multiplied by four activations
+ * broadcast from memory. The integer sums of a group are converted to float once and scaled. Decode and small batches,
+ * up to MAX_SMALL_BATCH tokens, unpack the lines straight from the panel into registers. Prefill unpacks 256 columns of
+ * two panels into L1 once and multiplies them by tiles of tokens. The order of a token's sum is the same in both.
+ * The including file defines phi_add_products, which adds a line's products to integer sums; phi_lines_per_sum(bits),
+ * how many lines these can hold; phi_to_int32, which widens them; and PHI_SIGNED_BYTES, whether 8-bit quants stay
+ * signed (1) or are offset by 128 (0).
+ * Bound: decode: reading the panel, with prefetch; prefill: the multiplications, see the including file. */
 #ifndef PHI_AVX2_PACKED_H
 #define PHI_AVX2_PACKED_H
 
 #include "../generic/pack.h"
-#include "prefetch.h"
+#include "../x86/prefetch.h"
 #include "simd.h"
 
-/* Compilers like to add up in trees, and run out of registers. */
+/* Keeps sums in program order: compilers rebalance them into trees and run out of registers. */
 #ifdef __GNUC__
-#define KEEP(v) __asm__("" : "+x"(v))
+#define KEEP_IN_REGISTER(v) __asm__("" : "+x"(v))
 #else
-#define KEEP(v) (void)(v)
+#define KEEP_IN_REGISTER(v) (void)(v)
 #endif
 
-enum { FEW_TOKENS = 4, MANY_TOKENS = 4, HALVES = 2, LINES = 8, MAX_GROUPS = 16 };
+enum {
+    MAX_SMALL_BATCH = 4,     /* tokens whose lines stay in registers; more take the prefill path */
+    PREFILL_TILE_TOKENS = 4, /* tokens of a prefill tile */
+    HALVES = 2,              /* vectors of a line */
+    LINES = 8,               /* of a sub-block */
+    MAX_GROUPS = 16,         /* of a unit */
+};
 
-/* Scales and minima of groups of columns, each for 16 rows: w = scale * q - min. */
+/* Scales and minima of a unit's groups of columns, each for 16 rows: w = scale * q - min. */
 typedef struct {
     __m256 scale[MAX_GROUPS][HALVES], min[MAX_GROUPS][HALVES];
 } groups;
 
-/* What a type is made of; every field is a constant where this is inlined. */
+/* Traits of a weight type; compile-time constants once inlined. */
 typedef struct {
     size_t unit_bytes;
     int bits;             /* of a quant */
     int sub_blocks;       /* of 32 columns in a unit */
-    int groups_per_block; /* scales in a sub-block: 1 or 2 */
+    int groups_per_block; /* scales per sub-block: 1 or 2 */
     void (*unpack_groups)(const void *unit, groups *g);
     __m256i (*unpack_line)(const void *unit, int sub_block, int line, int half);
 } format;
@@ -92,7 +99,7 @@ PHI_INLINE __m256i line_q8_0(const void *unit, int sub_block, int line, int half
 
 /* ---- blocks of 256 ---- */
 
-/* The 6-bit scales and minima of Q4_K and Q5_K, as phi_unpack_scales_k4, for 16 rows and two sub-blocks at a time. */
+/* The 6-bit scales and minima of Q4_K and Q5_K (see phi_unpack_scales_k4), for 16 rows and two sub-blocks at a time. */
 PHI_INLINE void groups_k4(const uint8_t (*packed)[16], const uint16_t *d, const uint16_t *dmin, groups *g) {
     const __m256i low4 = _mm256_set1_epi8(15), low6 = _mm256_set1_epi8(63), bits45 = _mm256_set1_epi8(48);
     uint8_t scales[8][16], mins[8][16];
@@ -114,7 +121,7 @@ PHI_INLINE void groups_k4(const uint8_t (*packed)[16], const uint16_t *d, const 
     }
 }
 
-/* Even sub-blocks are the low nibbles of their pair's lines, odd ones the high nibbles. */
+/* A pair of sub-blocks shares eight lines: the even one has the low nibbles, the odd one the high nibbles. */
 PHI_INLINE void groups_q4_k(const void *unit, groups *g) {
     const phi_panel_q4_k *u = unit;
     groups_k4(u->scales, u->d, u->dmin, g);
@@ -157,28 +164,31 @@ PHI_INLINE __m256i line_q6_k(const void *unit, int sub_block, int line, int half
     return _mm256_or_si256(nibbles_of(low, half, quarter / 2), _mm256_and_si256(top, _mm256_set1_epi8(48)));
 }
 
-/* ---- the product ---- */
+/* ---- products ---- */
 
-enum { PANELS = 2, CHUNK_BLOCKS = 8 /* sub-blocks of 32 columns unpacked at a time */ };
+enum {
+    PANELS = 2,       /* unpacked at a time for prefill */
+    CHUNK_BLOCKS = 8, /* sub-blocks of 32 columns unpacked at a time */
+};
 
-/* Sub-blocks of a panel: a unit as it is, or unpacked. */
+/* 256 columns of a panel, unpacked. */
 typedef struct {
     __m256i lines[CHUNK_BLOCKS * LINES][HALVES];
     groups g;
 } chunk;
 
-/* What the tokens from `token` on give to a product. */
+/* The activations from one token on. */
 typedef struct {
-    const int8_t *x;     /* [n_tokens, n_cols] */
-    const float *scales; /* [n_tokens, n_cols / 32] */
-    const float *sums;   /* [n_tokens, n_cols / 32 * groups per block] */
-    size_t n_cols, n_blocks, n_sums;
-} tokens;
+    const int8_t *x;                 /* [n_tokens, n_cols] */
+    const float *scales;             /* [n_tokens, n_cols / 32] */
+    const float *sums;               /* [n_tokens, n_cols / 32 * groups per block] */
+    size_t n_cols, n_blocks, n_sums; /* row strides */
+} activations;
 
-PHI_INLINE tokens tokens_from(const format f, const phi_matmul *m, int token) {
+PHI_INLINE activations activations_from(const format f, const phi_matmul *m, int token) {
     const size_t n = (size_t)m->n_cols, n_blocks = n / PHI_Q8_BLOCK;
     const phi_q8 x = phi_q8_at(m->x->q8, (size_t)(m->first_token + token) * n);
-    return (tokens){
+    return (activations){
         .x = x.quants,
         .scales = x.scales,
         .sums = f.groups_per_block == 1 ? x.block_sums : x.sums,
@@ -194,16 +204,17 @@ PHI_INLINE __m256i broadcast_4(const int8_t *x) {
     return _mm256_set1_epi32(four);
 }
 
-/* Adds sub-block j of a unit, or of unpacked lines, to the totals; it is sub-block `block` of the row. */
+/* total += products of sub-block j of a packed unit, or of unpacked lines if not NULL, with sub-block `block` of the
+ * activations. n_tokens is a compile-time constant once inlined. */
 PHI_INLINE void add_block(const format f, const void *unit, const __m256i (*lines)[HALVES], const groups *g, int j,
-                          const tokens *a, size_t block, int n_tokens, __m256 (*total)[HALVES]) {
+                          const activations *a, size_t block, int n_tokens, __m256 (*total)[HALVES]) {
     const int group_lines = LINES / f.groups_per_block;
-    const int sum_lines = phi_lines_a_sum(f.bits) < group_lines ? phi_lines_a_sum(f.bits) : group_lines;
+    const int sum_lines = phi_lines_per_sum(f.bits) < group_lines ? phi_lines_per_sum(f.bits) : group_lines;
     UNROLL for (int k = 0; k < f.groups_per_block; k++) {
         const int group = j * f.groups_per_block + k;
-        __m256i dot[MANY_TOKENS][HALVES];
+        __m256i dot[PREFILL_TILE_TOKENS][HALVES];
         UNROLL for (int first = k * group_lines; first < (k + 1) * group_lines; first += sum_lines) {
-            __m256i sum[MANY_TOKENS][HALVES];
+            __m256i sum[PREFILL_TILE_TOKENS][HALVES];
             UNROLL for (int i = first; i < first + sum_lines; i++) {
                 __m256i q[HALVES];
                 UNROLL for (int h = 0; h < HALVES; h++) {
@@ -212,16 +223,16 @@ PHI_INLINE void add_block(const format f, const void *unit, const __m256i (*line
                 UNROLL for (int t = 0; t < n_tokens; t++) {
                     const __m256i x = broadcast_4(a->x + (size_t)t * a->n_cols + block * PHI_Q8_BLOCK + 4 * i);
                     UNROLL for (int h = 0; h < HALVES; h++) {
-                        sum[t][h] = phi_sum(f.bits, q[h], x, i == first ? NULL : &sum[t][h]);
-                        KEEP(sum[t][h]);
+                        sum[t][h] = phi_add_products(f.bits, q[h], x, i == first ? NULL : &sum[t][h]);
+                        KEEP_IN_REGISTER(sum[t][h]);
                     }
                 }
             }
             UNROLL for (int t = 0; t < n_tokens; t++) {
                 UNROLL for (int h = 0; h < HALVES; h++) {
-                    const __m256i wide = phi_to_int32(sum[t][h]);
-                    dot[t][h] = first == k * group_lines ? wide : _mm256_add_epi32(dot[t][h], wide);
-                    KEEP(dot[t][h]);
+                    const __m256i dwords = phi_to_int32(sum[t][h]);
+                    dot[t][h] = first == k * group_lines ? dwords : _mm256_add_epi32(dot[t][h], dwords);
+                    KEEP_IN_REGISTER(dot[t][h]);
                 }
             }
         }
@@ -238,11 +249,12 @@ PHI_INLINE void add_block(const format f, const void *unit, const __m256i (*line
     }
 }
 
-/* n_tokens is a constant where this and what follows is inlined. */
-PHI_INLINE void multiply_few(const format f, const uint8_t *panel, const phi_matmul *m, int n_tokens, float *out) {
-    const tokens a = tokens_from(f, m, 0);
+/* All columns of one panel. n_tokens is a compile-time constant once inlined. */
+PHI_INLINE void multiply_small_batch(const format f, const uint8_t *panel, const phi_matmul *m, int n_tokens,
+                                     float *out) {
+    const activations a = activations_from(f, m, 0);
     const size_t block_bytes = f.unit_bytes / (size_t)f.sub_blocks;
-    __m256 total[FEW_TOKENS][HALVES];
+    __m256 total[MAX_SMALL_BATCH][HALVES];
     UNROLL for (int t = 0; t < n_tokens; t++) {
         UNROLL for (int h = 0; h < HALVES; h++) total[t][h] = _mm256_setzero_ps();
     }
@@ -251,10 +263,10 @@ PHI_INLINE void multiply_few(const format f, const uint8_t *panel, const phi_mat
         if (n_tokens == 1) prefetch_next_page(panel + f.unit_bytes);
         f.unpack_groups(panel, &g);
         UNROLL for (int j = 0; j < f.sub_blocks; j++) {
-            const uint8_t *here = panel + (size_t)j * block_bytes;
-            if (m->prefetch.l1_bytes) prefetch(here + m->prefetch.l1_bytes, block_bytes);
+            const uint8_t *block_start = panel + (size_t)j * block_bytes;
+            if (m->prefetch.l1_bytes) prefetch_l1(block_start + m->prefetch.l1_bytes, block_bytes);
             const size_t l2_bytes = n_tokens == 1 ? m->prefetch.decode_l2_bytes : m->prefetch.l2_bytes;
-            if (l2_bytes) prefetch_to_second_level(here + l2_bytes, block_bytes);
+            if (l2_bytes) prefetch_l2(block_start + l2_bytes, block_bytes);
             add_block(f, panel, NULL, &g, j, &a, b + (size_t)j, n_tokens, total);
         }
     }
@@ -281,13 +293,13 @@ PHI_INLINE void unpack_chunk(const format f, const uint8_t *panel, int n_blocks,
     }
 }
 
-/* Adds a chunk's columns, from sub-block first_block on, to out, while the chunk after it comes from memory: `next`,
- * NULL when it was fetched before. */
+/* Adds the products of a chunk, which starts at sub-block first_block, to out. next: packed bytes of the next chunk to
+ * prefetch meanwhile, or NULL. */
 PHI_INLINE void multiply_chunk(const format f, const chunk *c, size_t first_block, int n_blocks, const phi_matmul *m,
                                int token, int n_tokens, const uint8_t *next, float *out) {
-    const tokens a = tokens_from(f, m, token);
+    const activations a = activations_from(f, m, token);
     const size_t block_bytes = f.unit_bytes / (size_t)f.sub_blocks;
-    __m256 total[MANY_TOKENS][HALVES];
+    __m256 total[PREFILL_TILE_TOKENS][HALVES];
     UNROLL for (int t = 0; t < n_tokens; t++) {
         UNROLL for (int h = 0; h < HALVES; h++) {
             const float *sum = out + (size_t)(token + t) * m->out_stride + 8 * h;
@@ -295,7 +307,7 @@ PHI_INLINE void multiply_chunk(const format f, const chunk *c, size_t first_bloc
         }
     }
     for (int j = 0; j < n_blocks; j++) {
-        if (next) prefetch(next + (size_t)j * block_bytes, block_bytes);
+        if (next) prefetch_l1(next + (size_t)j * block_bytes, block_bytes);
         add_block(f, NULL, c->lines, &c->g, j, &a, first_block + (size_t)j, n_tokens, total);
     }
     UNROLL for (int t = 0; t < n_tokens; t++) {
@@ -305,7 +317,8 @@ PHI_INLINE void multiply_chunk(const format f, const chunk *c, size_t first_bloc
     }
 }
 
-PHI_INLINE void multiply_many(const format f, const uint8_t *panels, const phi_matmul *m, int n_panels, float *out) {
+/* All columns of n_panels panels, chunk by chunk, for all tokens. */
+PHI_INLINE void multiply_prefill(const format f, const uint8_t *panels, const phi_matmul *m, int n_panels, float *out) {
     const size_t n_blocks = (size_t)m->n_cols / PHI_Q8_BLOCK, panel_bytes = PHI_PANEL_ROWS * m->row_bytes;
     for (size_t b = 0; b < n_blocks; b += CHUNK_BLOCKS) {
         const int n = n_blocks - b < CHUNK_BLOCKS ? (int)(n_blocks - b) : CHUNK_BLOCKS;
@@ -316,14 +329,14 @@ PHI_INLINE void multiply_many(const format f, const uint8_t *panels, const phi_m
         chunk c[PANELS];
         for (int p = 0; p < n_panels; p++) unpack_chunk(f, part + (size_t)p * panel_bytes, n, &c[p]);
         for (int t = 0; t < m->n_tokens;) {
-            const int n_tokens = m->n_tokens - t >= MANY_TOKENS ? MANY_TOKENS : 1;
+            const int n_tokens = m->n_tokens - t >= PREFILL_TILE_TOKENS ? PREFILL_TILE_TOKENS : 1;
             for (int p = 0; p < n_panels; p++) {
-                const uint8_t *fetched = t == 0 ? next + (size_t)p * panel_bytes : NULL;
+                const uint8_t *to_prefetch = t == 0 ? next + (size_t)p * panel_bytes : NULL;
                 float *rows = out + p * PHI_PANEL_ROWS;
-                if (n_tokens == MANY_TOKENS)
-                    multiply_chunk(f, &c[p], b, n, m, t, MANY_TOKENS, fetched, rows);
+                if (n_tokens == PREFILL_TILE_TOKENS)
+                    multiply_chunk(f, &c[p], b, n, m, t, PREFILL_TILE_TOKENS, to_prefetch, rows);
                 else
-                    multiply_chunk(f, &c[p], b, n, m, t, 1, fetched, rows);
+                    multiply_chunk(f, &c[p], b, n, m, t, 1, to_prefetch, rows);
             }
             t += n_tokens;
         }
@@ -337,26 +350,26 @@ PHI_INLINE void multiply_packed(const format f, const phi_matmul *m) {
         int n_panels = 1;
         switch (m->n_tokens) {
         case 1:
-            multiply_few(f, panel, m, 1, out);
+            multiply_small_batch(f, panel, m, 1, out);
             break;
         case 2:
-            multiply_few(f, panel, m, 2, out);
+            multiply_small_batch(f, panel, m, 2, out);
             break;
         case 3:
-            multiply_few(f, panel, m, 3, out);
+            multiply_small_batch(f, panel, m, 3, out);
             break;
         case 4:
-            multiply_few(f, panel, m, 4, out);
+            multiply_small_batch(f, panel, m, 4, out);
             break;
         default:
             n_panels = r + PANELS * PHI_PANEL_ROWS <= m->n_rows ? PANELS : 1;
-            multiply_many(f, panel, m, n_panels, out);
+            multiply_prefill(f, panel, m, n_panels, out);
         }
         r += n_panels * PHI_PANEL_ROWS;
     }
 }
 
-/* X(type, bits, sub-blocks, groups in each) */
+/* X(type, bits, sub-blocks per unit, groups per sub-block) */
 #define PHI_PACKED_FORMATS(X) \
     X(q4_0, 4, 1, 1)          \
     X(q4_1, 4, 1, 1)          \

@@ -1,4 +1,4 @@
-/* Small AVX2 pieces that several kernels share. */
+/* AVX2 helpers: horizontal reductions, loads and stores, half precision, exp. */
 #ifndef PHI_AVX2_SIMD_H
 #define PHI_AVX2_SIMD_H
 
@@ -27,13 +27,13 @@ PHI_INLINE __m256 phi_load_half(const uint16_t *p) {
 }
 PHI_INLINE float phi_half(uint16_t h) { return _cvtsh_ss(h); }
 
-/* e^x, relative error below 2e-7: x = n ln 2 + r, e^r by its Taylor series to r^6, |r| <= ln(2) / 2.
+/* e^x with relative error below 2e-7: x = n ln 2 + r with |r| <= ln(2) / 2, e^r by its Taylor series up to r^6.
  * Below -87.3 the result is 0 or the smallest normal number; NaN stays NaN. */
 PHI_INLINE __m256 phi_exp(__m256 x) {
     x = _mm256_min_ps(_mm256_set1_ps(88.3f), _mm256_max_ps(_mm256_set1_ps(-87.3f), x));
     const __m256 n =
         _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x); /* ln 2 in two parts: the first is exact */
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x); /* ln 2 in two parts, the first exact */
     r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
     __m256 e = _mm256_set1_ps(1.0f / 720.0f);
     e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(1.0f / 120.0f));

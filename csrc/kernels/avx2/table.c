@@ -1,4 +1,4 @@
-/* The AVX2 tier's table. Slots left out come from the scalar tier: they are not worth a kernel. */
+/* Kernel table of the AVX2 tier. Dequantisation, which is not speed-critical, is inherited from the scalar tier. */
 #include "avx2.h"
 
 #include "../generic/pack.h"
@@ -12,7 +12,7 @@ const phi_kernels phi_kernels_avx2 = {
     PHI_AVX2_TYPES(PHI_SLOT) PHI_AVX2_PACKED(PHI_PACKED_SLOTS).quantize_q8 = phi_quantize_q8_avx2,
     .rms_norm = phi_rms_norm_avx2,
     .layer_norm = phi_layer_norm_avx2,
-    .rope = {phi_rope_neox_avx2, phi_rope_norm_avx2},
+    .rope = {phi_rope_neox_avx2, phi_rope_interleaved_avx2},
     .silu_mul = phi_silu_mul_avx2,
     .gelu = phi_gelu_avx2,
     .add = phi_add_avx2,

@@ -1,4 +1,4 @@
-/* The AVX-512 tier's kernels, gathered into one table by table.c. Needs AVX-512 F, BW, VL, DQ and VNNI. */
+/* Kernels of the AVX-512 tier, listed in table.c. Requires AVX-512 F, BW, VL, DQ and VNNI. */
 #ifndef PHI_AVX512_H
 #define PHI_AVX512_H
 

@@ -1,16 +1,14 @@
-/* Units of packed rows (kernels/generic/pack.h) to integers, for the products of the AVX-512 tier and both AMX tiers.
- * Layout: a line is four columns of 16 rows, one dword a row; eight lines are a sub-block of 32 columns.
- * Idea: quants become unsigned bytes in the order of the columns; scales and minima, one vector for 16 rows, absorb
- * their offsets: w = scale * q - min. Types without minima are centred:
- * their bytes are moved up by 128, w = scale * (q - 128), and products begin with the activations' offsets. A type is a
- * `format`, whose functions vanish where it is inlined as a constant.
- */
+/* Unpacks units of packed rows (generic/pack.h) to integers, for the products of the AVX-512 and AMX tiers.
+ * Layout: a line is four columns of 16 rows, one dword per row; eight lines are a sub-block of 32 columns.
+ * Idea: quants become unsigned bytes in column order. Scales and minima, one vector for 16 rows, absorb their offsets:
+ * w = scale * q - min. Types without minima are centred: their quants are offset by 128, w = scale * (q - 128), and dot
+ * products start from the activations' offsets. A type is a `format`, a compile-time constant once inlined. */
 #ifndef PHI_AVX512_PANEL_UNITS_H
 #define PHI_AVX512_PANEL_UNITS_H
 
 #include <immintrin.h>
 
-#include "../avx2/prefetch.h"
+#include "../x86/prefetch.h"
 #include "../generic/pack.h"
 #include "../generic/unroll.h"
 
@@ -18,7 +16,7 @@
 
 enum { LINES = 8, MAX_GROUPS = 16 };
 
-/* Compilers differ in the type of a shift's count. */
+/* Compilers declare shift counts with different types. */
 #ifdef __clang__
 typedef unsigned shift_count;
 #else
@@ -27,15 +25,15 @@ typedef int shift_count;
 
 /* Scales and minima of the groups of a unit, each for 16 rows. */
 typedef struct {
-    __m512 scale[MAX_GROUPS], min[MAX_GROUPS]; /* centred types have no min */
+    __m512 scale[MAX_GROUPS], min[MAX_GROUPS]; /* min is unset for centred types */
 } groups;
 
-/* What a type is made of; every field is a constant where this is inlined. */
+/* Traits of a weight type; compile-time constants once inlined. */
 typedef struct {
     size_t unit_bytes;
     int sub_blocks;       /* of 32 columns in a unit */
-    int groups_per_block; /* scales in a sub-block: 1 or 2 */
-    int shift;            /* bytes hold quants shifted left by so many bits, which the scale makes up for */
+    int groups_per_block; /* scales per sub-block: 1 or 2 */
+    int shift;            /* bits by which unpacked quants are shifted left; the scale compensates */
     bool centred;
     void (*unpack_groups)(const void *unit, groups *g);
     void (*unpack_lines)(const void *unit, int sub_block, __m512i *q);
@@ -97,7 +95,7 @@ INLINE void lines_q8_0(const void *unit, int sub_block, __m512i *q) {
 
 /* ---- blocks of 256 ---- */
 
-/* The 6-bit scales and minima of Q4_K and Q5_K, as phi_unpack_scales_k4, for 16 rows and four sub-blocks at a time. */
+/* The 6-bit scales and minima of Q4_K and Q5_K (see phi_unpack_scales_k4), for 16 rows and 4 sub-blocks at a time. */
 INLINE void groups_k4(const uint8_t (*packed)[16], __m512 d, __m512 dmin, groups *g) {
     const __m512i a = load_line(packed[0]), b = load_line(packed[4]), c = load_line(packed[8]);
     const __m512i low4 = _mm512_set1_epi8(15), low6 = _mm512_set1_epi8(63), bits45 = _mm512_set1_epi8(48);
@@ -122,10 +120,10 @@ INLINE void groups_k4(const uint8_t (*packed)[16], __m512 d, __m512 dmin, groups
     }
 }
 
-/* a | b & mask */
+/* a | (b & mask) */
 INLINE __m512i or_bits(__m512i a, __m512i b, __m512i mask) { return _mm512_ternarylogic_epi32(a, b, mask, 0xf8); }
 
-/* Even sub-blocks are the low nibbles of their pair's lines, odd ones the high nibbles. */
+/* A pair of sub-blocks shares eight lines: the even one has the low nibbles, the odd one the high nibbles. */
 INLINE __m512i nibbles_of(const uint8_t *line, int high) {
     const __m512i q = load_line(line);
     return _mm512_and_si512(high ? _mm512_srli_epi16(q, 4) : q, _mm512_set1_epi8(15));

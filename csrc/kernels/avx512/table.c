@@ -1,4 +1,4 @@
-/* The AVX-512 tier's table. */
+/* Kernel table of the AVX-512 tier. Products of row-major quantised weights and RoPE are inherited from AVX2. */
 #include "avx512.h"
 
 #include "../generic/pack.h"

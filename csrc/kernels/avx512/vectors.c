@@ -1,6 +1,6 @@
-/* What happens to activations between the products, sixteen floats a step; tails are masked, so that every element goes
- * through the same operations wherever it lies. The rotation is AVX2's: of a head's few floats masked stores make it
- * twice as slow here. */
+/* Element-wise kernels on vectors of 16 floats: quantisation, norms, activation functions, residual addition, and
+ * storing keys and values in the KV cache. Tails are masked, so that an element's bits do not depend on its index. RoPE
+ * is inherited from AVX2: with the few floats of a head, masked stores make it twice as slow here. */
 #include <float.h>
 #include <math.h>
 #include <string.h>
@@ -9,8 +9,8 @@
 #include "avx512.h"
 #include "simd.h"
 
-/* 16 floats to the nearest integers from -127 to 127; NaN, which infinity times 0 makes, becomes 127. */
-PHI_INLINE __m128i to_bytes(__m512 x) {
+/* Rounds 16 floats to nearest and clamps to -127 .. 127; NaN (infinity * 0) becomes 127. */
+PHI_INLINE __m128i to_int8(__m512 x) {
     const __m512 limit = _mm512_set1_ps(127.0f);
     const __m512 clamped = _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), limit), _mm512_min_ps(x, limit));
     return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(clamped));
@@ -20,17 +20,17 @@ void phi_quantize_q8_avx512(const float *x, size_t n, phi_q8 q8) {
     const __m256i ones = _mm256_set1_epi8(1);
     for (size_t b = 0; b < n / PHI_Q8_BLOCK; b++) {
         const __m512 low = _mm512_loadu_ps(x + b * PHI_Q8_BLOCK), high = _mm512_loadu_ps(x + b * PHI_Q8_BLOCK + 16);
-        /* As bits: NaN is above all numbers. */
+        /* Compared as bits, so that NaN is the largest. */
         const __m512i magnitudes[] = {_mm512_castps_si512(_mm512_abs_ps(low)),
                                       _mm512_castps_si512(_mm512_abs_ps(high))};
         const uint32_t largest = _mm512_reduce_max_epu32(_mm512_max_epu32(magnitudes[0], magnitudes[1]));
         const float scale = phi_float_from_bits(largest) / 127.0f;
-        /* As the scalar kernel: below the smallest normal scale the block is zero. */
+        /* As in the scalar kernel, a block whose scale is subnormal becomes zero. */
         const __m512 inverse = _mm512_set1_ps(scale >= FLT_MIN ? 1.0f / scale : 0.0f);
         const __m256i quants =
-            _mm256_set_m128i(to_bytes(_mm512_mul_ps(high, inverse)), to_bytes(_mm512_mul_ps(low, inverse)));
+            _mm256_set_m128i(to_int8(_mm512_mul_ps(high, inverse)), to_int8(_mm512_mul_ps(low, inverse)));
         _mm256_storeu_si256((__m256i *)(void *)(q8.quants + b * PHI_Q8_BLOCK), quants);
-        /* Sums of fours, then of eights and sixteens: a sub-block a lane of 128 bits. */
+        /* Sums of 4, 8, then 16 quants: each 128-bit lane holds one sub-block. */
         const __m256i fours = _mm256_dpbusd_epi32(_mm256_setzero_si256(), ones, quants);
         const __m256i eights = _mm256_hadd_epi32(fours, fours), sums = _mm256_hadd_epi32(eights, eights);
         const int32_t first = _mm256_cvtsi256_si32(sums), second = _mm256_extract_epi32(sums, 4);
@@ -70,8 +70,8 @@ void phi_layer_norm_avx512(const float *x, const float *weight, const float *bia
     for (size_t i = 0; i < n; i += 8) {
         const __mmask8 lanes = (__mmask8)phi_lanes(n - i);
         const __m512d values = _mm512_cvtps_pd(_mm256_maskz_loadu_ps(lanes, x + i));
-        const __m512d apart = _mm512_maskz_sub_pd(lanes, values, _mm512_set1_pd(mean));
-        squares = _mm512_fmadd_pd(apart, apart, squares);
+        const __m512d centred = _mm512_maskz_sub_pd(lanes, values, _mm512_set1_pd(mean));
+        squares = _mm512_fmadd_pd(centred, centred, squares);
     }
     const double variance = _mm512_reduce_add_pd(squares) / (double)n;
     const __m512 inverse = _mm512_set1_ps((float)(1.0 / sqrt(variance + (double)eps)));
@@ -94,7 +94,7 @@ void phi_silu_mul_avx512(const float *gate, const float *up, size_t n, float *y)
     }
 }
 
-/* (1 + tanh(u)) / 2 is 1 / (1 + exp(-2 u)). */
+/* Uses (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)). */
 void phi_gelu_avx512(const float *x, size_t n, float *y) {
     const __m512 one = _mm512_set1_ps(1.0f);
     for (size_t i = 0; i < n; i += 16) {
@@ -128,7 +128,7 @@ void phi_store_kv_f16_avx512(const float *k, const float *v, int head_dim, int s
     }
 }
 
-/* n, at most 32, dimensions to q [32], and their scale, as the scalar kernel has them. */
+/* Quantises n <= 32 dimensions to q [32]; returns their scale, as quantize_kv of the scalar tier. */
 static uint16_t quantize_kv(const float *x, size_t n, int8_t *q) {
     const __m512 low = _mm512_maskz_loadu_ps(phi_lanes(n), x);
     const __m512 high = n > 16 ? _mm512_maskz_loadu_ps(phi_lanes(n - 16), x + 16) : _mm512_setzero_ps();
@@ -142,7 +142,7 @@ static uint16_t quantize_kv(const float *x, size_t n, int8_t *q) {
     const __mmask16 lanes = is_usable ? 0xffff : 0;
     for (int i = 0; i < 2; i++) {
         const __m512 x_scaled = _mm512_maskz_mul_ps(lanes, i ? high : low, inverse);
-        _mm_storeu_si128((__m128i *)(void *)(q + 16 * i), to_bytes(x_scaled));
+        _mm_storeu_si128((__m128i *)(void *)(q + 16 * i), to_int8(x_scaled));
     }
     return (uint16_t)_mm256_extract_epi16(halves, 0);
 }

@@ -1,4 +1,4 @@
-/* The AVX-VNNI tier's kernels, gathered into one table by table.c. Needs AVX2, FMA, F16C and AVX-VNNI. */
+/* Kernels of the AVX-VNNI tier, listed in table.c. Requires AVX2, FMA, F16C and AVX-VNNI. */
 #ifndef PHI_AVXVNNI_H
 #define PHI_AVXVNNI_H
 

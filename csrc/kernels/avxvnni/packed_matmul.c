@@ -1,18 +1,19 @@
-/* Products of packed rows with int8 activations: see avx2/packed.h.
- * Idea: vpdpbusd adds four products of unsigned quants and activations to an int32; bytes of Q8_0 are moved up by 128.
- * Bound for many tokens: 12 vector instructions for 256 products. */
+/* Products of packed rows with int8 activations on AVX-VNNI; layout and loops are in avx2/packed.h.
+ * Idea: vpdpbusd adds four products of unsigned quants and activations to an int32. Quants of Q8_0 are offset by 128 to
+ * make them unsigned.
+ * Bound: prefill: 12 vector instructions for 256 products. */
 #include "avxvnni.h"
 
 #include "../avx2/simd.h"
 
 #define PHI_SIGNED_BYTES 0
 
-PHI_INLINE int phi_lines_a_sum(int bits) {
+PHI_INLINE int phi_lines_per_sum(int bits) {
     (void)bits;
     return 8;
 }
 
-PHI_INLINE __m256i phi_sum(int bits, __m256i q, __m256i x, const __m256i *sum) {
+PHI_INLINE __m256i phi_add_products(int bits, __m256i q, __m256i x, const __m256i *sum) {
     const __m256i before = sum ? *sum : _mm256_setzero_si256();
     (void)bits;
 #ifdef PHI_AVXVNNI_BY_AVX512

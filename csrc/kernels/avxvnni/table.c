@@ -1,4 +1,4 @@
-/* The AVX-VNNI tier's table. */
+/* Kernel table of the AVX-VNNI tier: packed products; the rest is inherited from AVX2. */
 #include "avxvnni.h"
 
 #include "../generic/pack.h"

@@ -1,4 +1,5 @@
-/* The dotprod tier's kernels, gathered into one table by table.c. Needs FEAT_DotProd (ARMv8.2, optional; 8.4). */
+/* Kernels of the dotprod tier, collected by table.c. Requires FEAT_DotProd: optional from ARMv8.2, mandatory from
+ * ARMv8.4. */
 #ifndef PHI_DOTPROD_H
 #define PHI_DOTPROD_H
 

@@ -1,4 +1,4 @@
-/* Products of Q2_K to Q6_K rows with int8 activations: see neon/k_products.h, by SDOT. */
+/* neon/k_products.h (Q2_K to Q6_K rows in file layout) by SDOT. */
 #include "dotprod.h"
 
 #include "dot.h"

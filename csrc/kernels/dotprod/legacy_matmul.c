@@ -1,4 +1,4 @@
-/* Products of Q4_0 to Q8_0 rows with int8 activations: see neon/legacy_products.h, by SDOT. */
+/* neon/legacy_products.h (Q4_0 to Q8_0 rows in file layout) by SDOT. */
 #include "dotprod.h"
 
 #include "dot.h"

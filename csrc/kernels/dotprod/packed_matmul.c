@@ -1,4 +1,4 @@
-/* Products of packed rows with int8 activations: see neon/packed.h, by SDOT. */
+/* neon/packed.h (packed rows) by SDOT. */
 #include "dotprod.h"
 
 #include "dot.h"

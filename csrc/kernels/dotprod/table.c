@@ -1,4 +1,4 @@
-/* The dotprod tier's table: products with int8 activations. */
+/* Kernel table of the dotprod tier: products with int8 activations. The rest is inherited from the neon tier. */
 #include "dotprod.h"
 
 #include "../generic/pack.h"

@@ -1,4 +1,5 @@
-/* From rows of blocks to panels (pack.h): a transposition of dwords, and of the scales' bytes. Plain C: once a load. */
+/* Packs rows of blocks into panels (pack.h): transposes dwords of quants and bytes of scales. Plain C, since it runs
+ * once, when a model is loaded. */
 #include "pack.h"
 
 #include <string.h>
@@ -13,7 +14,7 @@ static void pack_bytes(const void *bytes, size_t n_bytes, int row, void *columns
     for (size_t i = 0; i < n_bytes; i++) ((uint8_t *)columns)[16 * i + (size_t)row] = ((const uint8_t *)bytes)[i];
 }
 
-/* One row's block into its place in a unit. */
+/* Writes one row's block to its place in a unit. */
 typedef void (*pack_block_fn)(const void *block, int row, void *unit);
 
 static void pack(pack_block_fn pack_block, size_t block_bytes, const uint8_t *rows, size_t row_bytes, uint8_t *panel) {
@@ -81,10 +82,11 @@ static void pack_block_q6_k(const void *block, int row, void *unit) {
     }
 }
 
-#define PHI_DEFINE(type)                                                                                  \
-    static_assert(sizeof(phi_panel_##type) == PHI_PANEL_ROWS * sizeof(phi_block_##type), "no byte more"); \
-    void phi_pack_##type(const uint8_t *rows, size_t row_bytes, uint8_t *panel) {                         \
-        pack(pack_block_##type, sizeof(phi_block_##type), rows, row_bytes, panel);                        \
+#define PHI_DEFINE(type)                                                                 \
+    static_assert(sizeof(phi_panel_##type) == PHI_PANEL_ROWS * sizeof(phi_block_##type), \
+                  "a panel has the size of its rows");                                   \
+    void phi_pack_##type(const uint8_t *rows, size_t row_bytes, uint8_t *panel) {        \
+        pack(pack_block_##type, sizeof(phi_block_##type), rows, row_bytes, panel);       \
     }
 PHI_DEFINE(q4_0)
 PHI_DEFINE(q4_1)

@@ -1,15 +1,15 @@
-/* The packed layout: 16 rows interleaved, block by block, in as many bytes as in the file.
+/* The packed layout: panels of 16 rows, interleaved block by block, in the same number of bytes as row-major.
  *
- * A panel is a sequence of units, one for each block of a row (phi_panel_<type>). Within a unit the scales of the 16
- * rows lie side by side, and the quants are cut into dwords: line i holds dword i of each row, so 64 bytes are the same
- * four columns of 16 rows, and a product needs one broadcast of four activations and no horizontal sum. */
+ * A panel is a sequence of units (phi_panel_<type>), one for each block of a row. A unit holds the scales of the 16
+ * rows contiguously. Its quants are interleaved as dwords: line i holds dword i of each row, so 64 bytes are the same
+ * four columns of 16 rows, and a dot product needs one broadcast of four activations and no horizontal sum. */
 #ifndef PHI_GENERIC_PACK_H
 #define PHI_GENERIC_PACK_H
 
 #include "../../kernels.h"
 
-/* Part of the key of packed weights that are kept in a file: to be raised whenever a panel has other bytes, or when the
- * order in which a model's matrices are packed changes. */
+/* Part of the key of a packed-weight cache. Increment it when the bytes of a panel, or the order in which a model's
+ * matrices are packed, change. */
 enum { PHI_PANEL_VERSION = 2 };
 
 typedef struct {
@@ -33,8 +33,8 @@ typedef struct {
     uint8_t lines[32][64];
 } phi_panel_q4_k;
 
-/* This and the next lie in the order in which a product reads them: the memory's own prefetchers follow one ascending
- * stream, and lose two. */
+/* phi_panel_q5_k and phi_panel_q6_k are stored in the order in which a product reads them: hardware prefetchers follow
+ * one ascending stream, but not two. */
 typedef struct {
     uint16_t d[16], dmin[16];
     uint8_t scales[12][16];

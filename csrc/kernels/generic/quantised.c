@@ -1,6 +1,6 @@
-/* Scalar products and dequantisation of the quantised types.
- * Layout: rows of blocks as in the file. Idea: unpack a block once (unpack.h), use it for every token.
- * The oracle of every other tier; no speed is expected. */
+/* Products and dequantisation of the quantised types in plain C: the reference for every other tier, not tuned.
+ * Layout: row-major blocks as in the file.
+ * Idea: a block is unpacked once (unpack.h) and used for every token. */
 #include "quantised.h"
 
 #include "unpack.h"
@@ -55,15 +55,15 @@ PHI_QUANTISED_TYPES(PHI_DEFINE)
 void phi_quantize_q8_scalar(const float *x, size_t n, phi_q8 q8) {
     for (size_t b = 0; b < n / PHI_Q8_BLOCK; b++) {
         const float *block = x + b * PHI_Q8_BLOCK;
-        /* Bits of magnitudes are in their order, infinity and NaN above all numbers: the scale of a block that holds
-         * one is none, and what is multiplied with it cannot pass for a number. */
+        /* Magnitudes order as their bits do, infinity and NaN above all finite values. A block that holds one gets a
+         * scale that is not finite, so that its products are not finite either. */
         uint32_t largest = 0;
         for (size_t i = 0; i < PHI_Q8_BLOCK; i++) {
             const uint32_t magnitude = phi_bits_from_float(fabsf(block[i]));
             largest = magnitude > largest ? magnitude : largest;
         }
         const float scale = phi_float_from_bits(largest) / 127.0f;
-        /* Below the smallest normal scale the inverse overflows: the block is zero for every purpose. */
+        /* The inverse of a subnormal scale may overflow: such a block becomes zero. */
         const float inverse = scale >= FLT_MIN ? 1.0f / scale : 0.0f;
         int sum[2] = {0, 0};
         for (size_t i = 0; i < PHI_Q8_BLOCK; i++) {

@@ -1,4 +1,4 @@
-/* The quantised types, with the elements of a block, and their scalar kernels. */
+/* The quantised types as X(type, elements per block), and their scalar kernels. */
 #ifndef PHI_GENERIC_QUANTISED_H
 #define PHI_GENERIC_QUANTISED_H
 

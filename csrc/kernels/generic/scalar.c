@@ -1,5 +1,5 @@
-/* The scalar tier: portable C, readable, the oracle that every other tier is tested against.
- * Sums are kept in double, so that an error seen against it is the other tier's. */
+/* The scalar tier: portable, readable C, and the reference that every other tier is tested against.
+ * Sums are in double precision, so that a difference from it is the other tier's error. */
 #include <string.h>
 
 #include "../../half.h"
@@ -9,7 +9,7 @@ static void phi_dequantize_f32_scalar(const void *row, size_t n, float *y) { mem
 
 static uint16_t load_u16(const uint8_t *bytes) {
     uint16_t value;
-    memcpy(&value, bytes, sizeof value); /* rows of a file may be unaligned */
+    memcpy(&value, bytes, sizeof value); /* rows of a mapped file may be unaligned */
     return value;
 }
 
@@ -71,7 +71,7 @@ static void phi_rope_neox_scalar(float *x, int rope_dims, const float *cos, cons
     for (int i = 0; i < rope_dims / 2; i++) rotate(x + i, x + i + rope_dims / 2, cos[i], sin[i]);
 }
 
-static void phi_rope_norm_scalar(float *x, int rope_dims, const float *cos, const float *sin) {
+static void phi_rope_interleaved_scalar(float *x, int rope_dims, const float *cos, const float *sin) {
     for (int i = 0; i < rope_dims / 2; i++) rotate(x + 2 * i, x + 2 * i + 1, cos[i], sin[i]);
 }
 
@@ -102,8 +102,8 @@ static void phi_store_kv_f16_scalar(const float *k, const float *v, int head_dim
     }
 }
 
-/* n, at most PHI_KV_BLOCK, dimensions to q, and their scale. Where it is 0 or no finite number all of q is 0, so that a
- * number that is not finite makes the whole block NaN. */
+/* Quantises n <= PHI_KV_BLOCK dimensions to q; returns their scale in half precision. If the scale is 0, infinite or
+ * NaN, all of q is 0, so that an infinite or NaN input turns the whole block into NaN. */
 static uint16_t quantize_kv(const float *x, size_t n, int8_t *q) {
     float largest = 0.0f;
     for (size_t i = 0; i < n; i++) largest = fabsf(x[i]) > largest || x[i] != x[i] ? fabsf(x[i]) : largest;
@@ -128,7 +128,7 @@ static void phi_store_kv_q8_scalar(const float *k, const float *v, int head_dim,
     }
 }
 
-/* One position's key and value as floats. */
+/* Dimension d of one position's key and value, as floats. */
 static void load_kv(const phi_attention *a, phi_kv_type type, int position, size_t d, float *key, float *value) {
     const size_t head = (size_t)a->head_dim, n_blocks = phi_kv_blocks(a->head_dim);
     const size_t slot = (size_t)(position % PHI_PAGE_TOKENS);
@@ -145,10 +145,11 @@ static void load_kv(const phi_attention *a, phi_kv_type type, int position, size
     }
 }
 
+/* One row, over positions first .. last, with online softmax. */
 static void attend(const phi_attention *a, phi_kv_type type, const float *q, int first, int last, float *out) {
     const size_t head_dim = (size_t)a->head_dim;
-    float largest = -INFINITY, key, value;
-    double total = 0.0;
+    float row_max = -INFINITY, key, value;
+    double row_sum = 0.0;
     for (size_t d = 0; d < head_dim; d++) out[d] = 0.0f;
     for (int p = first; p <= last; p++) {
         double dot = 0.0;
@@ -157,27 +158,28 @@ static void attend(const phi_attention *a, phi_kv_type type, const float *q, int
             dot += (double)q[d] * (double)key;
         }
         const float score = (float)dot * a->scale;
-        if (score > largest) { /* what was weighted by the distance from another score */
-            const float kept = expf(largest - score);
-            for (size_t d = 0; d < head_dim; d++) out[d] *= kept;
-            total *= (double)kept;
-            largest = score;
+        if (score > row_max) { /* earlier weights are relative to the old maximum */
+            const float rescale = expf(row_max - score);
+            for (size_t d = 0; d < head_dim; d++) out[d] *= rescale;
+            row_sum *= (double)rescale;
+            row_max = score;
         }
-        const float weight = expf(score - largest);
+        const float weight = expf(score - row_max);
         for (size_t d = 0; d < head_dim; d++) {
             load_kv(a, type, p, d, &key, &value);
             out[d] += weight * value;
         }
-        total += (double)weight;
+        row_sum += (double)weight;
     }
-    for (size_t d = 0; d < head_dim; d++) out[d] = (float)((double)out[d] / total);
+    for (size_t d = 0; d < head_dim; d++) out[d] = (float)((double)out[d] / row_sum);
 }
 
 static void attend_all(const phi_attention *a, phi_kv_type type) {
     for (int t = 0; t < a->n_tokens; t++) {
         for (int i = 0; i < a->n_queries; i++) {
             const size_t at = (size_t)t * a->token_stride + (size_t)i * (size_t)a->head_dim;
-            attend(a, type, a->q + at, phi_first_visible(a->last + t, a->window), a->last + t, a->out + at);
+            const int position = a->query_start + t;
+            attend(a, type, a->q + at, phi_first_visible(position, a->window), position, a->out + at);
         }
     }
 }
@@ -207,7 +209,7 @@ const phi_kernels phi_kernels_scalar = {
     .quantize_q8 = phi_quantize_q8_scalar,
     .rms_norm = phi_rms_norm_scalar,
     .layer_norm = phi_layer_norm_scalar,
-    .rope = {phi_rope_neox_scalar, phi_rope_norm_scalar},
+    .rope = {phi_rope_neox_scalar, phi_rope_interleaved_scalar},
     .silu_mul = phi_silu_mul_scalar,
     .gelu = phi_gelu_scalar,
     .add = phi_add_scalar,

@@ -1,6 +1,6 @@
-/* What every quantised type reduces to: small integers, and a scale and a minimum per 16 of them: w = scale * q - min.
- * One function a type; dequantisation and the scalar products are both made of it. Integer-free types have no part
- * here. The order of the float operations is that of ggml's reference, so that dequantised values agree bit for bit. */
+/* Unpacks a block of a quantised type to integers with a scale and a minimum per 16 of them: w = scale * q - min.
+ * One function per type, used by both dequantisation and the scalar products. The order of the float operations is that
+ * of ggml's reference, so that dequantised values agree bit for bit. */
 #ifndef PHI_UNPACK_H
 #define PHI_UNPACK_H
 
@@ -9,7 +9,7 @@
 
 typedef struct {
     int8_t q[256];
-    float scale[16], min[16]; /* by sub-blocks of 16 */
+    float scale[16], min[16]; /* per sub-block of 16 quants */
 } phi_unpacked;
 
 static inline void phi_fill_pair(float *groups, int sub_block, float value) {
@@ -92,7 +92,7 @@ static inline void phi_unpack_q3_k(const void *block, phi_unpacked *u) {
     }
 }
 
-/* The eight 6-bit scales and mins of Q4_K and Q5_K share 12 bytes: see phi_block_q4_k. */
+/* Eight 6-bit scales and eight 6-bit minima of Q4_K and Q5_K, in 12 bytes; see phi_block_q4_k. */
 static inline void phi_unpack_scales_k4(const uint8_t *scales, float d, float dmin, phi_unpacked *u) {
     for (int j = 0; j < 8; j++) {
         const int scale = j < 4 ? scales[j] & 63 : (scales[j + 4] & 15) | scales[j - 4] >> 6 << 4;

@@ -1,9 +1,9 @@
-/* UNROLL before a loop whose count is a constant once its function is inlined; PHI_INLINE before such a function. */
+/* UNROLL: before a loop whose trip count is a constant once its function is inlined. PHI_INLINE: forces inlining. */
 #ifndef PHI_GENERIC_UNROLL_H
 #define PHI_GENERIC_UNROLL_H
 
 #if defined(__clang__)
-/* Not a number: clang would take it before it inlines, loop within loop, and not end for an hour. */
+/* Not a count: clang would unroll nested loops by it before inlining, and compile for an hour. */
 #define UNROLL _Pragma("clang loop unroll(full)")
 #elif defined(__GNUC__)
 #define UNROLL _Pragma("GCC unroll 16")

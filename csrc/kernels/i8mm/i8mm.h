@@ -1,5 +1,5 @@
-/* The i8mm tier's kernels, gathered into one table by table.c. Needs FEAT_I8MM (ARMv8.2, optional; 8.6) and
- * FEAT_DotProd. */
+/* Kernels of the i8mm tier, collected by table.c. Requires FEAT_DotProd and FEAT_I8MM: optional from ARMv8.2, mandatory
+ * from ARMv8.6. */
 #ifndef PHI_I8MM_H
 #define PHI_I8MM_H
 

@@ -1,4 +1,4 @@
-/* Products of Q2_K to Q6_K rows with int8 activations: see k_products.h. */
+/* k_products.h (Q2_K to Q6_K rows in file layout) without SDOT. */
 #include "neon.h"
 
 #include "dot.h"

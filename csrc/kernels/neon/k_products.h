@@ -1,8 +1,8 @@
-/* Products of Q2_K to Q6_K rows with int8 activations, for the tiers that differ in how they multiply integers.
- * Layout: blocks of 256 weights as in the file (blocks.h); activations with a scale a 32 and a sum a 16.
- * Idea: 32 columns at a time become bytes without sign and are used for up to four tokens; what the weights' offsets
- * and minima subtract is one float product with the activations' sums. Bound: four instructions for 32 products and
- * their scaling (SDOT), or reading the rows. */
+/* Products of Q2_K to Q6_K rows with int8 activations, on the integer products of the tier that includes this.
+ * Layout: blocks of 256 weights as in the file (blocks.h); activations with a scale per 32 and a sum per 16.
+ * Idea: 32 columns at a time are unpacked to bytes and multiplied by up to four tokens. The weights' offsets and minima
+ * are one float product with the activations' sums.
+ * Bound: with SDOT, four instructions per 32 products and their scaling, or reading the rows. */
 #ifndef PHI_NEON_K_PRODUCTS_H
 #define PHI_NEON_K_PRODUCTS_H
 
@@ -10,17 +10,17 @@
 #include "../../kernels.h"
 #include "simd.h"
 
-enum { BLOCK = 256, SUB_BLOCKS = BLOCK / PHI_Q8_BLOCK, MAX_TOKENS = 4, MOST_VECTORS = 4 };
+enum { BLOCK = 256, SUB_BLOCKS = BLOCK / PHI_Q8_BLOCK, MAX_TOKENS = 4, MAX_VECTORS = 4 };
 
-/* Scales and minima of a block, by groups of 16 or 32 columns. */
+/* Scales and minima of a block, per group of 16 or 32 columns. */
 typedef struct {
-    float32x4_t scale[MOST_VECTORS], min[MOST_VECTORS];
+    float32x4_t scale[MAX_VECTORS], min[MAX_VECTORS];
 } groups;
 
-/* What a type is made of; every field is a constant where this is inlined. */
+/* A weight type. All fields are constants after inlining. */
 typedef struct {
     size_t block_bytes;
-    int groups_per_block; /* of 32 columns: 1 or 2 */
+    int groups_per_block; /* groups per 32 columns: 1 or 2 */
     void (*unpack_groups)(const uint8_t *block, groups *g);
     void (*unpack_quants)(const uint8_t *block, int sub_block, int8x16_t q[2]);
 } format;
@@ -30,9 +30,9 @@ typedef struct {
 PHI_INLINE uint8x16_t low_bits(uint8x16_t bytes, int n) { return vandq_u8(bytes, vdupq_n_u8((uint8_t)((1 << n) - 1))); }
 PHI_INLINE uint8x16_t nibbles(uint8x16_t bytes, int high) { return high ? vshrq_n_u8(bytes, 4) : low_bits(bytes, 4); }
 
-/* 16 scales, and minima of `offset` times as much. */
-PHI_INLINE void scale_16(int8x16_t scales, float d, float offset, groups *g) {
-    phi_floats_of_s8(scales, g->scale);
+/* 16 scales of a type without minima: its offset becomes a minimum of offset * scale. */
+PHI_INLINE void scale_groups(int8x16_t scales, float d, float offset, groups *g) {
+    phi_s8_to_floats(scales, g->scale);
     for (int i = 0; i < 4; i++) {
         g->scale[i] = vmulq_n_f32(g->scale[i], d);
         g->min[i] = vmulq_n_f32(g->scale[i], offset);
@@ -42,8 +42,8 @@ PHI_INLINE void scale_16(int8x16_t scales, float d, float offset, groups *g) {
 PHI_INLINE void groups_q2_k(const uint8_t *block, groups *g) {
     const uint8x16_t packed = vld1q_u8(AT(q2_k, scales));
     const float d = phi_half(AT(q2_k, d)), dmin = phi_half(AT(q2_k, dmin));
-    phi_floats_of_u8(low_bits(packed, 4), g->scale);
-    phi_floats_of_u8(vshrq_n_u8(packed, 4), g->min);
+    phi_u8_to_floats(low_bits(packed, 4), g->scale);
+    phi_u8_to_floats(vshrq_n_u8(packed, 4), g->min);
     for (int i = 0; i < 4; i++) {
         g->scale[i] = vmulq_n_f32(g->scale[i], d);
         g->min[i] = vmulq_n_f32(g->min[i], dmin);
@@ -67,7 +67,7 @@ PHI_INLINE void groups_q3_k(const uint8_t *block, groups *g) {
         (low[1] >> 4 & 0x0f0f0f0fu) | (high >> 6 & 0x03030303u) << 4,
     };
     const int8x16_t scales = vsubq_s8(vreinterpretq_s8_u32(vld1q_u32(six_bits)), vdupq_n_s8(32));
-    scale_16(scales, phi_half(AT(q3_k, d)), 4.0f, g);
+    scale_groups(scales, phi_half(AT(q3_k, d)), 4.0f, g);
 }
 PHI_INLINE void quants_q3_k(const uint8_t *block, int sub_block, int8x16_t q[2]) {
     for (int i = 0; i < 2; i++) {
@@ -78,7 +78,7 @@ PHI_INLINE void quants_q3_k(const uint8_t *block, int sub_block, int8x16_t q[2])
     }
 }
 
-/* The 6-bit scales and minima that Q4_K and Q5_K share: phi_unpack_scales_k4 four at a time. */
+/* phi_unpack_scales_k4 (6-bit scales and minima of Q4_K and Q5_K) four at a time. */
 PHI_INLINE void groups_k4(const uint8_t *packed, float d, float dmin, groups *g) {
     uint32_t p[3];
     memcpy(p, packed, sizeof p);
@@ -89,7 +89,7 @@ PHI_INLINE void groups_k4(const uint8_t *packed, float d, float dmin, groups *g)
         (p[2] >> 4 & 0x0f0f0f0fu) | (p[1] >> 6 & 0x03030303u) << 4,
     };
     float32x4_t f[4];
-    phi_floats_of_u8(vreinterpretq_u8_u32(vld1q_u32(bytes)), f);
+    phi_u8_to_floats(vreinterpretq_u8_u32(vld1q_u32(bytes)), f);
     for (int i = 0; i < 2; i++) {
         g->scale[i] = vmulq_n_f32(f[i], d);
         g->min[i] = vmulq_n_f32(f[2 + i], dmin);
@@ -116,7 +116,7 @@ PHI_INLINE void quants_q5_k(const uint8_t *block, int sub_block, int8x16_t q[2])
 }
 
 PHI_INLINE void groups_q6_k(const uint8_t *block, groups *g) {
-    scale_16(vld1q_s8((const int8_t *)AT(q6_k, scales)), phi_half(AT(q6_k, d)), 32.0f, g);
+    scale_groups(vld1q_s8((const int8_t *)AT(q6_k, scales)), phi_half(AT(q6_k, d)), 32.0f, g);
 }
 PHI_INLINE void quants_q6_k(const uint8_t *block, int sub_block, int8x16_t q[2]) {
     const int half = sub_block / 4, quarter = sub_block % 4;
@@ -127,8 +127,8 @@ PHI_INLINE void quants_q6_k(const uint8_t *block, int sub_block, int8x16_t q[2])
     }
 }
 
-/* Scales of the weights by those of a token's activations [SUB_BLOCKS]. */
-PHI_INLINE void scales_with(const format f, const groups *g, const float *x, float32x4_t *scales) {
+/* Products of the weights' scales and the scales x [SUB_BLOCKS] of a token's activations. */
+PHI_INLINE void combine_scales(const format f, const groups *g, const float *x, float32x4_t *scales) {
     for (int i = 0; i < 2; i++) {
         const float32x4_t xs = vld1q_f32(x + 4 * i);
         if (f.groups_per_block == 1) {
@@ -140,27 +140,27 @@ PHI_INLINE void scales_with(const format f, const groups *g, const float *x, flo
     }
 }
 
-/* n_tokens is a constant where this is inlined. */
+/* One row by n_tokens tokens, a constant after inlining. */
 PHI_INLINE void multiply_row(const format f, const phi_matmul *m, const uint8_t *block, int token, int n_tokens,
                              float *out) {
     const size_t n = (size_t)m->n_cols;
     const int n_vectors = 2 * f.groups_per_block;
     phi_q8 x[MAX_TOKENS];
-    float32x4_t total[MAX_TOKENS], minus[MAX_TOKENS];
+    float32x4_t total[MAX_TOKENS], min_total[MAX_TOKENS];
     UNROLL for (int t = 0; t < n_tokens; t++) {
         x[t] = phi_q8_at(m->x->q8, (size_t)(m->first_token + token + t) * n);
-        total[t] = minus[t] = vdupq_n_f32(0.0f);
+        total[t] = min_total[t] = vdupq_n_f32(0.0f);
     }
     for (size_t i = 0; i < n; i += BLOCK, block += f.block_bytes) {
         groups g;
-        float32x4_t scales[MAX_TOKENS][MOST_VECTORS];
+        float32x4_t scales[MAX_TOKENS][MAX_VECTORS];
         f.unpack_groups(block, &g);
         UNROLL for (int t = 0; t < n_tokens; t++) {
             const float *sums =
                 f.groups_per_block == 1 ? x[t].block_sums + i / PHI_Q8_BLOCK : x[t].sums + i / PHI_SUM_BLOCK;
-            scales_with(f, &g, x[t].scales + i / PHI_Q8_BLOCK, scales[t]);
+            combine_scales(f, &g, x[t].scales + i / PHI_Q8_BLOCK, scales[t]);
             UNROLL for (int v = 0; v < n_vectors; v++) {
-                minus[t] = vfmaq_f32(minus[t], g.min[v], vld1q_f32(sums + 4 * v));
+                min_total[t] = vfmaq_f32(min_total[t], g.min[v], vld1q_f32(sums + 4 * v));
             }
         }
         UNROLL for (int j = 0; j < SUB_BLOCKS; j++) {
@@ -179,7 +179,7 @@ PHI_INLINE void multiply_row(const format f, const phi_matmul *m, const uint8_t 
         }
     }
     UNROLL for (int t = 0; t < n_tokens; t++) {
-        out[(size_t)(token + t) * m->out_stride] = vaddvq_f32(vsubq_f32(total[t], minus[t]));
+        out[(size_t)(token + t) * m->out_stride] = vaddvq_f32(vsubq_f32(total[t], min_total[t]));
     }
 }
 

@@ -1,4 +1,4 @@
-/* Products of Q4_0 to Q8_0 rows with int8 activations: see legacy_products.h. */
+/* legacy_products.h (Q4_0 to Q8_0 rows in file layout) without SDOT. */
 #include "neon.h"
 
 #include "dot.h"

@@ -1,7 +1,8 @@
-/* Products of Q4_0 to Q8_0 rows with int8 activations, for the tiers that differ in how they multiply integers.
- * Layout: blocks of 32 weights as in the file (blocks.h); activations with a scale a 32.
- * Idea: a block becomes signed bytes once and is used for up to four tokens; what a minimum adds comes from the
- * activations' sums. Bound: eight instructions for 32 products (SDOT), or reading the rows. */
+/* Products of Q4_0 to Q8_0 rows with int8 activations, on the integer products of the tier that includes this.
+ * Layout: blocks of 32 weights as in the file (blocks.h); activations with a scale per 32.
+ * Idea: a block is unpacked to signed bytes once and multiplied by up to four tokens. Minima are multiplied by the
+ * activations' sums.
+ * Bound: with SDOT, eight instructions per 32 products, or reading the rows. */
 #ifndef PHI_NEON_LEGACY_PRODUCTS_H
 #define PHI_NEON_LEGACY_PRODUCTS_H
 
@@ -11,76 +12,76 @@
 
 enum { BLOCK = 32, MAX_TOKENS = 4 };
 
-/* What a type is made of; every field is a constant where this is inlined. */
+/* A weight type. All fields are constants after inlining. */
 typedef struct {
     size_t block_bytes;
-    bool has_min; /* w = d * q + m, where m lies behind d; else w = d * q */
+    bool has_min; /* w = d * q + m, with m stored after d; otherwise w = d * q */
     void (*unpack)(const uint8_t *block, int8x16_t q[2]);
 } format;
 
 #define AT(type, field) (block + offsetof(phi_block_##type, field))
 
-PHI_INLINE void nibbles(const uint8_t *qs, uint8x16_t q[2]) {
+PHI_INLINE void unpack_nibbles(const uint8_t *qs, uint8x16_t q[2]) {
     const uint8x16_t packed = vld1q_u8(qs);
     q[0] = vandq_u8(packed, vdupq_n_u8(15));
     q[1] = vshrq_n_u8(packed, 4);
 }
 
-/* Sixteen bits of two bytes as 16 in a byte each. */
+/* 16 bits to 16 bytes, each 0 or 16. */
 PHI_INLINE uint8x16_t fifth_bits(const uint8_t *qh) {
     const uint8x16_t bytes = vcombine_u8(vdup_n_u8(qh[0]), vdup_n_u8(qh[1]));
-    const uint8x16_t bit_of = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201u));
-    return vandq_u8(vtstq_u8(bytes, bit_of), vdupq_n_u8(16));
+    const uint8x16_t bit_masks = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201u));
+    return vandq_u8(vtstq_u8(bytes, bit_masks), vdupq_n_u8(16));
 }
 
-PHI_INLINE void with_sign(const uint8x16_t q[2], int offset, int8x16_t signed_q[2]) {
+PHI_INLINE void subtract_offset(const uint8x16_t q[2], int offset, int8x16_t signed_q[2]) {
     for (int i = 0; i < 2; i++) signed_q[i] = vsubq_s8(vreinterpretq_s8_u8(q[i]), vdupq_n_s8((int8_t)offset));
 }
 
 PHI_INLINE void unpack_q4_0(const uint8_t *block, int8x16_t q[2]) {
     uint8x16_t u[2];
-    nibbles(AT(q4_0, qs), u);
-    with_sign(u, 8, q);
+    unpack_nibbles(AT(q4_0, qs), u);
+    subtract_offset(u, 8, q);
 }
 
 PHI_INLINE void unpack_q4_1(const uint8_t *block, int8x16_t q[2]) {
     uint8x16_t u[2];
-    nibbles(AT(q4_1, qs), u);
-    with_sign(u, 0, q);
+    unpack_nibbles(AT(q4_1, qs), u);
+    subtract_offset(u, 0, q);
 }
 
-PHI_INLINE void unpack_fifth(const uint8_t *qs, const uint8_t *qh, uint8x16_t u[2]) {
-    nibbles(qs, u);
+PHI_INLINE void unpack_5_bits(const uint8_t *qs, const uint8_t *qh, uint8x16_t u[2]) {
+    unpack_nibbles(qs, u);
     for (int i = 0; i < 2; i++) u[i] = vorrq_u8(u[i], fifth_bits(qh + 2 * i));
 }
 
 PHI_INLINE void unpack_q5_0(const uint8_t *block, int8x16_t q[2]) {
     uint8x16_t u[2];
-    unpack_fifth(AT(q5_0, qs), AT(q5_0, qh), u);
-    with_sign(u, 16, q);
+    unpack_5_bits(AT(q5_0, qs), AT(q5_0, qh), u);
+    subtract_offset(u, 16, q);
 }
 
 PHI_INLINE void unpack_q5_1(const uint8_t *block, int8x16_t q[2]) {
     uint8x16_t u[2];
-    unpack_fifth(AT(q5_1, qs), AT(q5_1, qh), u);
-    with_sign(u, 0, q);
+    unpack_5_bits(AT(q5_1, qs), AT(q5_1, qh), u);
+    subtract_offset(u, 0, q);
 }
 
 PHI_INLINE void unpack_q8_0(const uint8_t *block, int8x16_t q[2]) {
     for (int i = 0; i < 2; i++) q[i] = vld1q_s8((const int8_t *)AT(q8_0, qs) + 16 * i);
 }
 
-/* n_tokens is a constant where this is inlined. */
+/* One row by n_tokens tokens, a constant after inlining. */
 PHI_INLINE void multiply_row(const format f, const phi_matmul *m, const uint8_t *block, int token, int n_tokens,
                              float *out) {
     const size_t n_blocks = (size_t)m->n_cols / BLOCK;
     phi_q8 x[MAX_TOKENS];
     float32x4_t total[MAX_TOKENS];
-    float minima[MAX_TOKENS];
+    float min_total[MAX_TOKENS];
     UNROLL for (int t = 0; t < n_tokens; t++) {
         x[t] = phi_q8_at(m->x->q8, (size_t)(m->first_token + token + t) * (size_t)m->n_cols);
         total[t] = vdupq_n_f32(0.0f);
-        minima[t] = 0.0f;
+        min_total[t] = 0.0f;
     }
     for (size_t b = 0; b < n_blocks; b++, block += f.block_bytes) {
         int8x16_t q[2];
@@ -91,11 +92,11 @@ PHI_INLINE void multiply_row(const format f, const phi_matmul *m, const uint8_t 
             const int32x4_t first = phi_dot_16(vdupq_n_s32(0), q[0], vld1q_s8(xs));
             const int32x4_t dot = phi_dot_16(first, q[1], vld1q_s8(xs + 16));
             total[t] = vfmaq_n_f32(total[t], vcvtq_f32_s32(dot), d * x[t].scales[b]);
-            if (f.has_min) minima[t] += min * x[t].block_sums[b];
+            if (f.has_min) min_total[t] += min * x[t].block_sums[b];
         }
     }
     UNROLL for (int t = 0; t < n_tokens; t++) {
-        out[(size_t)(token + t) * m->out_stride] = vaddvq_f32(total[t]) + minima[t];
+        out[(size_t)(token + t) * m->out_stride] = vaddvq_f32(total[t]) + min_total[t];
     }
 }
 

@@ -1,4 +1,4 @@
-/* The NEON tier's kernels, gathered into one table by table.c. Need no more than every AArch64 has. */
+/* Kernels of the NEON tier, collected by table.c. Require nothing beyond the base AArch64 instruction set. */
 #ifndef PHI_NEON_H
 #define PHI_NEON_H
 
@@ -22,7 +22,7 @@ PHI_NEON_PACKED(PHI_DECLARE)
 void phi_quantize_q8_neon(const float *x, size_t n, phi_q8 q8);
 void phi_rms_norm_neon(const float *x, const float *weight, size_t n, float eps, float *y);
 void phi_rope_neox_neon(float *x, int rope_dims, const float *cos, const float *sin);
-void phi_rope_norm_neon(float *x, int rope_dims, const float *cos, const float *sin);
+void phi_rope_interleaved_neon(float *x, int rope_dims, const float *cos, const float *sin);
 void phi_layer_norm_neon(const float *x, const float *weight, const float *bias, size_t n, float eps, float *y);
 void phi_silu_mul_neon(const float *gate, const float *up, size_t n, float *y);
 void phi_gelu_neon(const float *x, size_t n, float *y);

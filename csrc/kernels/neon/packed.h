@@ -1,13 +1,13 @@
-/* Products of packed rows with int8 activations, for the tiers that differ in how they multiply integers.
- * Layout: panels of 16 interleaved rows (kernels/generic/pack.h): a line is four columns of 16 rows, four vectors of 4.
- * Idea: quants are signed bytes as they are (at most 63, or Q8_0's own); a line's vectors are multiplied by four
- * activations; the integer sums are converted once a group and scaled. Types without minima take their offset off in
- * integers: products begin with the activations' sums. A few tokens take the lines straight from the panel; for many,
- * 256 columns of four panels are unpacked to the first-level cache once, and tiles of 8 rows x 4 tokens pass over them.
- * A token's sum is built in the same order either way.
- * The including file brings dot.h of a tier: phi_add_line and what belongs to it. It may define PHI_MATRIX_PRODUCTS,
- * and what products of unpacked lines are then made of.
- * Bound: few: reading the panel, asked for ahead; many: the multiplications. */
+/* Products of packed rows with int8 activations, on the integer products of the tier that includes this.
+ * Layout: panels of 16 interleaved rows (kernels/generic/pack.h). A line is four columns of 16 rows, in four vectors.
+ * Idea: quants fit signed bytes (at most 63, or Q8_0's own), so a line's vectors are multiplied by four activations and
+ * summed in integers, which are converted to float once per group and scaled. Types without minima subtract their
+ * offset in integers: sums start from the activations' offsets. Decode and small batches of up to 4 tokens read lines
+ * straight from the panel. Larger batches unpack 256 columns of four panels into L1 once and pass tiles of 8 rows x 4
+ * tokens over them. A (row, token) pair is summed in the same order either way.
+ * Use: include a tier's dot.h first. A file that defines PHI_MATRIX_PRODUCTS also defines rearrange_lines and
+ * add_unpacked_block.
+ * Bound: reading the panel for decode and small batches; the multiplications for prefill. */
 #ifndef PHI_NEON_PACKED_H
 #define PHI_NEON_PACKED_H
 
@@ -15,84 +15,89 @@
 #include "simd.h"
 
 enum {
-    FEW_TOKENS = 4,
-    MANY_TOKENS = 4, /* in a tile */
-    VECTORS = 4,     /* of a line, four rows each */
+    MAX_DIRECT_TOKENS = 4, /* largest batch that reads lines straight from the panel */
+    TILE_TOKENS = 4,
+    VECTORS = 4, /* per line, four rows each */
     TILE_VECTORS = 2,
     LINES = 8,
     MAX_GROUPS = 16,
-    CHUNK_BLOCKS = 8, /* sub-blocks of 32 columns unpacked at a time */
-    PANELS = 4,       /* unpacked at a time, so that all take the activations from the first-level cache */
+    CHUNK_BLOCKS = 8, /* sub-blocks of 32 columns that are unpacked at a time */
+    PANELS = 4,       /* unpacked at a time: all of them find the activations in L1 */
 };
 
-/* Scales and minima of groups of columns, each for 16 rows. */
+/* Scales and minima of groups of 16 or 32 columns, each for 16 rows. */
 typedef struct {
     float32x4_t scale[MAX_GROUPS][VECTORS], min[MAX_GROUPS][VECTORS]; /* centred types have no min */
 } groups;
 
-/* What a type is made of; every field is a constant where this is inlined. */
+/* A weight type. All fields are constants after inlining. */
 typedef struct {
     size_t unit_bytes;
-    int bits;             /* of a quant */
-    int sub_blocks;       /* of 32 columns in a unit */
-    int unrolled;         /* so many of them differ in more than where they lie */
-    size_t stride;        /* bytes from those to the next ones */
-    int groups_per_block; /* scales in a sub-block: 1 or 2 */
-    bool has_min;         /* w = scale * q - min; without: w = scale * (q - 2^7 >> centre_shift) */
-    int centre_shift;     /* 8 and more: q is signed, w = scale * q */
+    int bits;       /* per quant */
+    int sub_blocks; /* of 32 columns per unit */
+    int unrolled;   /* consecutive sub-blocks that are unpacked differently; later ones repeat at a stride */
+    size_t stride; /* bytes from these to the next `unrolled` ones; 0: there are none, or unpack_line adds the offset */
+    int groups_per_block; /* scales per sub-block: 1 or 2 */
+    bool has_min;         /* w = scale * q - min; otherwise w = scale * (q - (128 >> centre_shift)) */
+    int centre_shift;     /* 8: no offset, w = scale * q with signed q */
     void (*unpack_groups)(const void *unit, groups *g);
-    /* Sub-block j < unrolled of a unit that was moved on by i strides; j, line and v are constants, i is not. */
+    /* Vector v of a line of sub-block i * unrolled + j, j < unrolled. unit: moved on by i strides. j, line and v are
+     * constants after inlining, i is not. */
     int8x16_t (*unpack_line)(const void *unit, int i, int j, int line, int v);
 } format;
 
-PHI_INLINE uint8x16_t vector_of(const uint8_t *line, int v) { return vld1q_u8(line + 16 * v); }
-PHI_INLINE int8x16_t nibbles_of(const uint8_t *line, int v, int high) {
-    const uint8x16_t q = vector_of(line, v);
+PHI_INLINE uint8x16_t load_vector(const uint8_t *line, int v) { return vld1q_u8(line + 16 * v); }
+PHI_INLINE int8x16_t unpack_nibbles(const uint8_t *line, int v, int high) {
+    const uint8x16_t q = load_vector(line, v);
     return vreinterpretq_s8_u8(high ? vshrq_n_u8(q, 4) : vandq_u8(q, vdupq_n_u8(15)));
 }
 
 /* ---- blocks of 32 ---- */
 
-PHI_INLINE void halves_of(const uint16_t *d, float32x4_t *f) {
+PHI_INLINE void load_halves(const uint16_t *d, float32x4_t *f) {
     for (int v = 0; v < VECTORS; v++) f[v] = phi_load_half(d + 4 * v);
 }
 
-PHI_INLINE void groups_q4_0(const void *unit, groups *g) { halves_of(((const phi_panel_q4_0 *)unit)->d, g->scale[0]); }
+PHI_INLINE void groups_q4_0(const void *unit, groups *g) {
+    load_halves(((const phi_panel_q4_0 *)unit)->d, g->scale[0]);
+}
 PHI_INLINE int8x16_t line_q4_0(const void *unit, int i, int j, int line, int v) {
     (void)i, (void)j;
-    return nibbles_of(((const phi_panel_q4_0 *)unit)->lines[line % 4], v, line / 4);
+    return unpack_nibbles(((const phi_panel_q4_0 *)unit)->lines[line % 4], v, line / 4);
 }
 
 PHI_INLINE void groups_q4_1(const void *unit, groups *g) {
     const phi_panel_q4_1 *u = unit;
-    halves_of(u->d, g->scale[0]);
-    halves_of(u->m, g->min[0]);
+    load_halves(u->d, g->scale[0]);
+    load_halves(u->m, g->min[0]);
     for (int v = 0; v < VECTORS; v++) g->min[0][v] = vnegq_f32(g->min[0][v]);
 }
 PHI_INLINE int8x16_t line_q4_1(const void *unit, int i, int j, int line, int v) {
     (void)i, (void)j;
-    return nibbles_of(((const phi_panel_q4_1 *)unit)->lines[line % 4], v, line / 4);
+    return unpack_nibbles(((const phi_panel_q4_1 *)unit)->lines[line % 4], v, line / 4);
 }
 
-PHI_INLINE void groups_q8_0(const void *unit, groups *g) { halves_of(((const phi_panel_q8_0 *)unit)->d, g->scale[0]); }
+PHI_INLINE void groups_q8_0(const void *unit, groups *g) {
+    load_halves(((const phi_panel_q8_0 *)unit)->d, g->scale[0]);
+}
 PHI_INLINE int8x16_t line_q8_0(const void *unit, int i, int j, int line, int v) {
     (void)i, (void)j;
-    return vreinterpretq_s8_u8(vector_of(((const phi_panel_q8_0 *)unit)->lines[line], v));
+    return vreinterpretq_s8_u8(load_vector(((const phi_panel_q8_0 *)unit)->lines[line], v));
 }
 
 /* ---- blocks of 256 ---- */
 
 PHI_INLINE void scale_u8(uint8x16_t bytes, const float32x4_t *d, float32x4_t *scaled) {
-    phi_floats_of_u8(bytes, scaled);
+    phi_u8_to_floats(bytes, scaled);
     for (int v = 0; v < VECTORS; v++) scaled[v] = vmulq_f32(scaled[v], d[v]);
 }
 
-/* The 6-bit scales and minima of Q4_K and Q5_K, as phi_unpack_scales_k4, for 16 rows at a time. */
+/* phi_unpack_scales_k4 (6-bit scales and minima of Q4_K and Q5_K) for 16 rows at a time. */
 PHI_INLINE void groups_k4(const uint8_t (*packed)[16], const uint16_t *d, const uint16_t *dmin, groups *g) {
     const uint8x16_t low4 = vdupq_n_u8(15), low6 = vdupq_n_u8(63), bits45 = vdupq_n_u8(48);
     float32x4_t ds[VECTORS], dmins[VECTORS];
-    halves_of(d, ds);
-    halves_of(dmin, dmins);
+    load_halves(d, ds);
+    load_halves(dmin, dmins);
     UNROLL for (int j = 0; j < 4; j++) {
         const uint8x16_t a = vld1q_u8(packed[j]), b = vld1q_u8(packed[j + 4]), c = vld1q_u8(packed[j + 8]);
         scale_u8(vandq_u8(a, low6), ds, g->scale[j]);
@@ -102,72 +107,74 @@ PHI_INLINE void groups_k4(const uint8_t (*packed)[16], const uint16_t *d, const 
     }
 }
 
-/* Even sub-blocks are the low nibbles of their pair's lines, odd ones the high nibbles. */
+/* Sub-blocks come in pairs that share lines: the even one is in the low nibbles, the odd one in the high nibbles. */
 PHI_INLINE void groups_q4_k(const void *unit, groups *g) {
     const phi_panel_q4_k *u = unit;
     groups_k4(u->scales, u->d, u->dmin, g);
 }
 PHI_INLINE int8x16_t line_q4_k(const void *unit, int i, int j, int line, int v) {
     (void)i;
-    return nibbles_of(((const phi_panel_q4_k *)unit)->lines[line], v, j);
+    return unpack_nibbles(((const phi_panel_q4_k *)unit)->lines[line], v, j);
 }
 
 PHI_INLINE void groups_q5_k(const void *unit, groups *g) {
     const phi_panel_q5_k *u = unit;
     groups_k4(u->scales, u->d, u->dmin, g);
 }
-/* The unit is not moved: its first lines lie apart from the rest. */
+/* The stride is 0: the first 8 lines are stored apart from the rest. */
 PHI_INLINE int8x16_t line_q5_k(const void *unit, int i, int j, int line, int v) {
     const phi_panel_q5_k *u = unit;
     const uint8_t *low = i ? u->rest[8 * (i - 1)] + 64 * line : u->first[line].low;
-    const uint8x16_t high = vector_of(u->first[line].high, v);
+    const uint8x16_t high = load_vector(u->first[line].high, v);
     const uint8x16_t fifth = vshlq_u8(high, vdupq_n_s8((int8_t)(4 - 2 * i - j)));
-    const uint8x16_t nibbles = vreinterpretq_u8_s8(nibbles_of(low, v, j));
+    const uint8x16_t nibbles = vreinterpretq_u8_s8(unpack_nibbles(low, v, j));
     return vreinterpretq_s8_u8(vbslq_u8(vdupq_n_u8(16), fifth, nibbles));
 }
 
 PHI_INLINE void groups_q6_k(const void *unit, groups *g) {
     const phi_panel_q6_k *u = unit;
     float32x4_t ds[VECTORS];
-    halves_of(u->d, ds);
+    load_halves(u->d, ds);
     for (int i = 0; i < MAX_GROUPS; i++) {
-        phi_floats_of_s8(vld1q_s8(u->scales[i]), g->scale[i]);
+        phi_s8_to_floats(vld1q_s8(u->scales[i]), g->scale[i]);
         for (int v = 0; v < VECTORS; v++) g->scale[i][v] = vmulq_f32(g->scale[i][v], ds[v]);
     }
 }
 PHI_INLINE int8x16_t line_q6_k(const void *unit, int i, int j, int line, int v) {
     const phi_panel_q6_k *u = unit;
     const uint8_t *low = j % 2 ? u->halves[0].second[line] : u->halves[0].first[line].low;
-    const uint8x16_t high = phi_shift(vector_of(u->halves[0].first[line].high, v), 4 - 2 * j);
-    const uint8x16_t nibbles = vreinterpretq_u8_s8(nibbles_of(low, v, j / 2));
+    const uint8x16_t high = phi_shift(load_vector(u->halves[0].first[line].high, v), 4 - 2 * j);
+    const uint8x16_t nibbles = vreinterpretq_u8_s8(unpack_nibbles(low, v, j / 2));
     (void)i;
     return vreinterpretq_s8_u8(vbslq_u8(vdupq_n_u8(48), high, nibbles));
 }
 
 /* ---- products ---- */
 
-/* A token's sub-blocks: what they give to products with 16 rows. */
+/* A token's quantised activations, sub-block by sub-block. */
 typedef struct {
     const int8_t *quants;   /* [n, 32] */
     const float *scales;    /* [n] */
     const float *sums;      /* [n, groups] */
     const int32_t *offsets; /* [n, groups] */
-} x_blocks;
+} activations;
 
-/* From sub-block `block` on; the token is counted from the product's first. */
-PHI_INLINE x_blocks x_blocks_of(const format f, const phi_matmul *m, int token, size_t block) {
+/* Starting at sub-block `block`; token 0 is the first of the product. */
+PHI_INLINE activations activations_at(const format f, const phi_matmul *m, int token, size_t block) {
     const size_t n_cols = (size_t)m->n_cols;
     const phi_q8 q8 = phi_q8_at(m->x->q8, (size_t)(m->first_token + token) * n_cols + block * PHI_Q8_BLOCK);
-    const bool whole = f.groups_per_block == 1;
-    return (x_blocks){q8.quants, q8.scales, whole ? q8.block_sums : q8.sums, whole ? q8.block_offsets : q8.offsets};
+    const bool per_block = f.groups_per_block == 1;
+    return (activations){q8.quants, q8.scales, per_block ? q8.block_sums : q8.sums,
+                         per_block ? q8.block_offsets : q8.offsets};
 }
 
 PHI_INLINE bool is_centred(const format f) { return !f.has_min && f.centre_shift < 8; }
 
-/* total += a group's products: dot [n_tokens][n_vectors], of vectors first .. of a line; sub-block b of the tokens. */
-PHI_INLINE void scale_dots(const format f, const float32x4_t *scale, const float32x4_t *min, int k, const x_blocks *x,
-                           int b, int n_tokens, int first, int n_vectors, int32x4_t (*dot)[VECTORS],
-                           float32x4_t (*total)[VECTORS]) {
+/* Scales the integer sums dot [n_tokens][n_vectors] of group k of sub-block b and adds them to total, from vector
+ * `first` on. */
+PHI_INLINE void scale_dots(const format f, const float32x4_t *scale, const float32x4_t *min, int k,
+                           const activations *x, int b, int n_tokens, int first, int n_vectors,
+                           int32x4_t (*dot)[VECTORS], float32x4_t (*total)[VECTORS]) {
     UNROLL for (int v = first; v < first + n_vectors; v++) {
         UNROLL for (int t = 0; t < n_tokens; t++) {
             const float32x4_t products = vmulq_f32(vcvtq_f32_s32(dot[t][v - first]), scale[v]);
@@ -177,43 +184,43 @@ PHI_INLINE void scale_dots(const format f, const float32x4_t *scale, const float
     }
 }
 
-/* Where lines come from: unpacked ones, or sub-block j < unrolled of a unit moved on by i strides. */
+/* Where lines come from: already unpacked, or a sub-block of a unit (see format.unpack_line). */
 typedef struct {
     const int8x16_t (*unpacked)[VECTORS];
     const void *unit;
     int i, j;
-} source;
+} line_source;
 
-PHI_INLINE int8x16_t line_of(const format f, const source s, int line, int v) {
+PHI_INLINE int8x16_t load_line(const format f, const line_source s, int line, int v) {
     return s.unpacked ? s.unpacked[line][v] : f.unpack_line(s.unit, s.i, s.j, line, v);
 }
 
-/* Adds sub-block b to the totals of vectors first .. of a line. */
-PHI_INLINE void add_block(const format f, const source s, const groups *g, int b, const x_blocks *x, int n_tokens,
-                          int first, int n_vectors, float32x4_t (*total)[VECTORS]) {
+/* Adds sub-block b to n_vectors vectors of total, from vector `first` on. */
+PHI_INLINE void add_block(const format f, const line_source s, const groups *g, int b, const activations *x,
+                          int n_tokens, int first, int n_vectors, float32x4_t (*total)[VECTORS]) {
     const int group_lines = LINES / f.groups_per_block, group = b * f.groups_per_block;
-    const int sum_lines = phi_lines_a_sum(f.bits) < group_lines ? phi_lines_a_sum(f.bits) : group_lines;
+    const int sum_lines = phi_max_lines_per_sum(f.bits) < group_lines ? phi_max_lines_per_sum(f.bits) : group_lines;
     UNROLL for (int k = 0; k < f.groups_per_block; k++) {
-        int32x4_t dot[FEW_TOKENS][VECTORS], begin[FEW_TOKENS];
+        int32x4_t dot[MAX_DIRECT_TOKENS][VECTORS], initial[MAX_DIRECT_TOKENS];
         UNROLL for (int t = 0; t < n_tokens; t++) {
-            if (is_centred(f)) begin[t] = vdupq_n_s32(x[t].offsets[group + k] >> f.centre_shift);
+            if (is_centred(f)) initial[t] = vdupq_n_s32(x[t].offsets[group + k] >> f.centre_shift);
         }
         UNROLL for (int line = k * group_lines; line < (k + 1) * group_lines; line += sum_lines) {
-            phi_sums sum[FEW_TOKENS][VECTORS];
+            phi_sums sum[MAX_DIRECT_TOKENS][VECTORS];
             const bool first_lines = line == k * group_lines;
             UNROLL for (int i = line; i < line + sum_lines; i++) {
                 UNROLL for (int v = 0; v < n_vectors; v++) {
-                    const int8x16_t q = line_of(f, s, i, first + v);
+                    const int8x16_t q = load_line(f, s, i, first + v);
                     UNROLL for (int t = 0; t < n_tokens; t++) {
-                        const int32x4_t *start = first_lines && is_centred(f) ? &begin[t] : NULL;
-                        const phi_sums *before = i > line ? &sum[t][v] : phi_begin_sums(start, &sum[t][v]);
-                        sum[t][v] = phi_add_line(before, q, x[t].quants + b * PHI_Q8_BLOCK, i);
+                        const int32x4_t *start = first_lines && is_centred(f) ? &initial[t] : NULL;
+                        const phi_sums *partial = i > line ? &sum[t][v] : phi_begin_sums(start, &sum[t][v]);
+                        sum[t][v] = phi_add_line(partial, q, x[t].quants + b * PHI_Q8_BLOCK, i);
                     }
                 }
             }
             UNROLL for (int v = 0; v < n_vectors; v++) {
                 UNROLL for (int t = 0; t < n_tokens; t++) {
-                    const int32x4_t *start = !first_lines ? &dot[t][v] : is_centred(f) ? &begin[t] : NULL;
+                    const int32x4_t *start = !first_lines ? &dot[t][v] : is_centred(f) ? &initial[t] : NULL;
                     dot[t][v] = phi_end_sums(start, sum[t][v]);
                 }
             }
@@ -226,28 +233,30 @@ PHI_INLINE void prefetch(const uint8_t *bytes, size_t n_bytes) {
     UNROLL for (size_t i = 0; i < n_bytes; i += 64) phi_prefetch_line(bytes + i);
 }
 
-/* Tokens that see a line's vectors all at once; more see them in two halves, which their sums need registers for. */
-PHI_INLINE int vectors_at_once(int n_tokens) { return n_tokens <= 2 ? VECTORS : TILE_VECTORS; }
+/* Vectors of a line that are multiplied in one pass: more than two tokens need the registers for their sums. */
+PHI_INLINE int vectors_per_pass(int n_tokens) { return n_tokens <= 2 ? VECTORS : TILE_VECTORS; }
 
-/* n_tokens is a constant where this and what follows is inlined. */
-PHI_INLINE void multiply_few(const format f, const uint8_t *panel, const phi_matmul *m, int n_tokens, float *out) {
-    const size_t n_blocks = (size_t)m->n_cols / PHI_Q8_BLOCK, part = f.unit_bytes / (size_t)(f.sub_blocks / f.unrolled);
-    const int n_vectors = vectors_at_once(n_tokens);
-    float32x4_t total[FEW_TOKENS][VECTORS];
-    x_blocks x[FEW_TOKENS];
+/* Decode and small batches: one panel by up to MAX_DIRECT_TOKENS tokens. n_tokens is a constant after inlining. */
+PHI_INLINE void multiply_small_batch(const format f, const uint8_t *panel, const phi_matmul *m, int n_tokens,
+                                     float *out) {
+    const size_t n_blocks = (size_t)m->n_cols / PHI_Q8_BLOCK,
+                 step_bytes = f.unit_bytes / (size_t)(f.sub_blocks / f.unrolled);
+    const int n_vectors = vectors_per_pass(n_tokens);
+    float32x4_t total[MAX_DIRECT_TOKENS][VECTORS];
+    activations x[MAX_DIRECT_TOKENS];
     UNROLL for (int t = 0; t < n_tokens; t++) {
-        x[t] = x_blocks_of(f, m, t, 0);
+        x[t] = activations_at(f, m, t, 0);
         UNROLL for (int v = 0; v < VECTORS; v++) total[t][v] = vdupq_n_f32(0.0f);
     }
     for (size_t b = 0; b < n_blocks; b += (size_t)f.sub_blocks, panel += f.unit_bytes) {
         groups g;
         f.unpack_groups(panel, &g);
         for (int i = 0; i < f.sub_blocks / f.unrolled; i++) {
-            if (m->prefetch.l1_bytes) prefetch(panel + (size_t)i * part + m->prefetch.l1_bytes, part);
+            if (m->prefetch.l1_bytes) prefetch(panel + (size_t)i * step_bytes + m->prefetch.l1_bytes, step_bytes);
             UNROLL for (int j = 0; j < f.unrolled; j++) {
                 const uint8_t *unit = panel + (size_t)i * f.stride;
-                PHI_KEEP_ADDRESS(unit); /* so that lines are read again, not all kept for the next sub-block */
-                const source s = {.unit = unit, .i = i, .j = j};
+                PHI_OPAQUE_ADDRESS(unit); /* lines are loaded again: kept for the next sub-block, they would spill */
+                const line_source s = {.unit = unit, .i = i, .j = j};
                 UNROLL for (int v = 0; v < VECTORS; v += n_vectors) {
                     add_block(f, s, &g, i * f.unrolled + j, x, n_tokens, v, n_vectors, total);
                 }
@@ -265,23 +274,23 @@ PHI_INLINE void multiply_few(const format f, const uint8_t *panel, const phi_mat
     }
 }
 
-/* 256 columns of a panel. */
+/* 256 columns of a panel, unpacked. */
 typedef struct {
     groups g;
     int8x16_t lines[CHUNK_BLOCKS * LINES][VECTORS];
 } chunk;
 
 #ifndef PHI_MATRIX_PRODUCTS
-PHI_INLINE void arrange_lines(int8x16_t (*lines)[VECTORS]) { (void)lines; }
-PHI_INLINE void add_unpacked_block(const format f, const chunk *c, int b, const x_blocks *x, int n_tokens, int first,
+PHI_INLINE void rearrange_lines(int8x16_t (*lines)[VECTORS]) { (void)lines; }
+PHI_INLINE void add_unpacked_block(const format f, const chunk *c, int b, const activations *x, int n_tokens, int first,
                                    float32x4_t (*total)[VECTORS]) {
-    const source s = {.unpacked = c->lines + b * LINES};
+    const line_source s = {.unpacked = c->lines + b * LINES};
     add_block(f, s, &c->g, b, x, n_tokens, first, TILE_VECTORS, total);
 }
 #else
-/* The eight lines of a sub-block in the order in which products take them. */
-PHI_INLINE void arrange_lines(int8x16_t (*lines)[VECTORS]);
-PHI_INLINE void add_unpacked_block(const format f, const chunk *c, int b, const x_blocks *x, int n_tokens, int first,
+/* Brings the eight lines of a sub-block into the order in which add_unpacked_block reads them. */
+PHI_INLINE void rearrange_lines(int8x16_t (*lines)[VECTORS]);
+PHI_INLINE void add_unpacked_block(const format f, const chunk *c, int b, const activations *x, int n_tokens, int first,
                                    float32x4_t (*total)[VECTORS]);
 #endif
 
@@ -303,23 +312,23 @@ PHI_INLINE void unpack_chunk(const format f, const uint8_t *panel, int n_blocks,
                     for (int v = 0; v < VECTORS; v++)
                         lines[line][v] = f.unpack_line(panel + (size_t)i * f.stride, i, j, line, v);
                 }
-                arrange_lines(lines);
+                rearrange_lines(lines);
             }
         }
     }
 }
 
-/* Adds a chunk's columns, from sub-block first_block on, to out, while the chunk after it comes from memory: `next`,
- * NULL when it was fetched before. */
+/* Adds the columns of a chunk, starting at sub-block first_block, to out. Meanwhile prefetches the chunk at `next`,
+ * unless NULL. n_tokens is a constant after inlining. */
 PHI_INLINE void multiply_chunk(const format f, const chunk *c, size_t first_block, int n_blocks, const phi_matmul *m,
                                int token, int n_tokens, const uint8_t *next, float *out) {
     const size_t block_bytes = f.unit_bytes / (size_t)f.sub_blocks;
     out += (size_t)token * m->out_stride;
     for (int b = 0; next && b < n_blocks; b++) prefetch(next + (size_t)b * block_bytes, block_bytes);
-    x_blocks x[MANY_TOKENS];
-    UNROLL for (int t = 0; t < n_tokens; t++) x[t] = x_blocks_of(f, m, token + t, first_block);
+    activations x[TILE_TOKENS];
+    UNROLL for (int t = 0; t < n_tokens; t++) x[t] = activations_at(f, m, token + t, first_block);
     UNROLL for (int first = 0; first < VECTORS; first += TILE_VECTORS) {
-        float32x4_t total[MANY_TOKENS][VECTORS];
+        float32x4_t total[TILE_TOKENS][VECTORS];
         UNROLL for (int t = 0; t < n_tokens; t++) {
             UNROLL for (int v = first; v < first + TILE_VECTORS; v++) {
                 total[t][v] = first_block ? vld1q_f32(out + (size_t)t * m->out_stride + 4 * v) : vdupq_n_f32(0.0f);
@@ -334,25 +343,26 @@ PHI_INLINE void multiply_chunk(const format f, const chunk *c, size_t first_bloc
     }
 }
 
-PHI_INLINE void multiply_many(const format f, const uint8_t *panels, const phi_matmul *m, int n_panels, float *out) {
+/* Batches of more than MAX_DIRECT_TOKENS tokens: n_panels panels by all tokens. */
+PHI_INLINE void multiply_prefill(const format f, const uint8_t *panels, const phi_matmul *m, int n_panels, float *out) {
     const size_t n_blocks = (size_t)m->n_cols / PHI_Q8_BLOCK, panel_bytes = PHI_PANEL_ROWS * m->row_bytes;
     for (size_t b = 0; b < n_blocks; b += CHUNK_BLOCKS) {
         const int n = n_blocks - b < CHUNK_BLOCKS ? (int)(n_blocks - b) : CHUNK_BLOCKS;
-        const uint8_t *part = panels + b / (size_t)f.sub_blocks * f.unit_bytes;
-        const bool last = b + CHUNK_BLOCKS >= n_blocks;
-        const uint8_t *next = last ? panels + (size_t)n_panels * panel_bytes
-                                   : part + (size_t)(CHUNK_BLOCKS / f.sub_blocks) * f.unit_bytes;
+        const uint8_t *columns = panels + b / (size_t)f.sub_blocks * f.unit_bytes;
+        const bool is_last = b + CHUNK_BLOCKS >= n_blocks;
+        const uint8_t *next = is_last ? panels + (size_t)n_panels * panel_bytes
+                                      : columns + (size_t)(CHUNK_BLOCKS / f.sub_blocks) * f.unit_bytes;
         chunk c[PANELS];
-        for (int p = 0; p < n_panels; p++) unpack_chunk(f, part + (size_t)p * panel_bytes, n, &c[p]);
+        for (int p = 0; p < n_panels; p++) unpack_chunk(f, columns + (size_t)p * panel_bytes, n, &c[p]);
         for (int t = 0; t < m->n_tokens;) {
-            const int n_tokens = m->n_tokens - t >= MANY_TOKENS ? MANY_TOKENS : 1;
+            const int n_tokens = m->n_tokens - t >= TILE_TOKENS ? TILE_TOKENS : 1;
             for (int p = 0; p < n_panels; p++) {
-                const uint8_t *fetched = t == 0 ? next + (size_t)p * panel_bytes : NULL;
+                const uint8_t *to_prefetch = t == 0 ? next + (size_t)p * panel_bytes : NULL;
                 float *rows = out + p * PHI_PANEL_ROWS;
-                if (n_tokens == MANY_TOKENS)
-                    multiply_chunk(f, &c[p], b, n, m, t, MANY_TOKENS, fetched, rows);
+                if (n_tokens == TILE_TOKENS)
+                    multiply_chunk(f, &c[p], b, n, m, t, TILE_TOKENS, to_prefetch, rows);
                 else
-                    multiply_chunk(f, &c[p], b, n, m, t, 1, fetched, rows);
+                    multiply_chunk(f, &c[p], b, n, m, t, 1, to_prefetch, rows);
             }
             t += n_tokens;
         }
@@ -362,25 +372,25 @@ PHI_INLINE void multiply_many(const format f, const uint8_t *panels, const phi_m
 PHI_INLINE void multiply_packed(const format f, const phi_matmul *m) {
     for (int r = 0; r < m->n_rows;) {
         const uint8_t *panel = m->rows + (size_t)r * m->row_bytes;
-        const int left = (m->n_rows - r) / PHI_PANEL_ROWS;
+        const int n_left = (m->n_rows - r) / PHI_PANEL_ROWS;
         float *out = m->out + r;
         int n_panels = 1;
         switch (m->n_tokens) {
         case 1:
-            multiply_few(f, panel, m, 1, out);
+            multiply_small_batch(f, panel, m, 1, out);
             break;
         case 2:
-            multiply_few(f, panel, m, 2, out);
+            multiply_small_batch(f, panel, m, 2, out);
             break;
         case 3:
-            multiply_few(f, panel, m, 3, out);
+            multiply_small_batch(f, panel, m, 3, out);
             break;
         case 4:
-            multiply_few(f, panel, m, 4, out);
+            multiply_small_batch(f, panel, m, 4, out);
             break;
         default:
-            n_panels = left < PANELS ? left : PANELS;
-            multiply_many(f, panel, m, n_panels, out);
+            n_panels = n_left < PANELS ? n_left : PANELS;
+            multiply_prefill(f, panel, m, n_panels, out);
         }
         r += n_panels * PHI_PANEL_ROWS;
     }
@@ -401,7 +411,7 @@ PHI_INLINE void multiply_packed(const format f, const phi_matmul *m) {
         multiply_packed(f, m);                                                                               \
     }
 
-/* Offsets of the activations are 128 times their sums: 8 of Q4_0 is 2^4 times less, 32 of Q6_K 2^2. */
+/* centre_shift: the activations' offsets are -128 times their sums; Q4_0 subtracts 8 = 128 >> 4, Q6_K 32 = 128 >> 2. */
 #define PHI_DEFINE_PACKED_PRODUCTS(tier)                                                                \
     PHI_DEFINE_PACKED(q4_0, 4, 1, 1, 0, 1, false, 4, tier)                                              \
     PHI_DEFINE_PACKED(q4_1, 4, 1, 1, 0, 1, true, 8, tier)                                               \

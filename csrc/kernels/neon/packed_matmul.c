@@ -1,4 +1,4 @@
-/* Products of packed rows with int8 activations: see packed.h. Two instructions for 16 products, and their widening. */
+/* packed.h (packed rows) without SDOT: two instructions per 16 products, plus the widening to int32. */
 #include "neon.h"
 
 #include "dot.h"

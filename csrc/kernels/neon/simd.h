@@ -1,4 +1,4 @@
-/* Small NEON pieces that several kernels share. */
+/* NEON helpers shared by the kernels of all ARM tiers. */
 #ifndef PHI_NEON_SIMD_H
 #define PHI_NEON_SIMD_H
 
@@ -14,14 +14,14 @@
 #define phi_prefetch_line(p) __builtin_prefetch(p)
 #endif
 
-/* Has the compiler use an address as it is, instead of one more register for each place near it. */
+/* Hides how an address was computed, so that the compiler addresses its surroundings by offsets from one register. */
 #ifdef __GNUC__
-#define PHI_KEEP_ADDRESS(p) __asm__ volatile("" : "+r"(p))
+#define PHI_OPAQUE_ADDRESS(p) __asm__ volatile("" : "+r"(p))
 #else
-#define PHI_KEEP_ADDRESS(p) (void)(p)
+#define PHI_OPAQUE_ADDRESS(p) (void)(p)
 #endif
 
-/* Halves lie at any address: they are loaded as bytes. */
+/* Half-precision values at any address, to float. They are loaded as bytes: they may be unaligned. */
 PHI_INLINE float32x4_t phi_load_half(const void *p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
 PHI_INLINE float phi_half(const void *p) {
     uint16_t h;
@@ -29,7 +29,7 @@ PHI_INLINE float phi_half(const void *p) {
     return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(h))), 0);
 }
 
-/* sum + a * lane i of b; i becomes a constant. */
+/* sum + a * lane i of b; i is a constant after inlining. */
 PHI_INLINE float32x4_t phi_add_by_lane(float32x4_t sum, float32x4_t a, float32x4_t b, int i) {
     switch (i) {
     case 0:
@@ -43,7 +43,7 @@ PHI_INLINE float32x4_t phi_add_by_lane(float32x4_t sum, float32x4_t a, float32x4
     }
 }
 
-/* Left by n bits, or right by -n; n becomes a constant. */
+/* Shifts every byte left by n bits, or right by -n; n is a constant after inlining. */
 PHI_INLINE uint8x16_t phi_shift(uint8x16_t bytes, int n) {
     switch (n) {
     case 4:
@@ -71,15 +71,15 @@ PHI_INLINE uint8x16_t phi_shift(uint8x16_t bytes, int n) {
     }
 }
 
-/* Four floats of every byte, by `quarter` of the vector. */
-PHI_INLINE void phi_floats_of_u8(uint8x16_t bytes, float32x4_t *f) {
+/* 16 bytes to 16 floats: f [4]. */
+PHI_INLINE void phi_u8_to_floats(uint8x16_t bytes, float32x4_t *f) {
     const uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_high_u8(bytes);
     f[0] = vcvtq_f32_u32(vmovl_u16(vget_low_u16(low)));
     f[1] = vcvtq_f32_u32(vmovl_high_u16(low));
     f[2] = vcvtq_f32_u32(vmovl_u16(vget_low_u16(high)));
     f[3] = vcvtq_f32_u32(vmovl_high_u16(high));
 }
-PHI_INLINE void phi_floats_of_s8(int8x16_t bytes, float32x4_t *f) {
+PHI_INLINE void phi_s8_to_floats(int8x16_t bytes, float32x4_t *f) {
     const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
     f[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(low)));
     f[1] = vcvtq_f32_s32(vmovl_high_s16(low));
@@ -87,12 +87,12 @@ PHI_INLINE void phi_floats_of_s8(int8x16_t bytes, float32x4_t *f) {
     f[3] = vcvtq_f32_s32(vmovl_high_s16(high));
 }
 
-/* e^x, relative error below 2e-7: x = n ln 2 + r, e^r by its Taylor series to r^6, |r| <= ln(2) / 2.
- * Below -87.3 the result is 0 or the smallest normal number; NaN stays NaN. */
+/* e^x, relative error below 2e-7: x = n ln 2 + r, e^r by its Taylor series up to r^6, |r| <= ln(2) / 2.
+ * x is clamped to [-87.3, 88.3]: smaller arguments give about the smallest normal float. NaN stays NaN. */
 PHI_INLINE float32x4_t phi_exp(float32x4_t x) {
     x = vminq_f32(vdupq_n_f32(88.3f), vmaxq_f32(vdupq_n_f32(-87.3f), x));
     const float32x4_t n = vrndnq_f32(vmulq_n_f32(x, 1.44269504f));
-    float32x4_t r = vfmsq_n_f32(x, n, 0.693359375f); /* ln 2 in two parts: the first is exact */
+    float32x4_t r = vfmsq_n_f32(x, n, 0.693359375f); /* ln 2 in two parts, the first exact */
     r = vfmsq_n_f32(r, n, -2.12194440e-4f);
     float32x4_t e = vdupq_n_f32(1.0f / 720.0f);
     e = vfmaq_f32(vdupq_n_f32(1.0f / 120.0f), e, r);

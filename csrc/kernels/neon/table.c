@@ -1,4 +1,5 @@
-/* The NEON tier's table. Dequantisation of single rows comes from the scalar tier: it is not worth a kernel. */
+/* Kernel table of the NEON tier. Dequantisation of rows is inherited from the scalar tier: it is too rare to need a
+ * kernel. */
 #include "neon.h"
 
 #include "../generic/pack.h"
@@ -13,7 +14,7 @@ const phi_kernels phi_kernels_neon = {
         .quantize_q8 = phi_quantize_q8_neon,
     .rms_norm = phi_rms_norm_neon,
     .layer_norm = phi_layer_norm_neon,
-    .rope = {phi_rope_neox_neon, phi_rope_norm_neon},
+    .rope = {phi_rope_neox_neon, phi_rope_interleaved_neon},
     .silu_mul = phi_silu_mul_neon,
     .gelu = phi_gelu_neon,
     .add = phi_add_neon,

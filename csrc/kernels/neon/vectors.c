@@ -1,5 +1,5 @@
-/* What happens to activations between the products: norm, rotation, quantisation, SiLU, residual, storing of keys and
- * values. Four floats a step. Of two numbers FMAXNM and FMINNM take the one that is not NaN, as fmaxf and fminf do. */
+/* Operations on activations between the products: norms, RoPE, quantisation, SiLU and GELU, residual addition, KV-cache
+ * writes. Four floats per step. FMAXNM and FMINNM return the operand that is not NaN, as fmaxf and fminf do. */
 #include <float.h>
 #include <math.h>
 
@@ -7,20 +7,20 @@
 #include "neon.h"
 #include "simd.h"
 
-/* The largest magnitude of 32 floats, as bits: NaN is above all numbers. */
-PHI_INLINE float largest_of(const float32x4_t v[8]) {
+/* The largest magnitude of 32 floats, compared as integers: NaN is above every number. */
+PHI_INLINE float max_magnitude(const float32x4_t v[8]) {
     uint32x4_t largest = vdupq_n_u32(0);
     for (int i = 0; i < 8; i++) largest = vmaxq_u32(largest, vreinterpretq_u32_f32(vabsq_f32(v[i])));
     return phi_float_from_bits(vmaxvq_u32(largest));
 }
 
-/* 16 floats times a number to the nearest integers from -127 to 127; NaN, which infinity times 0 makes, becomes 127. */
-PHI_INLINE int8x16_t to_bytes(const float32x4_t v[4], float inverse) {
+/* Rounds 16 floats times `inverse` to integers from -127 to 127. NaN, the product of infinity and 0, becomes 127. */
+PHI_INLINE int8x16_t round_to_int8(const float32x4_t v[4], float inverse) {
     const float32x4_t limit = vdupq_n_f32(127.0f);
     int32x4_t q[4];
     for (int i = 0; i < 4; i++) {
-        const float32x4_t below = vminnmq_f32(limit, vmulq_n_f32(v[i], inverse));
-        q[i] = vcvtnq_s32_f32(vmaxnmq_f32(vnegq_f32(limit), below));
+        const float32x4_t at_most = vminnmq_f32(limit, vmulq_n_f32(v[i], inverse));
+        q[i] = vcvtnq_s32_f32(vmaxnmq_f32(vnegq_f32(limit), at_most));
     }
     const int16x8_t low = vcombine_s16(vmovn_s32(q[0]), vmovn_s32(q[1]));
     const int16x8_t high = vcombine_s16(vmovn_s32(q[2]), vmovn_s32(q[3]));
@@ -31,12 +31,12 @@ void phi_quantize_q8_neon(const float *x, size_t n, phi_q8 q8) {
     for (size_t b = 0; b < n / PHI_Q8_BLOCK; b++) {
         float32x4_t v[8];
         for (int i = 0; i < 8; i++) v[i] = vld1q_f32(x + b * PHI_Q8_BLOCK + 4 * i);
-        const float scale = largest_of(v) / 127.0f;
-        /* As the scalar kernel: below the smallest normal scale the block is zero. */
+        const float scale = max_magnitude(v) / 127.0f;
+        /* As in the scalar kernel: a block whose scale is below the smallest normal float becomes 0. */
         const float inverse = scale >= FLT_MIN ? 1.0f / scale : 0.0f;
         int32_t sum[2];
         for (size_t i = 0; i < 2; i++) {
-            const int8x16_t q = to_bytes(v + 4 * i, inverse);
+            const int8x16_t q = round_to_int8(v + 4 * i, inverse);
             vst1q_s8(q8.quants + b * PHI_Q8_BLOCK + 16 * i, q);
             sum[i] = vaddlvq_s8(q);
             q8.sums[2 * b + i] = scale * (float)sum[i];
@@ -66,27 +66,27 @@ void phi_rms_norm_neon(const float *x, const float *weight, size_t n, float eps,
     for (size_t i = n4; i < n; i++) y[i] = x[i] * inverse * weight[i];
 }
 
-/* 4 floats less a double, as doubles. */
-PHI_INLINE void apart_from(const float *x, double mean, float64x2_t apart[2]) {
+/* difference [4] = 4 floats - mean, in double. */
+PHI_INLINE void subtract_mean(const float *x, double mean, float64x2_t difference[2]) {
     const float32x4_t v = vld1q_f32(x);
-    apart[0] = vsubq_f64(vcvt_f64_f32(vget_low_f32(v)), vdupq_n_f64(mean));
-    apart[1] = vsubq_f64(vcvt_high_f64_f32(v), vdupq_n_f64(mean));
+    difference[0] = vsubq_f64(vcvt_f64_f32(vget_low_f32(v)), vdupq_n_f64(mean));
+    difference[1] = vsubq_f64(vcvt_high_f64_f32(v), vdupq_n_f64(mean));
 }
 
 void phi_layer_norm_neon(const float *x, const float *weight, const float *bias, size_t n, float eps, float *y) {
     const size_t n4 = n / 4 * 4;
-    float64x2_t apart[2], sums[2] = {vdupq_n_f64(0.0), vdupq_n_f64(0.0)}, squares[2] = {sums[0], sums[0]};
+    float64x2_t difference[2], sums[2] = {vdupq_n_f64(0.0), vdupq_n_f64(0.0)}, squares[2] = {sums[0], sums[0]};
     for (size_t i = 0; i < n4; i += 4) {
-        apart_from(x + i, 0.0, apart);
-        for (int j = 0; j < 2; j++) sums[j] = vaddq_f64(sums[j], apart[j]);
+        subtract_mean(x + i, 0.0, difference);
+        for (int j = 0; j < 2; j++) sums[j] = vaddq_f64(sums[j], difference[j]);
     }
     double total = vaddvq_f64(vaddq_f64(sums[0], sums[1]));
     for (size_t i = n4; i < n; i++) total += (double)x[i];
     const double mean = total / (double)n;
 
     for (size_t i = 0; i < n4; i += 4) {
-        apart_from(x + i, mean, apart);
-        for (int j = 0; j < 2; j++) squares[j] = vfmaq_f64(squares[j], apart[j], apart[j]);
+        subtract_mean(x + i, mean, difference);
+        for (int j = 0; j < 2; j++) squares[j] = vfmaq_f64(squares[j], difference[j], difference[j]);
     }
     total = vaddvq_f64(vaddq_f64(squares[0], squares[1]));
     for (size_t i = n4; i < n; i++) total += ((double)x[i] - mean) * ((double)x[i] - mean);
@@ -108,7 +108,7 @@ PHI_INLINE float32x4_t silu_mul(float32x4_t gate, float32x4_t up) {
 void phi_silu_mul_neon(const float *gate, const float *up, size_t n, float *y) {
     const size_t n4 = n / 4 * 4;
     for (size_t i = 0; i < n4; i += 4) vst1q_f32(y + i, silu_mul(vld1q_f32(gate + i), vld1q_f32(up + i)));
-    if (n4 < n) { /* the tail by the same arithmetic */
+    if (n4 < n) { /* the tail, padded, by the same arithmetic */
         float g[4] = {0}, u[4] = {0};
         memcpy(g, gate + n4, (n - n4) * sizeof *g);
         memcpy(u, up + n4, (n - n4) * sizeof *u);
@@ -120,14 +120,14 @@ void phi_silu_mul_neon(const float *gate, const float *up, size_t n, float *y) {
 PHI_INLINE float32x4_t gelu(float32x4_t x) {
     const float32x4_t u = vfmaq_n_f32(x, vmulq_f32(vmulq_f32(x, x), x), 0.044715f);
     const float32x4_t e = phi_exp(vmulq_n_f32(u, -2.0f * 0.7978845608f));
-    const float32x4_t bounded = vmaxq_f32(vdupq_n_f32(-1e6f), x); /* e is bounded too: 0 must be the limit */
+    const float32x4_t bounded = vmaxq_f32(vdupq_n_f32(-1e6f), x); /* phi_exp is bounded: x = -inf would give -inf */
     return vdivq_f32(bounded, vaddq_f32(vdupq_n_f32(1.0f), e));
 }
 
 void phi_gelu_neon(const float *x, size_t n, float *y) {
     const size_t n4 = n / 4 * 4;
     for (size_t i = 0; i < n4; i += 4) vst1q_f32(y + i, gelu(vld1q_f32(x + i)));
-    if (n4 < n) { /* the tail by the same arithmetic */
+    if (n4 < n) { /* the tail, padded, by the same arithmetic */
         float tail[4] = {0};
         memcpy(tail, x + n4, (n - n4) * sizeof *tail);
         vst1q_f32(tail, gelu(vld1q_f32(tail)));
@@ -141,7 +141,7 @@ void phi_add_neon(const float *x, size_t n, float *y) {
     for (; i < n; i++) y[i] += x[i];
 }
 
-/* Products and sums stay apart, as in the scalar kernel: all tiers rotate to the same bits. */
+/* No FMA, as in the scalar kernel: every tier rotates to the same bits. */
 PHI_INLINE void rotate(float32x4_t *a, float32x4_t *b, float32x4_t cos, float32x4_t sin) {
     const float32x4_t x = *a, y = *b;
     *a = vsubq_f32(vmulq_f32(x, cos), vmulq_f32(y, sin));
@@ -164,7 +164,7 @@ void phi_rope_neox_neon(float *x, int rope_dims, const float *cos, const float *
     }
 }
 
-void phi_rope_norm_neon(float *x, int rope_dims, const float *cos, const float *sin) {
+void phi_rope_interleaved_neon(float *x, int rope_dims, const float *cos, const float *sin) {
     const size_t half = (size_t)rope_dims / 2;
     size_t i = 0;
     for (; i + 4 <= half; i += 4) {
@@ -179,7 +179,7 @@ void phi_rope_norm_neon(float *x, int rope_dims, const float *cos, const float *
     }
 }
 
-PHI_INLINE void to_half(const float *x, uint16_t *halves) {
+PHI_INLINE void store_half(const float *x, uint16_t *halves) {
     vst1_u16(halves, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(x))));
 }
 
@@ -190,38 +190,38 @@ void phi_store_kv_f16_neon(const float *k, const float *v, int head_dim, int slo
     uint16_t *values = (uint16_t *)(void *)page.values + s * n;
     uint16_t halves[4];
     for (size_t d = 0; d < n4; d += 4) {
-        to_half(k + d, halves);
+        store_half(k + d, halves);
         for (size_t i = 0; i < 4; i++) keys[(d + i) * PHI_KV_GROUP] = halves[i];
-        to_half(v + d, values + d);
+        store_half(v + d, values + d);
     }
     if (n4 == n) return;
     float tail[4] = {0};
     memcpy(tail, k + n4, (n - n4) * sizeof *tail);
-    to_half(tail, halves);
+    store_half(tail, halves);
     for (size_t d = n4; d < n; d++) keys[d * PHI_KV_GROUP] = halves[d - n4];
     memcpy(tail, v + n4, (n - n4) * sizeof *tail);
-    to_half(tail, halves);
+    store_half(tail, halves);
     memcpy(values + n4, halves, (n - n4) * sizeof *halves);
 }
 
-/* n, at most 32, dimensions to q [32], and their scale, as the scalar kernel has them. */
+/* Quantises n <= 32 dimensions to q [32] and returns their scale in half precision, as the scalar kernel does. */
 static uint16_t quantize_kv(const float *x, size_t n, int8_t *q) {
     float padded[PHI_KV_BLOCK] = {0};
     float32x4_t v[8];
-    uint32x4_t numbers = vdupq_n_u32(UINT32_MAX);
+    uint32x4_t is_number = vdupq_n_u32(UINT32_MAX);
     memcpy(padded, x, n * sizeof *padded);
     for (int i = 0; i < 8; i++) {
         v[i] = vld1q_f32(padded + 4 * i);
-        numbers = vandq_u32(numbers, vceqq_f32(v[i], v[i]));
+        is_number = vandq_u32(is_number, vceqq_f32(v[i], v[i]));
     }
-    const float wanted = vminvq_u32(numbers) ? largest_of(v) / 127.0f : NAN;
-    const uint16_t half = vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(wanted))), 0);
+    const float exact_scale = vminvq_u32(is_number) ? max_magnitude(v) / 127.0f : NAN;
+    const uint16_t half = vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(exact_scale))), 0);
     const float scale = phi_half(&half);
     if (!(scale > 0.0f && scale < INFINITY)) {
         memset(q, 0, PHI_KV_BLOCK);
         return half;
     }
-    for (int i = 0; i < 2; i++) vst1q_s8(q + 16 * i, to_bytes(v + 4 * i, 1.0f / scale));
+    for (int i = 0; i < 2; i++) vst1q_s8(q + 16 * i, round_to_int8(v + 4 * i, 1.0f / scale));
     return half;
 }
 

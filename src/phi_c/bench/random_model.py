@@ -1,32 +1,32 @@
-"""Writes models of random weights: the tensors, types and sizes of published files, so that they run as fast.
+"""Writes models with random weights. Tensors, types and sizes are those of published Q4_K_M files, and so is the speed.
 
-Their text is noise, and so is their vocabulary. Quants are random bytes: any are valid. Scales are such that weights
-deviate as much as those of a model at its initialisation, which keeps activations and logits in ordinary ranges.
+The generated text and most of the vocabulary are meaningless. Quants are random bytes, since all values are valid.
+Scales give weights the standard deviation of a freshly initialised model, which keeps activations and logits in the
+usual range.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
-import gguf
-from phi_c._core import TENSOR_TYPES, TensorType
-from phi_c.bench.shapes import SHAPES, Shape, tensor_type
+from phi_c.bench.shapes import SHAPES, Shape
 from phi_c.errors import CacheError, OptionError
+from phi_c.gguf import writer
+from phi_c.gguf.types import TENSOR_TYPES_BY_NAME
 from phi_c.model.config import ROPE_LONG, ROPE_SHORT, ModelConfig, expected_tensors
+from phi_c.quantize.mix import Model, make_mix
 from phi_c.storage import atomic_write, cache_dir
+from phi_c.text.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN
 
 Bytes = npt.NDArray[np.uint8]
 
 _CHUNK_BYTES = 16 << 20
-_MOSTLY_Q4_K_M = 15  # general.file_type
-_TYPES = {kind.name: kind for kind in TENSOR_TYPES.values()}
+_MIX = make_mix("Q4_K_M")
 
-# Where a block has its scale and that of its minima (half precision), the mean of its quants, by which minima must be
-# the larger for weights to be centred, and how much weights deviate where the scale is 1.
+# By type: byte offsets in a block of the float16 scale and, if there is one, of the float16 scale of the minima; the
+# mean quant, by which the minima are multiplied to centre the weights; the weights' standard deviation at scale 1.
 _SCALES = {
     "Q4_K": ((0, 2), 7.5, 250.0),
     "Q5_K": ((0, 2), 15.5, 520.0),
@@ -34,46 +34,42 @@ _SCALES = {
 }
 
 
-def random_model(name: str, progress: Callable[[int, int], None] = lambda done, total: None) -> Path:
-    """Return the file of a row of SHAPES, writing it to the cache (random/NAME.gguf) when it is not there.
+def random_model(name: str, progress: Callable[[int, int], object] = lambda n_written, n_total: None) -> Path:
+    """Return the path of a random model, random/NAME.gguf in the cache folder; the file is written if it is missing.
 
-    progress: is told how many bytes of all are written. Raises OptionError for an unknown name, CacheError.
+    name: a key of SHAPES. progress: called with (bytes written, total bytes).
+    Raises OptionError for an unknown name, CacheError if the file cannot be written.
     """
     shape = SHAPES.get(name)
     if shape is None:
         raise OptionError(f"there are no random weights for {name!r}, expected one of {', '.join(SHAPES)}")
     path = cache_dir() / "random" / f"{name}.gguf"
     if not path.is_file():
+        plan = make_plan(shape)
+        rng = np.random.default_rng(0)
         with atomic_write(path, CacheError) as file:
-            _write(file, shape, progress)
+            writer.write(file, plan, (_data(rng, tensor) for tensor in plan.tensors), progress)
     return path
 
 
-def _write(file: IO[bytes], shape: Shape, progress: Callable[[int, int], None]) -> None:
-    rng = np.random.default_rng(0)
-    tensors = _tensors(shape)
-    header = _header(shape, tensors)
-    total = len(header) + sum(_n_bytes(kind, dims) for dims, kind in tensors.values())
-    _write_padded(file, [header])
-    for name, (dims, kind) in tensors.items():
-        _write_padded(file, _data(rng, name, dims, kind))
-        progress(min(file.tell(), total), total)
-
-
-def _write_padded(file: IO[bytes], chunks: list[bytes] | Iterator[bytes]) -> None:
-    for chunk in chunks:
-        file.write(chunk)
-    file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
-
-
-def _tensors(shape: Shape) -> dict[str, tuple[tuple[int, ...], TensorType]]:
-    """Return name -> dimensions (rows first) and type."""
-    required, optional = expected_tensors(_config(shape))
-    if not shape.tied:
-        required["output.weight"] = optional["output.weight"]
-    if shape.n_ctx_orig < shape.n_ctx_train:
-        required |= {name: optional[name] for name in (ROPE_LONG, ROPE_SHORT)}
-    return {name: (dims, _TYPES[tensor_type(name, shape)]) for name, dims in required.items()}
+def make_plan(shape: Shape) -> writer.Plan:
+    """Return the metadata and the tensors of the random model of a shape."""
+    config = _config(shape)
+    metadata = {
+        "general.architecture": writer.string(config.architecture),
+        "general.name": writer.string(config.name),
+        "general.file_type": writer.u32(_MIX.file_type.number),
+        "phi3.block_count": writer.u32(config.n_layers),
+        "phi3.context_length": writer.u32(config.n_ctx_train),
+        "phi3.embedding_length": writer.u32(config.n_embd),
+        "phi3.feed_forward_length": writer.u32(config.n_ffn),
+        "phi3.attention.head_count": writer.u32(config.n_heads),
+        "phi3.attention.head_count_kv": writer.u32(config.n_kv_heads),
+        "phi3.rope.dimension_count": writer.u32(config.rope_dims),
+        "phi3.rope.scaling.original_context_length": writer.u32(config.n_ctx_orig),
+        "phi3.attention.layer_norm_rms_epsilon": writer.f32(config.norm_eps),
+    }
+    return writer.Plan(metadata | _vocabulary(config.n_vocab), _tensors(shape, config))
 
 
 def _config(shape: Shape) -> ModelConfig:
@@ -102,81 +98,59 @@ def _config(shape: Shape) -> ModelConfig:
     )
 
 
-def _header(shape: Shape, tensors: dict[str, tuple[tuple[int, ...], TensorType]]) -> bytes:
-    config = _config(shape)
-    with tempfile.TemporaryDirectory(prefix="phi-c-") as folder:
-        path = Path(folder) / "header.gguf"
-        writer = gguf.GGUFWriter(path, config.architecture)
-        writer.add_name(config.name)
-        writer.add_file_type(_MOSTLY_Q4_K_M)
-        writer.add_block_count(config.n_layers)
-        writer.add_context_length(config.n_ctx_train)
-        writer.add_embedding_length(config.n_embd)
-        writer.add_feed_forward_length(config.n_ffn)
-        writer.add_head_count(config.n_heads)
-        writer.add_head_count_kv(config.n_kv_heads)
-        writer.add_rope_dimension_count(config.rope_dims)
-        writer.add_rope_scaling_orig_ctx_len(config.n_ctx_orig)
-        writer.add_layer_norm_rms_eps(config.norm_eps)
-        _add_vocabulary(writer, config.n_vocab)
-        for name, (dims, kind) in tensors.items():
-            row_bytes = dims[-1] // kind.block_elements * kind.block_bytes
-            writer.add_tensor_info(
-                name,
-                (*dims[:-1], row_bytes),
-                np.dtype(np.uint8),
-                _n_bytes(kind, dims),
-                raw_dtype=gguf.GGMLQuantizationType(kind.type_id),
-            )
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
-        return path.read_bytes()
+def _tensors(shape: Shape, config: ModelConfig) -> tuple[writer.TensorSpec, ...]:
+    tensors, optional = expected_tensors(config)
+    if not shape.tied:
+        tensors["output.weight"] = optional["output.weight"]
+    if config.long_rope:
+        tensors |= {name: optional[name] for name in (ROPE_LONG, ROPE_SHORT)}
+    model = Model(shape.n_layers, n_gqa=shape.n_heads // shape.n_kv_heads, is_tied=shape.tied)
+    return tuple(
+        writer.TensorSpec(name, dims, _MIX.type_of(name, dims, "F32", model)) for name, dims in tensors.items()
+    )
 
 
-def _add_vocabulary(writer: Any, n_vocab: int) -> None:
-    """SentencePiece with byte fallback: texts are cut into bytes, the other tokens are words that never occur."""
+def _vocabulary(n_vocab: int) -> dict[str, bytes]:
+    """Return a SentencePiece vocabulary with byte fallback, padded to n_vocab with tokens that do not occur in text."""
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    special = ["<s>", "</s>", "<|endoftext|>"]  # the last one: llama.cpp loads no Phi-3 without it
-    tokens = ["<unk>", *special, *byte_tokens, "\u2581"]  # the last one is a space
+    special = ["<s>", "</s>", "<|endoftext|>"]  # llama.cpp does not load a Phi-3 model without <|endoftext|>
+    tokens = ["<unk>", *special, *byte_tokens, "\u2581"]  # U+2581 stands for a space
     tokens += [f"\u2581token{i}" for i in range(len(tokens), n_vocab)]
-    kinds = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * len(special), *[gguf.TokenType.BYTE] * 256]
-    kinds += [gguf.TokenType.NORMAL] * (n_vocab - len(kinds))
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([-float(i) for i in range(n_vocab)])
-    writer.add_token_types(kinds)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_add_bos_token(True)
+    kinds = [UNKNOWN, *[CONTROL] * len(special), *[BYTE] * 256]
+    kinds += [NORMAL] * (n_vocab - len(kinds))
+    return {
+        "tokenizer.ggml.model": writer.string("llama"),
+        "tokenizer.ggml.tokens": writer.strings(tokens),
+        "tokenizer.ggml.scores": writer.f32_array([-float(i) for i in range(n_vocab)]),
+        "tokenizer.ggml.token_type": writer.i32_array(kinds),
+        "tokenizer.ggml.bos_token_id": writer.u32(1),
+        "tokenizer.ggml.eos_token_id": writer.u32(2),
+        "tokenizer.ggml.unknown_token_id": writer.u32(0),
+        "tokenizer.ggml.add_bos_token": writer.boolean(True),
+    }
 
 
-def _n_bytes(kind: TensorType, dims: tuple[int, ...]) -> int:
-    n_elements = dims[0] if len(dims) == 1 else dims[0] * dims[1]
-    return n_elements // kind.block_elements * kind.block_bytes
-
-
-def _data(rng: np.random.Generator, name: str, dims: tuple[int, ...], kind: TensorType) -> Iterator[bytes]:
-    """Yield the bytes of a tensor, in parts that take little memory."""
-    if kind.name == "F32":
-        spread = 30.0 if name == ROPE_LONG else 0.5 if name == ROPE_SHORT else 0.0  # norms are 1
-        yield np.linspace(1, 1 + spread, dims[0], dtype="<f4").tobytes()
+def _data(rng: np.random.Generator, tensor: writer.TensorSpec) -> Iterator[bytes]:
+    """Yield the data of a tensor in chunks of at most 16 MiB."""
+    if tensor.type_name == "F32":
+        increase = {ROPE_LONG: 30.0, ROPE_SHORT: 0.5}.get(tensor.name, 0.0)  # norms are 1
+        yield np.linspace(1, 1 + increase, tensor.shape[0], dtype="<f4").tobytes()
         return
-    deviation = 1.0 if name == "token_embd.weight" else dims[-1] ** -0.5
-    n_left = _n_bytes(kind, dims) // kind.block_bytes
+    std = 1.0 if tensor.name == "token_embd.weight" else tensor.shape[-1] ** -0.5
+    block_bytes = TENSOR_TYPES_BY_NAME[tensor.type_name].block_bytes
+    n_left = tensor.n_bytes // block_bytes
     while n_left:
-        n_blocks = min(n_left, _CHUNK_BYTES // kind.block_bytes)
-        yield _blocks(rng, kind, n_blocks, deviation).tobytes()
+        n_blocks = min(n_left, _CHUNK_BYTES // block_bytes)
+        yield _blocks(rng, tensor.type_name, n_blocks, std).tobytes()
         n_left -= n_blocks
 
 
-def _blocks(rng: np.random.Generator, kind: TensorType, n_blocks: int, deviation: float) -> Bytes:
-    """Return random blocks, uint8 [n_blocks, block_bytes], whose weights deviate so much."""
-    offsets, mean_quant, unit_deviation = _SCALES[kind.name]
-    blocks = np.frombuffer(bytearray(rng.bytes(n_blocks * kind.block_bytes)), np.uint8).reshape(n_blocks, -1)
+def _blocks(rng: np.random.Generator, type_name: str, n_blocks: int, std: float) -> Bytes:
+    """Return random blocks, uint8 [n_blocks, block_bytes], whose weights have a standard deviation of `std`."""
+    offsets, mean_quant, unit_std = _SCALES[type_name]
+    block_bytes = TENSOR_TYPES_BY_NAME[type_name].block_bytes
+    blocks = np.frombuffer(bytearray(rng.bytes(n_blocks * block_bytes)), np.uint8).reshape(n_blocks, -1)
     for offset, factor in zip(offsets, (1.0, mean_quant), strict=False):
-        scale = np.asarray(factor * deviation / unit_deviation, "<f2")
+        scale = np.asarray(factor * std / unit_std, "<f2")
         blocks[:, offset : offset + 2] = np.frombuffer(scale.tobytes(), np.uint8)
     return blocks

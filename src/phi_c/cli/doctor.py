@@ -58,7 +58,7 @@ def examine() -> tuple[dict[str, Any], list[PhiError]]:
         cache["models"] = [
             {"name": m.name, "source": m.source, "path": str(m.path), "n_bytes": m.n_bytes} for m in hub.cached()
         ]
-        cache["prefix_bytes"] = prefix_cache.n_bytes_kept()
+        cache["prefix_bytes"] = prefix_cache.stored_bytes()
     except PhiError as error:
         faults.append(error)
     n_threads = machine.default_threads()

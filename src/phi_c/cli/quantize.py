@@ -9,7 +9,7 @@ import click
 from phi_c.errors import OptionError
 
 if TYPE_CHECKING:
-    from phi_c.quantize.run import Plan
+    from phi_c.quantize.plan import QuantizePlan
 
 _EPILOG = """\b
 Types, most bits first: F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q5_K_S Q5_1 Q5_0 Q4_K_M Q4_K_S
@@ -61,28 +61,29 @@ def command(
     """
     from phi_c import hub  # noqa: PLC0415 - with the next: `--help` does without
     from phi_c.gguf.reader import GGUFFile  # noqa: PLC0415
-    from phi_c.quantize import run as quantize  # noqa: PLC0415
     from phi_c.quantize.mix import make_mix  # noqa: PLC0415
+    from phi_c.quantize.plan import check_plan, make_plan, read_importance  # noqa: PLC0415
+    from phi_c.quantize.run import quantize_model  # noqa: PLC0415
 
     overrides = [_override(text) for text in tensor_types]
     shown = not quiet and sys.stderr.isatty()
     path = hub.resolve(source, progress=shown)
     if dry_run:
         mix = make_mix(file_type, output_type, embedding_type, overrides, pure=pure)
-        importance = quantize.read_importance(imatrix) if imatrix is not None else None
+        importance = read_importance(imatrix) if imatrix is not None else None
         with GGUFFile(path) as file:
-            plan = quantize.make_plan(file, mix, importance)
-            quantize.check_plan(file, plan, allow_requantize=allow_requantize)
+            plan = make_plan(file, mix, importance)
+            check_plan(file.path, plan, allow_requantize=allow_requantize)
         _print_mix(plan)
         click.echo(_sizes(plan))
         return
-    done = quantize.quantize_model(
+    done = quantize_model(
         path,
         target,
         file_type,
         imatrix=imatrix,
-        output_type=output_type,
-        embedding_type=embedding_type,
+        output_tensor_type=output_type,
+        token_embedding_type=embedding_type,
         tensor_types=overrides,
         pure=pure,
         allow_requantize=allow_requantize,
@@ -92,9 +93,11 @@ def command(
     )
     n_again = sum(step.is_requantised for step in done.plan.steps)
     if n_again:
-        click.echo(f"phi-c: warning: {n_again} tensors were quantised already and have lost a second time", err=True)
-    if done.n_unweighted:
-        click.echo(f"phi-c: warning: the importance matrix says nothing of {done.n_unweighted} tensors", err=True)
+        click.echo(f"phi-c: warning: {n_again} tensors were already quantised and have lost precision twice", err=True)
+    if done.n_without_importance:
+        click.echo(
+            f"phi-c: warning: the importance matrix has no values for {done.n_without_importance} tensors", err=True
+        )
     if not quiet:
         click.echo(f"{done.path}: {_sizes(done.plan)}, {done.seconds:.1f} s")
 
@@ -106,16 +109,18 @@ def _override(text: str) -> tuple[str, str]:
     return pattern, kind
 
 
-def _sizes(plan: "Plan") -> str:
-    return f"{plan.n_bytes_now / 1e6:.1f} MB -> {plan.n_bytes / 1e6:.1f} MB, {plan.bits_per_weight:.2f} bits per weight"
+def _sizes(plan: "QuantizePlan") -> str:
+    return (
+        f"{plan.source_bytes / 1e6:.1f} MB -> {plan.n_bytes / 1e6:.1f} MB, {plan.bits_per_weight:.2f} bits per weight"
+    )
 
 
-def _print_mix(plan: "Plan") -> None:
+def _print_mix(plan: "QuantizePlan") -> None:
     """A row for each kind of tensor and its type, with the layers that have it so."""
     layers: dict[tuple[str, str, str], list[int]] = {}
     for step in plan.steps:
-        match = re.match(r"blk\.(\d+)\.(.*)", step.info.name)
-        key = (match[2] if match else step.info.name, step.type_now, step.type_then)
+        match = re.match(r"blk\.(\d+)\.(.*)", step.source.name)
+        key = (match[2] if match else step.source.name, step.source_type, step.target_type)
         layers.setdefault(key, []).extend([int(match[1])] if match else [])
     width = max(len(name) for name, _, _ in layers)
     for (name, now, then), found in layers.items():

@@ -1,1 +1,1 @@
-"""Hugging Face folders of safetensors become GGUF files with the names and metadata that llama.cpp reads."""
+"""Converts Hugging Face folders of safetensors to GGUF files with the names and metadata that llama.cpp reads."""

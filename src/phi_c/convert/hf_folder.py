@@ -1,4 +1,4 @@
-"""A model's folder as Hugging Face publishes it: config.json, tokenizer files, and one or several safetensors files."""
+"""A Hugging Face model folder: config.json, tokenizer files, and one or several safetensors files."""
 
 import json
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from phi_c.errors import ModelFileError, ModelNotFoundError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# The files of a repository that a conversion reads.
+# Patterns of the repository files that a conversion reads.
 FILES = (
     "config.json",
     "generation_config.json",
@@ -27,7 +27,7 @@ FILES = (
 
 @dataclass(frozen=True)
 class HFFolder:
-    """What is in a folder, each tensor once."""
+    """A model folder: config.json and the headers of all tensors, by name."""
 
     path: Path
     config: dict[str, Any]
@@ -35,17 +35,17 @@ class HFFolder:
 
 
 def open_folder(path: Path) -> HFFolder:
-    """Return a folder's contents, tensors unread; raises ModelNotFoundError, ModelFileError."""
+    """Return the content of a folder without reading tensor data; raises ModelNotFoundError, ModelFileError."""
     if not path.is_dir():
-        raise ModelNotFoundError(f"{path} is no folder, expected one with config.json and safetensors files")
+        raise ModelNotFoundError(f"{path} is not a folder, expected one with config.json and safetensors files")
     config = read_json(path / "config.json")
     if config is None:
-        raise ModelNotFoundError(f"{path} has no config.json, expected a model's folder from Hugging Face")
+        raise ModelNotFoundError(f"{path} has no config.json, expected a Hugging Face model folder")
     return HFFolder(path, config, _tensors(path))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the object in a file, None when there is no file; raises ModelFileError for anything else."""
+    """Return the JSON object in a file, None if the file does not exist; raises ModelFileError for other content."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -53,9 +53,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise ModelFileError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
-        raise ModelFileError(f"{path} is no JSON: {' '.join(str(error).split())}") from None
+        raise ModelFileError(f"{path} is not valid JSON: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict):
-        raise ModelFileError(f"{path} holds a {type(value).__name__}, expected an object")
+        raise ModelFileError(f"{path} contains a {type(value).__name__}, expected a JSON object")
     return value
 
 
@@ -67,23 +67,23 @@ def _tensors(path: Path) -> dict[str, StoredTensor]:
         return read_header(path / SINGLE)
     parts = sorted(file.name for file in path.glob("*.safetensors"))
     if parts:
-        raise ModelNotFoundError(f"{path} has {parts[0]} but no {INDEX}, which says what belongs together")
+        raise ModelNotFoundError(f"{path} has {parts[0]} but no {INDEX}, which lists the shards of a model")
     others = sorted(file.name for file in path.glob("*.bin"))
     found = f", found {others[0]}: save the model as safetensors first" if others else ""
     raise ModelNotFoundError(f"{path} has neither {SINGLE} nor {INDEX}{found}")
 
 
 def _sharded(path: Path, index: dict[str, Any]) -> dict[str, StoredTensor]:
-    places = index.get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(p, str) and Path(p).name == p for p in places.values()):
-        raise ModelFileError(f"{path / INDEX}: weight_map is damaged, expected a file's name for each tensor")
+    shard_of = index.get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shard_of.values()):
+        raise ModelFileError(f"{path / INDEX}: weight_map is corrupt, expected a file name for each tensor")
     tensors: dict[str, StoredTensor] = {}
-    for shard in sorted(set(places.values())):
+    for shard in sorted(set(shard_of.values())):
         if not (path / shard).is_file():
-            raise ModelNotFoundError(f"{path} lacks {shard}, which {INDEX} names: the download is not complete")
-        held = read_header(path / shard)
-        tensors |= {name: tensor for name, tensor in held.items() if places.get(name, shard) == shard}
-    for name, shard in places.items():
+            raise ModelNotFoundError(f"{path} has no {shard}, which {INDEX} lists: the download is incomplete")
+        stored = read_header(path / shard)
+        tensors |= {name: tensor for name, tensor in stored.items() if shard_of.get(name, shard) == shard}
+    for name, shard in shard_of.items():
         if name not in tensors:
-            raise ModelFileError(f"{path / shard} lacks the tensor {name!r}, which {INDEX} names")
+            raise ModelFileError(f"{path / shard} has no tensor {name!r}, which {INDEX} lists")
     return tensors

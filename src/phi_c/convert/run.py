@@ -1,4 +1,4 @@
-"""The conversion as one call."""
+"""`convert`: a Hugging Face folder or repository to a GGUF file."""
 
 import os
 from pathlib import Path
@@ -23,19 +23,21 @@ def convert(
     show_download: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Path:
-    """Convert a folder of safetensors, or hf:owner/repo[@revision], to a GGUF file; returns its path.
+    """Convert a Hugging Face model to a GGUF file and return the file's path.
 
-    output: None: the model's name and the type, in the current folder. outtype: of the matrices, f32, f16 or bf16;
-    auto: as they are stored. Vectors and routers are float32. force: an existing file is replaced. show_download:
-    bars on stderr. progress: is told how many bytes of all are written.
+    source: folder with config.json and safetensors files, or hf:owner/repo[@revision].
+    output: path of the GGUF file; None: MODEL-TYPE.gguf in the current folder.
+    outtype: type of the matrices, f32, f16 or bf16; auto: as stored. Vectors and routers are always float32.
+    force: replace an existing file.
+    show_download: show progress bars of downloads on stderr.
+    progress: called with (bytes written, bytes in total).
 
-    Raises PhiError of the kind that fits: ModelNotFoundError, DownloadError, ModelFileError, UnsupportedModelError,
-    OutputError, OptionError.
+    Raises ModelNotFoundError, DownloadError, ModelFileError, UnsupportedModelError, OutputError, OptionError.
     """
     if outtype not in OUTTYPES:
         raise OptionError(f"outtype is {outtype!r}, expected one of {', '.join(OUTTYPES)}")
     if output is not None:
-        _refuse_existing(Path(output), force)  # before a download
+        _refuse_existing(Path(output), force)  # before the download
     folder = open_folder(hub.resolve_folder(source, FILES, progress=show_download))
     plan = make_plan(folder, OUT_TYPES.get(outtype))
     is_repo = isinstance(source, str) and source.startswith("hf:")
@@ -50,6 +52,6 @@ def convert(
 
 def _refuse_existing(path: Path, force: bool) -> None:
     if path.is_dir():
-        raise OptionError(f"{path} is a folder, expected a file's name")
+        raise OptionError(f"{path} is a folder, expected a file name")
     if path.exists() and not force:
-        raise OptionError(f"{path} exists already: --force replaces it")
+        raise OptionError(f"{path} already exists: use --force to replace it")

@@ -1,4 +1,4 @@
-"""Between the float types of safetensors and of GGUF files."""
+"""The float types of safetensors and GGUF files, and the casts between them."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ import numpy.typing as npt
 
 OUT_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 
-# What each type is kept in: NumPy has no bfloat16.
+# NumPy type of each float type. NumPy has no bfloat16, so BF16 is stored as its bits.
 DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
 def cast(values: npt.NDArray[Any], source: str, target: str) -> npt.NDArray[Any]:
-    """Return values in another type, rounded to nearest, ties to even; BF16 is uint16 on both sides.
+    """Return values cast from one type of DTYPES to another, rounded to nearest even; BF16 values are uint16 bits.
 
-    Raises OverflowError when a finite value has no finite counterpart.
+    Raises OverflowError if a finite value would become infinite.
     """
     if source == target:
         return values
@@ -36,5 +36,5 @@ def _from_bf16(bits: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 def _to_bf16(floats: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
     bits = np.ascontiguousarray(floats).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    # Rounding could carry a NaN's payload away: it stays a quiet NaN.
+    # Rounding could turn a NaN into infinity, so NaNs are truncated to quiet NaNs instead.
     return np.where(np.isnan(floats), (bits >> 16) | 0x40, rounded).astype(np.uint16)

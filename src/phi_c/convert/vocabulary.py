@@ -1,4 +1,7 @@
-"""The tokenizer of a Hugging Face folder as GGUF metadata: tokens, types, scores or merges, special ids, template."""
+"""Converts the tokenizer of a Hugging Face folder to GGUF metadata.
+
+The metadata contains the tokens, their types, scores or merges, the special token ids and the chat template.
+"""
 
 import json
 import logging
@@ -14,16 +17,17 @@ from phi_c.errors import ModelFileError, ModelNotFoundError, UnsupportedModelErr
 from phi_c.text.backend import build_backend, load_backend
 from phi_c.text.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, read_vocabulary
 
-Metadata = dict[str, Any]  # keys without "tokenizer.ggml."
+Metadata = dict[str, Any]  # keys without the prefix "tokenizer.ggml."
 
-_ADDED_SCORE = -1000.0  # what llama.cpp gives tokens that no merge makes
+# Scores that llama.cpp's converter writes for added tokens and for padding.
+_ADDED_SCORE = -1000.0
 _PAD_SCORE = -10000.0
 
-# Pre-tokenizers that the engine has, under one name each; llama-bpe is dbrx with whole words first.
+# The pre-tokenizers of text/backend.py, without synonyms. llama-bpe is dbrx with whole words matched first.
 _PRE_NAMES = ("gpt-2", "smollm", "llama-bpe", "dbrx", "gpt-4o")
-_PRE_OF_ARCHITECTURE = {("phi2", "gpt-2"): "phi-2"}  # llama.cpp's name for it there
+_PRE_OF_ARCHITECTURE = {("phi2", "gpt-2"): "phi-2"}  # llama.cpp's name for gpt-2 in phi2 files
 
-# Texts on which two pre-tokenizers differ if they differ at all, and on which a vocabulary must give the same ids.
+# Texts that distinguish the pre-tokenizers, and for which a converted vocabulary must give the same ids.
 PROBES = (
     "Hello world, it's we'll you'RE I'd they'VE.",
     "In 2024, 1234567 people paid $3.50 (100%) at 12:30!",
@@ -34,9 +38,13 @@ PROBES = (
 
 
 def read_tokenizer(path: Path, architecture: str, n_vocab: int) -> Metadata:
-    """Return the metadata of the tokenizer in a folder; n_vocab: rows of the embedding, which it fills up.
+    """Return the GGUF metadata of the tokenizer in a folder.
 
-    Raises ModelNotFoundError, ModelFileError, UnsupportedModelError for a tokenizer that GGUF cannot say.
+    path: folder with tokenizer.json or tokenizer.model.
+    architecture: general.architecture of the GGUF file.
+    n_vocab: rows of the embedding; ids without a token become unused tokens.
+
+    Raises ModelNotFoundError, ModelFileError, and UnsupportedModelError for a tokenizer that GGUF cannot represent.
     """
     content = read_json(path / "tokenizer.json")
     if content is not None:
@@ -55,15 +63,15 @@ def read_tokenizer(path: Path, architecture: str, n_vocab: int) -> Metadata:
 def _from_json(path: Path, content: dict[str, Any], architecture: str, n_vocab: int) -> Metadata:
     model = content.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
-        raise UnsupportedModelError(f"{path} holds no BPE vocabulary, which is all that phi-c converts")
-    backend = _backend(path)  # its reading is strict: what follows may rely on the parts
+        raise UnsupportedModelError(f"{path}: expected a BPE vocabulary, phi-c converts no other kind of tokenizer")
+    backend = _backend(path)  # validates the file, so the code below can rely on its structure
     tokens, kinds = _tokens(path, model["vocab"], content.get("added_tokens") or [], n_vocab)
     try:
         merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model.get("merges") or []]
         if not all(len(m) == 2 for m in merges):
             raise TypeError
     except TypeError:
-        raise ModelFileError(f"{path}: the merges are damaged, expected pairs of tokens") from None
+        raise ModelFileError(f"{path}: the merges are corrupt, expected pairs of tokens") from None
     metadata: Metadata = {"tokens": tokens, "token_type": kinds}
     if not model.get("byte_fallback"):
         pre = _pre_tokenizer(path, backend, architecture, ignore_merges=bool(model.get("ignore_merges")))
@@ -71,19 +79,27 @@ def _from_json(path: Path, content: dict[str, Any], architecture: str, n_vocab: 
     for i, token in enumerate(tokens):
         if kinds[i] == NORMAL and len(token) == 6 and token.startswith("<0x"):
             kinds[i] = BYTE
-    spaced = {"add_space_prefix": _adds_space(content)}
-    return {"model": "llama", "pre": "default", **metadata, "scores": _scores(tokens, kinds, merges), **spaced}
+    scores = _scores(tokens, kinds, merges)
+    return {
+        "model": "llama",
+        "pre": "default",
+        **metadata,
+        "scores": scores,
+        "add_space_prefix": _adds_space_prefix(content),
+    }
 
 
 def _tokens(path: Path, vocab: dict[str, Any], added: Any, n_vocab: int) -> tuple[list[str], list[int]]:
-    """Return tokens by id and their types; ids that nothing names become unused ones."""
+    """Return the tokens by id and their types; ids without a token become unused tokens named [PADn]."""
     tokens, kinds = [f"[PAD{i}]" for i in range(n_vocab)], [UNUSED] * n_vocab
     try:
-        named = [(i, token, NORMAL) for token, i in vocab.items()]
-        named += [(t["id"], t["content"], CONTROL if t["special"] else USER_DEFINED) for t in added]
+        entries = [(i, token, NORMAL) for token, i in vocab.items()]
+        entries += [(t["id"], t["content"], CONTROL if t["special"] else USER_DEFINED) for t in added]
     except (TypeError, KeyError):
-        raise ModelFileError(f"{path}: added_tokens is damaged, expected id, content and special of each") from None
-    for i, token, kind in named:
+        raise ModelFileError(
+            f"{path}: added_tokens is corrupt, expected entries with id, content and special"
+        ) from None
+    for i, token, kind in entries:
         if type(i) is not int or not isinstance(token, str) or not 0 <= i < n_vocab:
             raise ModelFileError(f"{path}: the token {token!r:.60} has the id {i!r}, expected 0 to {n_vocab - 1}")
         tokens[i], kinds[i] = token, kind
@@ -91,7 +107,7 @@ def _tokens(path: Path, vocab: dict[str, Any], added: Any, n_vocab: int) -> tupl
 
 
 def _scores(tokens: list[str], kinds: list[int], merges: list[tuple[str, ...]]) -> list[float]:
-    """Return SentencePiece's scores: minus the rank of the first merge that makes a token."""
+    """Return SentencePiece scores: the negated rank of the first merge that produces each token."""
     ranks: dict[str, int] = {}
     for left, right in merges:
         ranks.setdefault(left + right, len(ranks))
@@ -104,7 +120,8 @@ def _scores(tokens: list[str], kinds: list[int], merges: list[tuple[str, ...]]) 
     return scores
 
 
-def _adds_space(content: dict[str, Any]) -> bool:
+def _adds_space_prefix(content: dict[str, Any]) -> bool:
+    """Return whether tokenizer.json prepends a space to the text."""
     steps: list[dict[str, Any]] = []
     for part in ("normalizer", "pre_tokenizer"):
         step = content.get(part)
@@ -119,7 +136,7 @@ def _adds_space(content: dict[str, Any]) -> bool:
 
 
 def _pre_tokenizer(path: Path, backend: Tokenizer, architecture: str, *, ignore_merges: bool) -> str:
-    """Return the name of the pre-tokenizer that cuts texts as the file's does, however its patterns are written."""
+    """Return the name of the pre-tokenizer that splits PROBES as the file's does; regexes are not compared."""
     if backend.normalizer is not None or backend.pre_tokenizer is None:
         raise UnsupportedModelError(f"{path}: expected a byte-level BPE with a pre-tokenizer and no normalizer")
     for name in _PRE_NAMES:
@@ -127,17 +144,17 @@ def _pre_tokenizer(path: Path, backend: Tokenizer, architecture: str, *, ignore_
         ours = build_backend(read_vocabulary({f"tokenizer.ggml.{k}": v for k, v in metadata.items()}))
         if ignore_merges != ours.model.ignore_merges or ours.pre_tokenizer is None:
             continue
-        cut = ours.pre_tokenizer.pre_tokenize_str
-        if all(cut(text) == backend.pre_tokenizer.pre_tokenize_str(text) for text in PROBES):
+        split = ours.pre_tokenizer.pre_tokenize_str
+        if all(split(text) == backend.pre_tokenizer.pre_tokenize_str(text) for text in PROBES):
             return _PRE_OF_ARCHITECTURE.get((architecture, name), name)
-    raise UnsupportedModelError(f"{path}: its pre-tokenizer cuts texts as none of {', '.join(_PRE_NAMES)} does")
+    raise UnsupportedModelError(f"{path}: unknown pre-tokenizer, expected one equivalent to {', '.join(_PRE_NAMES)}")
 
 
 def _backend(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise ModelFileError(f"{path} is not a tokenizer.json that can be used: {error}") from None
+        raise ModelFileError(f"{path} is not a valid tokenizer.json: {' '.join(str(error).split())}") from None
 
 
 def _from_sentencepiece(path: Path, n_vocab: int) -> Metadata:
@@ -145,7 +162,7 @@ def _from_sentencepiece(path: Path, n_vocab: int) -> Metadata:
         from sentencepiece import SentencePieceProcessor  # noqa: PLC0415 - for folders without tokenizer.json
     except ImportError:
         raise UnsupportedModelError(
-            f"{path} has tokenizer.model but no tokenizer.json: `pip install sentencepiece` reads the former"
+            f"{path} has no tokenizer.json, and tokenizer.model cannot be read: pip install sentencepiece"
         ) from None
     processor = SentencePieceProcessor()
     try:
@@ -168,10 +185,10 @@ def _from_sentencepiece(path: Path, n_vocab: int) -> Metadata:
 
 
 def _special(path: Path, n_vocab: int) -> tuple[Metadata, Metadata]:
-    """Return special ids and whether BOS and EOS are added, and the template, by the gguf package's reading."""
+    """Return the special token ids with add_bos and add_eos, and the chat template, as the gguf package reads them."""
     generation = read_json(path / "generation_config.json") or {}
-    read_json(path / "tokenizer_config.json")  # for its errors
-    # It warns of ids that it leaves out, which the model may well have.
+    read_json(path / "tokenizer_config.json")  # raises for a corrupt file, which the gguf package would not
+    # The package warns about ids that it ignores, although they may be valid ids of the model.
     logging.getLogger("gguf.vocab").setLevel(logging.ERROR)
     try:
         found = gguf.SpecialVocab(path, n_vocab=n_vocab)
@@ -185,7 +202,7 @@ def _special(path: Path, n_vocab: int) -> tuple[Metadata, Metadata]:
         ids["eot_token_id"] = others[0]
     added = {kind: value for kind, value in found.add_special_token.items() if kind in ("bos", "eos")}
     template = found.chat_template
-    if isinstance(template, list):  # several, by name
+    if isinstance(template, list):  # several named templates
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
         template = named[0].get("template") if named else None
     special = ids | {f"add_{kind}_token": value for kind, value in added.items()}
@@ -193,12 +210,12 @@ def _special(path: Path, n_vocab: int) -> tuple[Metadata, Metadata]:
 
 
 def _check_same_ids(path: Path, metadata: Metadata) -> None:
-    """Refuse a vocabulary that gives other ids than tokenizer.json: GGUF has no place for what makes the difference."""
+    """Raise UnsupportedModelError if the converted vocabulary gives other ids than tokenizer.json for PROBES."""
     arrays = {key: np.array(metadata[key]) for key in ("token_type", "scores") if key in metadata}
     vocabulary = read_vocabulary({f"tokenizer.ggml.{k}": v for k, v in (metadata | arrays).items()})
     ours, (theirs, _) = build_backend(vocabulary), load_backend(path, vocabulary)
     for text in PROBES:
         if ours.encode(text, add_special_tokens=False).ids != theirs.encode(text, add_special_tokens=False).ids:
             raise UnsupportedModelError(
-                f"{path}: says what a GGUF vocabulary cannot: the latter cuts {json.dumps(text)} into other tokens"
+                f"{path}: GGUF cannot represent this tokenizer: {json.dumps(text)} gets different ids"
             )

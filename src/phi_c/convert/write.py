@@ -1,95 +1,75 @@
-"""Writes the GGUF file, rows by rows: memory stays at some megabytes, whatever the model's size."""
+"""Writes a converted GGUF file. Tensors are converted in chunks of rows, so memory use is constant."""
 
-import math
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import gguf
-from phi_c.convert.plan import Plan, Target
+from phi_c.convert.plan import ConversionPlan, Target
 from phi_c.convert.safetensors_file import StoredTensor
-from phi_c.convert.values import DTYPES, cast
+from phi_c.convert.values import cast
 from phi_c.errors import OutputError, UnsupportedModelError
+from phi_c.gguf import writer
 from phi_c.storage import atomic_write
 
-Progress = Callable[[int, int], None]  # is told how many bytes of all are written
+Progress = Callable[[int, int], None]  # called with (bytes written, total bytes)
 
 _CHUNK_ELEMENTS = 4 << 20
 
 
-def write_gguf(path: Path, plan: Plan, metadata: dict[str, Any], progress: Progress) -> None:
-    """Write the file, which appears under its name when it is whole.
+def write_gguf(path: Path, plan: ConversionPlan, metadata: dict[str, Any], progress: Progress) -> None:
+    """Write the GGUF file of a conversion, atomically.
 
-    Raises OutputError when there is no room or the folder cannot be written, ModelFileError when a source is damaged.
+    metadata: all keys except general.architecture. A value is a bool, an int (stored as uint32), a float (stored as
+    float32), a str, a list of str or float, or the list of int (stored as int32) of tokenizer.ggml.token_type.
+
+    Raises OutputError if the disk is full or the file cannot be written, ModelFileError if a source file is corrupt,
+    UnsupportedModelError if a value exceeds the range of the target type.
     """
-    header = _header(plan, metadata)
-    total = len(header) + sum(_n_bytes(target) for target in plan.targets)
-    free = shutil.disk_usage(next(p for p in path.resolve().parents if p.is_dir())).free
-    if free < total:
-        raise OutputError(f"{path} takes {total / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there")
+    encoded = {"general.architecture": writer.string(plan.architecture.name)}
+    encoded |= {key: _encode(key, value) for key, value in metadata.items()}
+    tensors = tuple(writer.TensorSpec(target.name, target.shape, target.out_type) for target in plan.targets)
+    output = writer.Plan(encoded, tensors)
+    n_free = shutil.disk_usage(next(p for p in path.resolve().parents if p.is_dir())).free
+    if n_free < output.n_bytes:
+        raise OutputError(
+            f"{path} needs {output.n_bytes / 1e9:.1f} GB, its disk has {n_free / 1e9:.1f} GB free; free some space"
+        )
     with atomic_write(path) as file:
-        _pad(file, file.write(header))
-        for target in plan.targets:
-            for chunk in _chunks(target):
-                file.write(chunk)
-                progress(min(file.tell(), total), total)
-            _pad(file, file.tell())
+        writer.write(file, output, map(_data, plan.targets), progress)
 
 
-def _header(plan: Plan, metadata: dict[str, Any]) -> bytes:
-    with tempfile.TemporaryDirectory(prefix="phi-c-") as folder:
-        name = Path(folder) / "header.gguf"
-        writer = gguf.GGUFWriter(name, plan.architecture.name)
-        for key, value in metadata.items():
-            _add(writer, key, value)
-        for target in plan.targets:
-            kind = gguf.GGMLQuantizationType[target.out_type]
-            writer.add_tensor_info(target.name, target.shape, DTYPES[target.out_type], _n_bytes(target), raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
-        return name.read_bytes()
-
-
-def _add(writer: Any, key: str, value: Any) -> None:
-    kinds = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING"}
+def _encode(key: str, value: Any) -> bytes:
     if isinstance(value, list):
-        item = "INT32" if key.endswith("token_type") else kinds[type(value[0])]
-        writer.add_key_value(key, value, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType[item])
-    else:
-        writer.add_key_value(key, value, gguf.GGUFValueType[kinds[type(value)]])
+        if key == "tokenizer.ggml.token_type":
+            return writer.i32_array(value)
+        return writer.f32_array(value) if any(isinstance(item, float) for item in value) else writer.strings(value)
+    if isinstance(value, bool):
+        return writer.boolean(value)
+    if isinstance(value, int):
+        return writer.u32(value)
+    return writer.f32(value) if isinstance(value, float) else writer.string(value)
 
 
-def _n_bytes(target: Target) -> int:
-    return math.prod(target.shape) * DTYPES[target.out_type].itemsize
-
-
-def _pad(file: IO[bytes], at: int) -> None:
-    file.write(bytes(-at % gguf.GGUF_DEFAULT_ALIGNMENT))
-
-
-def _chunks(target: Target) -> Iterator[bytes]:
-    """Yield the bytes of a tensor."""
+def _data(target: Target) -> Iterator[bytes]:
+    """Yield the data of a tensor in chunks of rows."""
     if target.values is not None:
         yield target.values.astype("<f4").tobytes()
     for part in target.parts:
-        yield from _part(part, target)
+        yield from _part_data(part, target)
 
 
-def _part(part: StoredTensor, target: Target) -> Iterator[bytes]:
-    unit = target.paired_rows or 1  # heads are not cut
-    step = max(_CHUNK_ELEMENTS // (part.row_elements * unit), 1) * unit
-    for first in range(0, part.shape[0], step):
-        rows = part.rows(first, min(first + step, part.shape[0]))
+def _part_data(part: StoredTensor, target: Target) -> Iterator[bytes]:
+    rows_per_head = target.paired_rows or 1  # a chunk contains whole heads
+    rows_per_chunk = max(_CHUNK_ELEMENTS // (part.row_elements * rows_per_head), 1) * rows_per_head
+    for first in range(0, part.shape[0], rows_per_chunk):
+        rows = part.rows(first, min(first + rows_per_chunk, part.shape[0]))
         if target.paired_rows:
-            halves = rows.reshape(-1, 2, unit // 2, part.row_elements)
+            halves = rows.reshape(-1, 2, rows_per_head // 2, part.row_elements)
             rows = halves.swapaxes(1, 2).reshape(rows.shape)
         try:
             yield cast(rows, part.dtype, target.out_type).tobytes()
         except OverflowError:
             raise UnsupportedModelError(
-                f"{part.path}: {part.name!r} has values beyond what {target.out_type} holds: choose another type"
+                f"{part.path}: {part.name!r} has values beyond the range of {target.out_type}; choose another type"
             ) from None

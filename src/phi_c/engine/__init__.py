@@ -1,1 +1,1 @@
-"""Sequences on one model: who runs when, on which pages of the KV cache."""
+"""The inference engine: scheduling of sequences, KV cache pages, and the step that runs a batch."""

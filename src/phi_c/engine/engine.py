@@ -1,4 +1,4 @@
-"""One step at a time: schedule, forward, sample, emit."""
+"""The engine step: schedule, forward, sample, emit."""
 
 from collections import deque
 
@@ -17,9 +17,12 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class Engine:
-    """Runs sequences on one model and one KV cache; safe to call from several threads.
+    """Runs sequences on one model and one KV cache. Safe to call from several threads.
 
-    kv_cache_tokens: positions that all running sequences share; n_ctx_orig, window: see Scheduler; kv: see KvCache.
+    kv_cache_tokens: KV cache capacity in tokens, shared by all sequences.
+    n_batch: maximum number of tokens in a step.
+    n_ctx_orig, window: see Scheduler.
+    kv_type: see KvCache.
     """
 
     def __init__(
@@ -35,71 +38,75 @@ class Engine:
         self.kv = KvCache(model, pages_for(kv_cache_tokens), kv_type)
         self.scheduler = Scheduler(PagePool(self.kv.n_pages), n_batch, n_ctx_orig, window)
         self._lock = ForkLock(ENGINE)
-        self._leaving: deque[Sequence] = deque()  # removed while the lock was held
+        self._removals: deque[Sequence] = deque()  # not applied yet: the lock was held
         self._closed = False
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; raises ModelClosedError."""
+        """Queue a sequence. Raises ModelClosedError."""
         with self._lock:
-            self._begin()
+            self._prepare()
             self.scheduler.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Let a sequence go, now or before the next call does its work; harmless when it is gone.
+        """Remove a sequence now, or at the next call if the lock is held. No effect on a sequence that is done.
 
-        A stream that nobody refers to any more is closed by the garbage collector, which may run in the middle of a
-        step, in the very thread that holds the lock: then this must not wait for it.
+        Never blocks: the garbage collector closes an abandoned stream in any thread, possibly in the middle of a step
+        and in the thread that holds the lock.
         """
-        self._leaving.append(sequence)
+        self._removals.append(sequence)
         if not self._lock.locked():
             with self._lock:
-                self._let_go()
+                self._apply_removals()
 
-    def step(self, watched: Sequence) -> None:
-        """Run one step for every sequence, unless another thread has just finished the watched one.
+    def step(self, awaited: Sequence) -> None:
+        """Run one step for all sequences, unless the awaited one is done.
 
-        Whoever waits for a sequence drives all of them. Raises what made the watched one fail, and KeyboardInterrupt.
+        Every thread that waits for a sequence drives all of them. Raises the error of the awaited sequence,
+        ModelClosedError, and KeyboardInterrupt.
         """
         with self._lock:
-            self._begin()
-            if not watched.is_done:
-                self._step(watched)
-        if watched.error is not None:
-            raise watched.error
+            self._prepare()
+            if not awaited.is_done:
+                self._step(awaited)
+        if awaited.error is not None:
+            raise awaited.error
 
-    def lm_head(self, rows: Floats) -> Floats:
-        """Return the logits, float32 [n, n_vocab], of rows [n, n_embd] of a sequence that is read.
+    def lm_head(self, hidden_states: Floats) -> Floats:
+        """Return the logits, float32 [n, n_vocab], of hidden states after the final norm, float32 [n, n_embd].
 
-        Between two calls the sequences that run get their steps, so a few rows at a time keep nobody waiting.
+        Other sequences run their steps between two calls: pass a few rows at a time. Raises ModelClosedError.
         """
         with self._lock:
-            self._begin()
-            return lm_head(self.model, self.kv, rows)
+            self._prepare()
+            return lm_head(self.model, self.kv, hidden_states)
 
-    def known_keys(self) -> list[bytes]:
-        """Return the keys of the pages that can be found, the longest unused first; raises ModelClosedError."""
+    def registered_keys(self) -> list[bytes]:
+        """Return the keys of all registered pages, least recently used first. Raises ModelClosedError."""
         with self._lock:
-            self._begin()
+            self._prepare()
             return self.scheduler.pool.registered_keys()
 
     @property
-    def n_pages_free(self) -> int:
-        """Pages that no running sequence may come to need; raises ModelClosedError."""
+    def n_available_pages(self) -> int:
+        """Pages that no running sequence may still need. Raises ModelClosedError."""
         with self._lock:
-            self._begin()
+            self._prepare()
             return self.scheduler.n_available_pages
 
     def read_page(self, key: bytes) -> Bytes | None:
-        """Return a copy of the page that a key stands for, uint8 [page_bytes], or None where it is not known."""
+        """Return a copy of a key's page, uint8 [page_bytes], or None if it is not registered."""
         with self._lock:
-            self._begin()
+            self._prepare()
             page = self.scheduler.pool.find(key)
             return None if page is None else self.kv.read_page(page)
 
     def insert_page(self, key: bytes, data: Bytes) -> bool:
-        """Make what `read_page` gave findable, as the one used last; False where running sequences need the room."""
+        """Register a page with data from `read_page` as the most recently used one.
+
+        Returns False if running sequences may need all free pages. Raises ModelClosedError.
+        """
         with self._lock:
-            self._begin()
+            self._prepare()
             pool = self.scheduler.pool
             page = pool.find(key)
             if page is not None:
@@ -112,12 +119,12 @@ class Engine:
             try:
                 self.kv.write_page(page, data)
                 pool.register(page, key)
-            finally:  # an interrupt passes through
+            finally:  # also after a KeyboardInterrupt
                 pool.decref(page)
             return True
 
     def close(self) -> None:
-        """Stop; sequences that still run get ModelClosedError."""
+        """Close the model; unfinished sequences fail with ModelClosedError."""
         with self._lock:
             if self._closed:
                 return
@@ -126,16 +133,16 @@ class Engine:
                 self._fail(sequence, ModelClosedError("the model was closed"))
         self.model.close()
 
-    def _begin(self) -> None:
+    def _prepare(self) -> None:
         if self._closed:
             raise ModelClosedError("the model was closed")
-        self._let_go()
+        self._apply_removals()
 
-    def _let_go(self) -> None:
-        while self._leaving:
-            self.scheduler.remove(self._leaving.popleft())
+    def _apply_removals(self) -> None:
+        while self._removals:
+            self.scheduler.remove(self._removals.popleft())
 
-    def _step(self, watched: Sequence) -> None:
+    def _step(self, awaited: Sequence) -> None:
         for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
             if sequence.cancel is not None and sequence.cancel.is_set():
                 self._finish(sequence, Finish.CANCELLED)
@@ -144,40 +151,40 @@ class Engine:
             return
         wants_hidden_states = any(w.sequence.output_from is not None for w in work)
         try:
-            found = self._forward(work, watched, wants_hidden_states)
+            rows = self._forward(work, awaited, wants_hidden_states)
         except Cancelled:
-            return  # what was cancelled is taken out at the next step, the others go on
-        rows = dict(zip(work, np.split(found, np.cumsum([w.n_output_rows for w in work])[:-1]), strict=True))
-        wanting = [w for w in work if w.wants_logits]
-        if wants_hidden_states and wanting:
-            logits = lm_head(self.model, self.kv, np.concatenate([rows[w] for w in wanting]))
-            rows.update(zip(wanting, np.split(logits, len(wanting)), strict=True))
+            return  # the next step removes the cancelled sequence and repeats the work of the others
+        outputs = dict(zip(work, np.split(rows, np.cumsum([w.n_output_rows for w in work])[:-1]), strict=True))
+        sampled = [w for w in work if w.wants_logits]
+        if wants_hidden_states and sampled:
+            logits = lm_head(self.model, self.kv, np.concatenate([outputs[w] for w in sampled]))
+            outputs.update(zip(sampled, np.split(logits, len(sampled)), strict=True))
         for w in work:
-            self._deliver(w, rows[w])
+            self._deliver(w, outputs[w])
 
-    def _deliver(self, work: Work, rows: Floats) -> None:
-        """Give a sequence its rows: the one to sample from, or those that are read.
+    def _deliver(self, work: Work, outputs: Floats) -> None:
+        """Commit work and pass on its outputs: the logits to sample from, or hidden states.
 
-        Work is recorded as computed once what is read of it was taken, so what an interrupt leaves undone runs again.
+        Hidden states are stored before the commit. An interrupt in between repeats the work.
         """
         sequence = work.sequence
         if sequence.output_from is None:
             wants_logits = work.wants_logits
-            self.scheduler.computed(work)
+            self.scheduler.commit(work)
             if wants_logits:
                 try:
-                    self._emit(sequence, rows[0])
-                except Exception as error:  # one request's fault is not the others'
+                    self._emit(sequence, outputs[0])
+                except Exception as error:  # fails this sequence only
                     self._fail(sequence, error)
             return
-        if len(rows):
-            sequence.rows[sequence.n_computed + work.n_tokens - len(rows)] = rows
-        self.scheduler.computed(work)
+        if len(outputs):
+            sequence.hidden_states[sequence.n_computed + work.n_tokens - len(outputs)] = outputs
+        self.scheduler.commit(work)
         if sequence.n_computed == len(sequence.tokens):
             self._finish(sequence, Finish.OUTPUTS_READY)
 
-    def _forward(self, work: list[Work], watched: Sequence, hidden_states: bool) -> Floats:
-        """Return the wanted rows of all work, one after the other: logits, or what the head takes."""
+    def _forward(self, work: list[Work], awaited: Sequence, hidden_states: bool) -> Floats:
+        """Return the output rows of all work, concatenated: logits [n, n_vocab], or hidden states [n, n_embd]."""
         counts = [w.n_tokens for w in work]
         starts = [w.sequence.n_computed for w in work]
         tokens = [w.sequence.tokens[start : start + n] for w, start, n in zip(work, starts, counts, strict=True)]
@@ -188,19 +195,19 @@ class Engine:
             np.concatenate([np.asarray(t, np.int32) for t in tokens]),
             np.concatenate([np.arange(s, s + n, dtype=np.int32) for s, n in zip(starts, counts, strict=True)]),
             np.repeat(np.arange(len(work), dtype=np.int32), counts),
-            [_table(w.sequence.pages) for w in work],
+            [_page_table(w.sequence.pages) for w in work],
             [w.sequence.long_rope for w in work],
             np.concatenate(
                 [np.arange(end - w.n_output_rows, end, dtype=np.int32) for w, end in zip(work, ends, strict=True)]
             ),
-            watched.cancel,
+            awaited.cancel,
             None,
             hidden_states,
         )
 
     def _emit(self, sequence: Sequence, logits: Floats) -> None:
         if sequence.sampler is None:
-            raise AssertionError("a sequence that is not read has a sampler")
+            raise AssertionError("a generation request has no sampler")
         token = sequence.sampler.sample(logits, sequence.generated)
         if sequence.n_top_logprobs is not None:
             sequence.logprobs.append(logprob(logits, token, sequence.n_top_logprobs))
@@ -219,6 +226,6 @@ class Engine:
         self.scheduler.remove(sequence)
 
 
-def _table(pages: list[int]) -> npt.NDArray[np.int32]:
-    # C reads no entry before the window; page 0 is one that exists.
+def _page_table(pages: list[int]) -> npt.NDArray[np.int32]:
+    # C does not read the entries behind the window, but requires valid page numbers: FREED becomes 0.
     return np.maximum(np.asarray(pages, np.int32), 0)

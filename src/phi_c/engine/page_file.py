@@ -1,8 +1,13 @@
-"""A file of KV pages, each with the key of its prefix: what saved states and the prefix cache on disk consist of.
+"""The file format of saved states and of the prefix cache on disk: KV pages, each with the key of its prefix.
 
-header [40], what the pages belong to as JSON, a row [36] for each page (key, CRC-32), SHA-256 of all that; zeros up to
-a multiple of 4096; the pages, as they lie in memory. Integers are little-endian. No row says where in its text a page
-lies: its key stands for the whole prefix.
+    header          40 bytes, see _HEADER
+    origin          JSON, see Origin
+    page table      36 bytes per page: key, CRC-32
+    checksum        32 bytes: SHA-256 of all of the above
+    padding         zeros up to a multiple of 4096 bytes
+    pages           page_bytes each, as in memory
+
+Integers are little-endian. Positions are not stored: a page's key identifies its whole prefix.
 """
 
 import dataclasses
@@ -25,47 +30,47 @@ Bytes = npt.NDArray[np.uint8]
 
 _MAGIC = b"PHIPAGES"
 _VERSION = 1
-_HEADER = struct.Struct("<8sIIQQQ")  # magic, version, bytes of JSON, rows, bytes a page, where pages begin
-_ROW = struct.Struct("<32sI")
+_HEADER = struct.Struct("<8sIIQQQ")  # magic, version, bytes of JSON, number of pages, page_bytes, offset of the pages
+_ROW = struct.Struct("<32sI")  # key, CRC-32
 _DIGEST_BYTES = 32
 _ALIGNMENT = 4096
-_MOST_ROWS = 1 << 24
-_MOST_JSON = 1 << 16
+_MAX_PAGES = 1 << 24
+_MAX_JSON_BYTES = 1 << 16
 
 
 class UnreadableError(StateError):
-    """The system does not give the file, whatever is in it."""
+    """The system cannot read the file; its content may be intact."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What the bits of a page depend on besides its prefix: pages are at home only where all of it is equal."""
+    """What the bits of a page depend on besides its prefix. Pages are loaded only where all fields are equal."""
 
-    model: str  # GGUFFile.identity, in hexadecimal
+    model: str  # GGUFFile.identity in hexadecimal
     kv_type: str
-    tier: str  # sums have another order on each, so the last bits differ
-    layout: str  # the same: "packed" or "mmap"
-    page_version: int
-    phi_c: str  # another release may compute otherwise
+    tier: str  # the order of sums depends on it, and so the last bits
+    layout: str  # "packed" or "mmap"; likewise
+    page_version: int  # KV_PAGE_VERSION
+    phi_c: str  # release; another one may compute other bits
 
     def digest(self) -> bytes:
-        """Return a SHA-256 that stands for all of it."""
+        """Return a SHA-256 of all fields."""
         return hashlib.sha256(self.to_json()).digest()
 
     def to_json(self) -> bytes:
-        """Return what a file's header says of it."""
+        """Return the JSON of a file's header."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
 
 
 def write_pages(
     file: IO[bytes], origin: Origin, keys: Sequence[bytes], page_bytes: int, read: Callable[[bytes], Bytes | None]
 ) -> int:
-    """Write a file of the pages that `read` gives, uint8 [page_bytes] or None for one to leave out.
+    """Write a page file and return the number of its pages.
 
-    Returns how many there are. Raises OSError.
+    read: returns the page of a key, uint8 [page_bytes], or None to omit it. Raises OSError.
     """
-    text = origin.to_json()
-    start = _first_page_at(len(text), len(keys))
+    json_bytes = origin.to_json()
+    start = _pages_offset(len(json_bytes), len(keys))
     rows = []
     file.seek(start)
     for key in keys:
@@ -74,26 +79,27 @@ def write_pages(
             rows.append(_ROW.pack(key, zlib.crc32(page.data)))
             file.write(page.data)
     file.truncate(start + len(rows) * page_bytes)
-    header = _HEADER.pack(_MAGIC, _VERSION, len(text), len(rows), page_bytes, start)
-    head = header + text + b"".join(rows)
+    header = _HEADER.pack(_MAGIC, _VERSION, len(json_bytes), len(rows), page_bytes, start)
+    head = header + json_bytes + b"".join(rows)
     file.seek(0)
     file.write(head + hashlib.sha256(head).digest())
     return len(rows)
 
 
 def file_bytes(origin: Origin, n_pages: int, page_bytes: int) -> int:
-    """Return the bytes of a file of so many pages."""
-    return _first_page_at(len(origin.to_json()), n_pages) + n_pages * page_bytes
+    """Return the size of a page file in bytes."""
+    return _pages_offset(len(origin.to_json()), n_pages) + n_pages * page_bytes
 
 
-def _first_page_at(n_json: int, n_rows: int) -> int:
-    return -(-(_HEADER.size + n_json + n_rows * _ROW.size + _DIGEST_BYTES) // _ALIGNMENT) * _ALIGNMENT
+def _pages_offset(n_json_bytes: int, n_pages: int) -> int:
+    return -(-(_HEADER.size + n_json_bytes + n_pages * _ROW.size + _DIGEST_BYTES) // _ALIGNMENT) * _ALIGNMENT
 
 
 class PageFile:
-    """A file of pages that are at home with an origin, mapped, as a context manager.
+    """A mapped page file of an expected origin; a context manager.
 
-    Raises StateError, when it is opened, for a file that is damaged, truncated or of another origin.
+    Opening it raises StateError for a corrupt or truncated file or another origin, UnreadableError if the system cannot
+    read it.
     """
 
     def __init__(self, path: Path, origin: Origin, page_bytes: int) -> None:
@@ -102,7 +108,7 @@ class PageFile:
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
-            raise UnreadableError(f"{path}: there is no such file") from None
+            raise UnreadableError(f"{path}: no such file") from None
         except ValueError:
             raise StateError(f"{path}: the file is empty") from None
         except OSError as error:
@@ -117,30 +123,32 @@ class PageFile:
         data = self._map
         if len(data) < _HEADER.size or data[: len(_MAGIC)] != _MAGIC:
             raise StateError(f"{self.path}: not a saved state, expected the magic {_MAGIC.decode()}")
-        _, version, n_json, n_rows, found_bytes, start = _HEADER.unpack_from(data)
+        _, version, n_json_bytes, n_pages, found_bytes, start = _HEADER.unpack_from(data)
         if version != _VERSION:
-            raise StateError(f"{self.path}: the format's version is {version}, expected {_VERSION}")
-        end = _HEADER.size + n_json + n_rows * _ROW.size
-        is_possible = n_json <= _MOST_JSON and n_rows <= _MOST_ROWS and end + _DIGEST_BYTES <= min(start, len(data))
+            raise StateError(f"{self.path}: the format version is {version}, expected {_VERSION}")
+        end = _HEADER.size + n_json_bytes + n_pages * _ROW.size
+        is_possible = (
+            n_json_bytes <= _MAX_JSON_BYTES and n_pages <= _MAX_PAGES and end + _DIGEST_BYTES <= min(start, len(data))
+        )
         if not is_possible or data[end : end + _DIGEST_BYTES] != hashlib.sha256(data[:end]).digest():
-            raise StateError(f"{self.path}: the header is damaged")
-        if len(data) != start + n_rows * found_bytes:
-            expected = start + n_rows * found_bytes
+            raise StateError(f"{self.path}: the header is corrupt")
+        if len(data) != start + n_pages * found_bytes:
+            expected = start + n_pages * found_bytes
             raise StateError(f"{self.path}: the file has {len(data)} bytes, expected {expected}: it is truncated")
-        _check_origin(self.path, json.loads(data[_HEADER.size : _HEADER.size + n_json]), origin)
+        _check_origin(self.path, json.loads(data[_HEADER.size : _HEADER.size + n_json_bytes]), origin)
         if found_bytes != page_bytes:
-            raise StateError(f"{self.path}: a page has {found_bytes} bytes, expected {page_bytes}")
-        rows = list(_ROW.iter_unpack(data[_HEADER.size + n_json : end]))
+            raise StateError(f"{self.path}: pages have {found_bytes} bytes, expected {page_bytes}")
+        rows = list(_ROW.iter_unpack(data[_HEADER.size + n_json_bytes : end]))
         self.keys: list[bytes] = [key for key, _ in rows]
-        self._sums: list[int] = [checksum for _, checksum in rows]
+        self._checksums: list[int] = [checksum for _, checksum in rows]
         self._start, self._page_bytes = start, page_bytes
 
     def page(self, index: int) -> Bytes:
-        """Return page number index, uint8 [page_bytes], a copy; raises StateError where it is damaged."""
+        """Return a copy of page `index`: uint8 [page_bytes]. Raises StateError if it is corrupt."""
         at = self._start + index * self._page_bytes
         data = np.frombuffer(self._map[at : at + self._page_bytes], np.uint8)
-        if zlib.crc32(data.data) != self._sums[index]:
-            raise StateError(f"{self.path}: page {index} is damaged, its checksum differs")
+        if zlib.crc32(data.data) != self._checksums[index]:
+            raise StateError(f"{self.path}: page {index} is corrupt: its checksum differs")
         return data
 
     def __enter__(self) -> "PageFile":

@@ -1,10 +1,9 @@
-"""A prefix cache on disk: the pages of finished prompts in files, which later processes find again.
+"""The prefix cache on disk: KV pages of finished prompts in files, shared by processes.
 
-Each prompt adds one file (see page_file) of those of its pages that no file has yet, so files are few and a long prefix
-is read from as many files as there were turns. They lie in a folder for each origin; which keys they hold is read from
-their headers once, and again of new ones when the folder changes. Files appear whole and are replaced whole, so several
-processes can share them; those used longest ago go when there is no room. A damaged file is deleted and counts as never
-written.
+Each prompt adds one page file with the pages that no file has yet. A long prefix is therefore read from as many files
+as the conversation had turns. Each origin has a folder. The keys of a file are read once from its header, and the
+folder is listed again when its modification time changes. Files are written atomically and never modified; the least
+recently used ones are deleted to stay below the limit. A corrupt file is deleted and ignored.
 """
 
 import contextlib
@@ -27,10 +26,13 @@ _SUFFIX = ".pages"
 
 
 class DiskPrefixCache:
-    """The files of one origin below a folder, as the scheduler's kv_connector; safe to use from several threads.
+    """The page files of one origin, as the scheduler's KVConnector. Safe to use from several threads.
 
-    limit_bytes bounds the files of all origins together, but for those that others write at the same moment. Raises
-    CacheError when the folder cannot be made.
+    folder: contains a folder for each origin.
+    limit_bytes: maximum total size of the files of all origins; processes that write at the same time may exceed it
+        for a moment.
+
+    Raises CacheError if the folder cannot be created.
     """
 
     def __init__(self, folder: Path, origin: Origin, kv: KvCache, limit_bytes: int) -> None:
@@ -40,79 +42,80 @@ class DiskPrefixCache:
         self._kv = kv
         self._limit_bytes = limit_bytes
         self._lock = ForkLock(DISK_CACHE)
-        self._keys: dict[str, list[bytes]] = {}  # of each file, by its name
-        self._place: dict[bytes, str] = {}  # the same by key
-        self._changed_ns = -1  # of the folder, when it was read
-        self._has_failed = False
+        self._keys: dict[str, list[bytes]] = {}  # file name -> keys of its pages
+        self._file_of: dict[bytes, str] = {}  # key -> name of a file that has its page
+        self._folder_mtime_ns = -1  # at the last listing
+        self._is_disabled = False  # after a failed write
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CacheError(f"{self.folder} cannot be made: {error.strerror or error}") from None
+            raise CacheError(f"{self.folder} cannot be created: {error.strerror or error}") from None
 
     def refresh(self) -> None:
-        """Look for what other processes have added or removed."""
+        """Add the files that other processes wrote to the index, and drop those they deleted."""
         with self._lock, contextlib.suppress(OSError):
-            changed_ns = self.folder.stat().st_mtime_ns
-            if changed_ns == self._changed_ns:
+            mtime_ns = self.folder.stat().st_mtime_ns
+            if mtime_ns == self._folder_mtime_ns:
                 return
             names = {entry.name for entry in os.scandir(self.folder) if entry.name.endswith(_SUFFIX)}
             for name in self._keys.keys() - names:
                 del self._keys[name]
             for name in names - self._keys.keys():
                 self._read_keys(name)
-            self._index()
-            self._changed_ns = changed_ns
+            self._update_index()
+            self._folder_mtime_ns = mtime_ns
 
     def __contains__(self, key: bytes) -> bool:
         with self._lock:
-            return key in self._place
+            return key in self._file_of
 
     def fetch(self, pages: Mapping[bytes, int]) -> bool:
-        """Copy the pages of keys, all contained, into pages of the cache; False where that cannot be done.
+        """Copy the pages of keys into pages of the KV cache; see KVConnector.
 
-        Files that are gone or damaged are not asked again, so a caller may look once more for what is contained.
+        After False the index no longer contains the files that are gone or corrupt, so the caller may try again.
         """
         with self._lock:
-            wanted: dict[str, dict[bytes, int]] = {}
+            by_file: dict[str, dict[bytes, int]] = {}
             for key, page in pages.items():
-                if key not in self._place:  # another process has deleted its file just now
+                if key not in self._file_of:  # another process has just deleted its file
                     return False
-                wanted.setdefault(self._place[key], {})[key] = page
-            if all(self._copy(name, some) for name, some in wanted.items()):
+                by_file.setdefault(self._file_of[key], {})[key] = page
+            if all(self._copy_pages(name, some) for name, some in by_file.items()):
                 return True
-            self._index()
+            self._update_index()
             return False
 
-    def keep(self, engine: Engine, keys: Sequence[bytes]) -> None:
-        """Write a file of those pages that no file has yet. Where that fails, warn once and keep nothing more."""
-        if self._has_failed:
+    def store(self, engine: Engine, keys: Sequence[bytes]) -> None:
+        """Write a file of the pages of a prompt that no file has yet. After a failed write, warn and stop storing."""
+        if self._is_disabled:
             return
-        with contextlib.suppress(ModelClosedError):  # another thread has no more use for it
-            self._keep(engine, keys)
+        with contextlib.suppress(ModelClosedError):  # closed by another thread
+            self._store(engine, keys)
 
-    def _keep(self, engine: Engine, keys: Sequence[bytes]) -> None:
+    def _store(self, engine: Engine, keys: Sequence[bytes]) -> None:
         self.refresh()
-        known = set(engine.known_keys())
-        # The beginning of a prompt is worth more than its end, should it be larger than the limit.
-        new = [key for key in keys if key in known and key not in self][: self._limit_bytes // self._kv.page_bytes]
-        if not new or file_bytes(self._origin, len(new), self._kv.page_bytes) > self._limit_bytes:
+        registered = set(engine.registered_keys())
+        # If a prompt exceeds the limit, its beginning is stored.
+        new = [key for key in keys if key in registered and key not in self]
+        new = new[: self._limit_bytes // self._kv.page_bytes]
+        n_bytes = file_bytes(self._origin, len(new), self._kv.page_bytes)
+        if not new or n_bytes > self._limit_bytes:
             return
         path = self.folder / (hashlib.sha256(b"".join(new)).hexdigest()[:32] + _SUFFIX)
         try:
-            self._make_room(file_bytes(self._origin, len(new), self._kv.page_bytes))
+            self._evict(n_bytes)
             with atomic_write(path, CacheError) as file:
                 write_pages(file, self._origin, new, self._kv.page_bytes, engine.read_page)
-            self._make_room(0)  # others may have taken the same room meanwhile; the last of them sees all files
+            self._evict(0)  # others may have used the same room; the last writer sees all files
         except CacheError as error:
-            self._has_failed = True
-            warnings.warn(f"the prefix cache keeps nothing more: {error}", RuntimeWarning, stacklevel=3)
+            self._is_disabled = True
+            warnings.warn(f"the prefix cache on disk is disabled: {error}", RuntimeWarning, stacklevel=3)
 
-    def _copy(self, name: str, pages: Mapping[bytes, int]) -> bool:
+    def _copy_pages(self, name: str, pages: Mapping[bytes, int]) -> bool:
         path = self.folder / name
         try:
             with PageFile(path, self._origin, self._kv.page_bytes) as file:
-                # Whoever writes the same pages at the same time, and loses one of them meanwhile, puts a file with
-                # fewer in its place.
+                # A writer of the same prompt that lost a page to eviction may have replaced the file by one with fewer.
                 self._keys[name] = file.keys
                 index_of = {key: i for i, key in enumerate(file.keys)}
                 if not pages.keys() <= index_of.keys():
@@ -121,10 +124,10 @@ class DiskPrefixCache:
                     self._kv.write_page(page, file.page(index_of[key]))
         except StateError as error:
             self._keys.pop(name, None)
-            _delete_damaged(path, error)
+            _delete_if_corrupt(path, error)
             return False
         with contextlib.suppress(OSError):
-            os.utime(path)  # used last
+            os.utime(path)  # most recently used
         return True
 
     def _read_keys(self, name: str) -> None:
@@ -133,34 +136,34 @@ class DiskPrefixCache:
             with PageFile(path, self._origin, self._kv.page_bytes) as file:
                 self._keys[name] = file.keys
         except StateError as error:
-            _delete_damaged(path, error)
+            _delete_if_corrupt(path, error)
 
-    def _index(self) -> None:
-        # Processes that write at the same time may write the same page: one place is enough, until it goes.
-        self._place = {key: name for name, keys in self._keys.items() for key in keys}
+    def _update_index(self) -> None:
+        # Concurrent writers may store the same page twice; the index has one of the files.
+        self._file_of = {key: name for name, keys in self._keys.items() for key in keys}
 
-    def _make_room(self, n_bytes: int) -> None:
-        """Delete the files used longest ago, of any origin, until so many bytes fit the limit."""
+    def _evict(self, n_bytes: int) -> None:
+        """Delete the least recently used files, of any origin, until n_bytes more fit the limit."""
         files = _files(self._root)
         total = sum(size for _, size, _ in files) + n_bytes
         for _, size, path in sorted(files):
             if total <= self._limit_bytes:
                 break
-            with contextlib.suppress(OSError):  # Windows has it mapped
-                path.unlink(missing_ok=True)  # another process may be faster
+            with contextlib.suppress(OSError):  # on Windows a mapped file cannot be deleted
+                path.unlink(missing_ok=True)  # another process may have deleted it
                 total -= size
         for folder in self._root.glob("*/"):
             remove_stale_parts(folder)
 
 
-def _delete_damaged(path: Path, error: StateError) -> None:
-    if not isinstance(error, UnreadableError):  # of which the file may be innocent
+def _delete_if_corrupt(path: Path, error: StateError) -> None:
+    if not isinstance(error, UnreadableError):
         with contextlib.suppress(OSError):
             path.unlink()
 
 
 def _files(root: Path) -> list[tuple[int, int, Path]]:
-    """Return (time of last use, bytes, path) of each file, of any origin."""
+    """Return (time of last use in ns, size in bytes, path) of the files of all origins."""
     files = []
     for path in root.glob(f"*/*{_SUFFIX}"):
         with contextlib.suppress(OSError):
@@ -170,7 +173,7 @@ def _files(root: Path) -> list[tuple[int, int, Path]]:
 
 
 def open_prefix_cache(where: Literal[True] | str | os.PathLike[str], origin: Origin, engine: Engine) -> DiskPrefixCache:
-    """Return a cache that an engine looks into: in a folder, or for True in phi-c's own.
+    """Attach a prefix cache on disk to an engine and return it. where: its folder; True: `default_folder`.
 
     Raises CacheError, OptionError.
     """
@@ -181,17 +184,17 @@ def open_prefix_cache(where: Literal[True] | str | os.PathLike[str], origin: Ori
 
 
 def default_folder() -> Path:
-    """Return where files lie when nobody says."""
+    """Return the default folder of the prefix cache, inside phi-c's cache folder."""
     return cache_dir() / "prefix"
 
 
-def n_bytes_kept() -> int:
-    """Return what the files below `default_folder` take."""
+def stored_bytes() -> int:
+    """Return the total size in bytes of the files in `default_folder`."""
     return sum(size for _, size, _ in _files(default_folder()))
 
 
 def limit_bytes() -> int:
-    """Return what files may take: PHI_C_PREFIX_CACHE_GIB, else 8 GiB. Raises OptionError."""
+    """Return the maximum total size of the files in bytes: PHI_C_PREFIX_CACHE_GIB, else 8 GiB. Raises OptionError."""
     text = os.environ.get(LIMIT_VARIABLE) or str(_DEFAULT_LIMIT_GIB)
     try:
         limit = float(text)

@@ -1,4 +1,4 @@
-"""Decides which tokens of which sequences run next, and on which pages."""
+"""The scheduler: which tokens of which sequences run in the next step, and on which KV cache pages."""
 
 from collections import deque
 from collections.abc import Collection, Mapping
@@ -6,68 +6,76 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from phi_c._core import PAGE_TOKENS
-from phi_c.engine.kv_pages import FREED, PagePool, extend_keys, first_needed, usable
+from phi_c.engine.kv_pages import FREED, PagePool, extend_keys, first_needed, usable_prefix
 from phi_c.engine.sequence import Sequence, Status
 
 
 @dataclass(frozen=True)
 class Work:
-    """Tokens n_computed .. n_computed + n_tokens - 1 of a sequence."""
+    """Tokens n_computed .. n_computed + n_tokens - 1 of a sequence, to be computed in one step."""
 
     sequence: Sequence
     n_tokens: int
 
     @property
     def n_output_rows(self) -> int:
-        """How many of these tokens, the last ones, give rows that are wanted."""
+        """Number of these tokens, the last ones, that have an output (logits or hidden states)."""
         return max(
             self.sequence.n_computed + self.n_tokens - max(self.sequence.output_start, self.sequence.n_computed), 0
         )
 
     @property
     def wants_logits(self) -> bool:
-        """Whether these tokens end what is known of the sequence, so that the next one can be sampled."""
+        """Whether the next token of a generation request is sampled after this work."""
         return self.sequence.output_from is None and self.n_output_rows > 0
 
 
 def pages_for(n_tokens: int) -> int:
-    """Return how many pages so many positions take."""
+    """Return the number of pages that n_tokens positions take."""
     return -(-n_tokens // PAGE_TOKENS)
 
 
-def pages_at_once(n_tokens: int, n_batch: int, window: int | None) -> int:
-    """Return how many pages a text of so many tokens holds at most: those of a window and a step, wherever they lie."""
+def max_resident_pages(n_tokens: int, n_batch: int, window: int | None) -> int:
+    """Return the maximum number of pages that a sequence of n_tokens holds at a time.
+
+    With a sliding window these are the pages of the window and of one step, at any alignment.
+    """
     whole = pages_for(n_tokens)
     return whole if window is None else min(whole, pages_for(window - 1 + min(n_batch, n_tokens) - 1) + 1)
 
 
 class _Claim(NamedTuple):
-    """What a sequence has of the pages that it needs."""
+    """A sequence and the pages it has, for counting the pages it may still need."""
 
     sequence: Sequence
-    n_past: int  # pages of its table that it need not take any more
-    held: Collection[int]
+    n_filled: int  # entries of its page table that need no new page
+    pages: Collection[int]  # pages it holds
 
 
 class KVConnector(Protocol):
-    """Pages kept elsewhere, by key."""
+    """A second-level cache of KV pages by prefix key."""
 
     def refresh(self) -> None:
-        """Notice what has changed since."""
+        """Update the index of cached keys."""
 
     def __contains__(self, key: bytes) -> bool: ...
 
     def fetch(self, pages: Mapping[bytes, int]) -> bool:
-        """Copy the pages of keys into pages of the cache; False where one, no longer contained then, is damaged."""
+        """Copy the pages of keys into pages of the KV cache.
+
+        Returns False if one of them is gone or corrupt; the connector then no longer contains it.
+        """
 
 
 class Scheduler:
-    """First come, first served: a sequence starts when the pages that it may come to need are there.
+    """First come, first served: a sequence is admitted when all the pages that it may need are available.
 
-    n_ctx_orig: positions up to which LongRoPE's short factors hold, None without LongRoPE. A sequence that grows
-    beyond is computed anew with the long factors, as transformers does. window: positions that a token sees, itself
-    included, None: all. Pages that no later token sees are given back, so a text needs room for the window and a step.
-    kv_connector: where pages are looked for that the pool does not hold.
+    n_batch: maximum number of tokens in a step.
+    n_ctx_orig: largest sequence length that uses LongRoPE's short factors; None: no LongRoPE. A sequence that grows
+        beyond it is recomputed with the long factors, as in transformers.
+    window: number of positions that a token attends to, itself included; None: all. Pages behind the window are freed,
+        so a sequence needs room for its window and one step only.
+    kv_connector: where to look for pages that the pool does not hold.
     """
 
     def __init__(
@@ -87,11 +95,11 @@ class Scheduler:
         self.running: list[Sequence] = []
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; the pages that its n_longest needs at once must fit the whole pool."""
+        """Queue a sequence; its `max_resident_pages` must not exceed the size of the pool."""
         self.waiting.append(sequence)
 
     def schedule(self) -> list[Work]:
-        """Return the next step's work, at most n_batch tokens: one for each that generates first, then prompts."""
+        """Return the work of the next step, at most n_batch tokens: first all decoding sequences, then prefill."""
         for sequence in list(self.running):
             self._switch_rope(sequence)
         self._admit()
@@ -106,8 +114,8 @@ class Scheduler:
                 budget -= n
         return work
 
-    def computed(self, work: Work) -> None:
-        """Record that a step ran: its full pages can be shared from now on, and the window moves."""
+    def commit(self, work: Work) -> None:
+        """Record work as computed: register the pages it filled, and free those that are now behind the window."""
         sequence = work.sequence
         before, after = sequence.n_computed, sequence.n_computed + work.n_tokens
         extend_keys(sequence.keys, sequence.tokens, sequence.long_rope)
@@ -121,93 +129,93 @@ class Scheduler:
         sequence.n_freed = max(sequence.n_freed, first)
 
     def remove(self, sequence: Sequence) -> None:
-        """Let a sequence go, wherever it is; its pages are free, its prefix stays findable."""
+        """Remove a waiting or running sequence and release its pages; registered ones stay findable."""
         sequence.status = Status.DONE
         if sequence in self.waiting:
             self.waiting.remove(sequence)
         if sequence in self.running:
             self._stop(sequence)
 
-    def needs_long(self, n_tokens: int) -> bool:
-        """Whether a text of so many tokens is rotated by LongRoPE's long factors."""
+    def needs_long_rope(self, n_tokens: int) -> bool:
+        """Whether a sequence of n_tokens uses LongRoPE's long factors."""
         return self.n_ctx_orig is not None and n_tokens > self.n_ctx_orig
 
     @property
     def n_available_pages(self) -> int:
-        """Free pages that no running sequence may still take."""
-        return self._n_available_pages()
+        """Free pages that no running sequence may still need."""
+        return self._pages_left()
 
-    def _n_available_pages(self, *more: _Claim) -> int:
-        """The same with further sequences: negative where there is no room for all."""
+    def _pages_left(self, *candidates: _Claim) -> int:
+        """Return n_available_pages as if the candidates were running; negative if there is no room for all."""
         n_needed = 0
-        lasting: set[int] = set()
-        sliding: set[int] = set()
-        for claim in (*(_Claim(s, len(s.pages), s.pages[s.n_freed :]) for s in self.running), *more):
-            n_longest = claim.sequence.n_longest
-            whole, at_once = pages_for(n_longest), pages_at_once(n_longest, self.n_batch, self.window)
-            if at_once < whole:
-                n_needed += at_once
-                sliding.update(claim.held)
+        lasting: set[int] = set()  # pages of sequences that never free any
+        sliding: set[int] = set()  # pages that will be freed behind the window
+        for claim in (*(_Claim(s, len(s.pages), s.pages[s.n_freed :]) for s in self.running), *candidates):
+            max_positions = claim.sequence.max_positions
+            whole, resident = pages_for(max_positions), max_resident_pages(max_positions, self.n_batch, self.window)
+            if resident < whole:
+                n_needed += resident
+                sliding.update(claim.pages)
             else:
-                n_needed += whole - claim.n_past
-                lasting.update(claim.held)
-        # What a sliding sequence holds it takes the next pages for, and where several share a page the last one does;
-        # it may not count on a page that another one keeps.
+                n_needed += whole - claim.n_filled
+                lasting.update(claim.pages)
+        # A sliding sequence exchanges the pages it holds for later ones. A page that several of them share becomes free
+        # once, when the last one drops it; a page that a lasting sequence holds as well does not become free.
         return self.pool.n_free_pages - (n_needed - len(sliding - lasting))
 
     def _admit(self) -> None:
         while self.waiting:
             sequence = self.waiting[0]
-            sequence.long_rope = self.needs_long(len(sequence.tokens))
+            sequence.long_rope = self.needs_long_rope(len(sequence.tokens))
             extend_keys(sequence.keys, sequence.tokens, sequence.long_rope)
-            # One token at least is computed: its row is wanted.
             if self.kv_connector is not None:
                 self.kv_connector.refresh()
+            # Positions with an output are computed in any case.
             keys = sequence.keys[: sequence.output_start // PAGE_TOKENS]
             if not self._allocate_prefix(sequence, keys):
                 return
             self.waiting.popleft()
             sequence.n_computed = len(sequence.pages) * PAGE_TOKENS
-            if len(sequence.tokens) == sequence.n_prompt:  # else LongRoPE has switched
+            if len(sequence.tokens) == sequence.n_prompt:  # else it is recomputed after the LongRoPE switch
                 sequence.n_cached = sequence.n_computed
             sequence.status = Status.RUNNING
             self.running.append(sequence)
 
     def _allocate_prefix(self, sequence: Sequence, keys: list[bytes]) -> bool:
-        """Give a sequence the pages that are known of its prefix; False where there is no room for the rest."""
+        """Give a sequence the cached pages of its prefix. Returns False if there is no room for its other pages."""
         while True:
-            span = usable(keys, self.window, self._is_known)
-            pages = {i: page for i in span if (page := self.pool.find(keys[i])) is not None}
+            prefix = usable_prefix(keys, self.window, self._is_cached)
+            pages = {i: page for i in prefix if (page := self.pool.find(keys[i])) is not None}
             for page in pages.values():
                 self.pool.incref(page)
-            missing = [i for i in span if i not in pages]
-            if self._n_available_pages(_Claim(sequence, span.stop - len(missing), pages.values())) < 0:
+            missing = [i for i in prefix if i not in pages]
+            if self._pages_left(_Claim(sequence, prefix.stop - len(missing), pages.values())) < 0:
                 self._release(pages.values())
                 return False
-            taken = {i: self.pool.allocate() for i in missing}
-            is_there = not taken
+            allocated = {i: self.pool.allocate() for i in missing}
+            is_complete = not allocated
             try:
-                if taken and self.kv_connector is not None:
-                    is_there = self.kv_connector.fetch({keys[i]: page for i, page in taken.items()})
-            finally:  # an interrupt passes through
-                if not is_there:
-                    self._release([*pages.values(), *taken.values()])
-            if is_there:
+                if allocated and self.kv_connector is not None:
+                    is_complete = self.kv_connector.fetch({keys[i]: page for i, page in allocated.items()})
+            finally:  # also after a KeyboardInterrupt
+                if not is_complete:
+                    self._release([*pages.values(), *allocated.values()])
+            if is_complete:
                 break
-        for i, page in taken.items():
+        for i, page in allocated.items():
             self.pool.register(page, keys[i])
-        pages |= taken
-        sequence.pages = [FREED] * span.start + [pages[i] for i in span]
-        sequence.n_freed = span.start
+        pages |= allocated
+        sequence.pages = [FREED] * prefix.start + [pages[i] for i in prefix]
+        sequence.n_freed = prefix.start
         return True
 
-    def _is_known(self, key: bytes) -> bool:
+    def _is_cached(self, key: bytes) -> bool:
         return self.pool.find(key) is not None or (self.kv_connector is not None and key in self.kv_connector)
 
     def _switch_rope(self, sequence: Sequence) -> None:
-        if sequence.long_rope or not self.needs_long(len(sequence.tokens)):
+        if sequence.long_rope or not self.needs_long_rope(len(sequence.tokens)):
             return
-        # Its pages may be shared, so that new ones must be found: it is admitted again, before all others.
+        # Its pages may be shared, so it needs new ones: it is admitted again, before all others.
         self._stop(sequence)
         sequence.keys = []
         sequence.status = Status.WAITING
@@ -221,6 +229,6 @@ class Scheduler:
         sequence.n_computed = 0
 
     def _release(self, pages: Collection[int]) -> None:
-        # The last first: the beginning of a prefix is worth more than its end when room is needed.
+        # From the end, which is evicted first then: more sequences share the beginning of a prefix.
         for page in reversed(list(pages)):
             self.pool.decref(page)

@@ -1,4 +1,4 @@
-"""One request on its way through the engine."""
+"""The state of one request in the engine."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,58 +12,59 @@ from phi_c.sampling.sampler import Sampler, TokenLogprob
 
 
 class Finish(Enum):
-    """Why a sequence ended."""
+    """Why a sequence ended; the values are the `finish_reason` of results."""
 
-    STOP = "stop"  # an end-of-generation token, or a stop string
+    STOP = "stop"  # an end-of-generation token or a stop string
     LENGTH = "length"  # max_tokens, or the end of the context
-    CANCELLED = "cancelled"
-    OUTPUTS_READY = "outputs_ready"  # all the rows that were wanted are there
+    CANCELLED = "cancelled"  # its cancel flag was set
+    OUTPUTS_READY = "outputs_ready"  # a hidden-state request: all hidden states are computed
 
 
 class Status(Enum):
-    """Where a sequence is."""
+    """Scheduling state of a sequence."""
 
-    WAITING = auto()  # has no pages yet
-    RUNNING = auto()
-    DONE = auto()
+    WAITING = auto()  # queued; holds no pages
+    RUNNING = auto()  # holds pages; takes part in steps
+    DONE = auto()  # finished, failed or removed; holds no pages
 
 
 @dataclass(eq=False)
 class Sequence:
-    """Tokens, and how many of them are in the cache. tokens[:n_prompt] is the prompt.
+    """Token ids of a request and how many of them are in the KV cache; tokens[:n_prompt] is the prompt.
 
-    It is continued by its sampler, or, with output_from, only read: the rows after the final norm, from that position to
-    the end, are put into `rows`, and whoever waits takes them from there.
+    A generation request has a sampler, which appends tokens. A hidden-state request has output_from instead: the hidden
+    states after the final norm, from that position to the end, are put into `hidden_states`, from where the caller
+    removes them.
     """
 
     tokens: list[int]
-    max_tokens: int = 0  # generated at most
+    max_tokens: int = 0  # maximum number of generated tokens
     sampler: Sampler | None = None
-    eog_ids: frozenset[int] = frozenset()
-    n_top_logprobs: int | None = None  # None: no log-probabilities
+    eog_ids: frozenset[int] = frozenset()  # end-of-generation tokens
+    n_top_logprobs: int | None = None  # most probable tokens to report; None: no log-probabilities
     cancel: CancelFlag | None = None
-    accept: Callable[[int], bool] = lambda token: True  # False: the text is complete
-    output_from: int | None = None
+    accept: Callable[[int], bool] = lambda token: True  # called with each generated token; False ends the sequence
+    output_from: int | None = None  # first position of a hidden-state request; None: a generation request
 
     n_prompt: int = field(init=False)
-    pages: list[int] = field(default_factory=list)  # FREED where the window has passed
-    n_freed: int = 0  # pages, the first ones, that the window has passed
-    keys: list[bytes] = field(default_factory=list)  # of the pages that tokens fill, see extend_keys
-    n_computed: int = 0  # tokens whose keys and values are in the cache
-    n_cached: int = 0  # of the prompt, found in the prefix cache
-    long_rope: bool = False
+    pages: list[int] = field(default_factory=list)  # page table; FREED behind the sliding window
+    n_freed: int = 0  # leading entries of `pages` that are FREED
+    keys: list[bytes] = field(default_factory=list)  # prefix keys of the full pages, see kv_pages.extend_keys
+    n_computed: int = 0  # tokens whose keys and values are in the KV cache
+    n_cached: int = 0  # prompt tokens found in the prefix cache
+    long_rope: bool = False  # rotated with LongRoPE's long factors
     status: Status = Status.WAITING
-    finish: Finish | None = None
+    finish: Finish | None = None  # None while running, and after an error
     error: BaseException | None = None
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    rows: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)  # first position -> [n, n_embd]
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # one per generated token
+    hidden_states: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)  # first position -> [n, n_embd]
 
     def __post_init__(self) -> None:
         self.n_prompt = len(self.tokens)
 
     @property
     def is_done(self) -> bool:
-        """Whether it has left the engine."""
+        """Whether the sequence has left the engine."""
         return self.status is Status.DONE
 
     @property
@@ -73,10 +74,10 @@ class Sequence:
 
     @property
     def output_start(self) -> int:
-        """The first position whose row is wanted; what lies before may come from the cache."""
+        """The first position with an output (logits or hidden states); pages before it may come from a cache."""
         return len(self.tokens) - 1 if self.output_from is None else self.output_from
 
     @property
-    def n_longest(self) -> int:
-        """Positions that it may come to need: the last generated token is never computed."""
+    def max_positions(self) -> int:
+        """Maximum number of KV cache positions; the last generated token is never computed."""
         return self.n_prompt + max(self.max_tokens - 1, 0)

@@ -1,4 +1,4 @@
-"""How good a model is: perplexity, distance between two models, lm-evaluation-harness.
+"""Quality of a model: perplexity, KL divergence between two models, lm-evaluation-harness.
 
 >>> with phi_c.load("smollm2") as llm:
 ...     print(phi_c.perplexity(llm, text))

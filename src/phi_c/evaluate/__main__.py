@@ -1,4 +1,4 @@
-"""`python -m phi_c.evaluate`: lm-evaluation-harness's own command line, which then knows the model "phi-c"."""
+"""`python -m phi_c.evaluate`: the command line of lm-evaluation-harness with the model "phi-c" registered."""
 
 import importlib
 import importlib.util
@@ -8,7 +8,7 @@ from phi_c.errors import PhiError
 
 
 def main() -> None:
-    """Run lm_eval; one line and exit code 1 for an error of phi-c."""
+    """Run lm_eval. A PhiError is printed as one line with exit code 1."""
     if importlib.util.find_spec("lm_eval") is None:
         sys.exit("phi-c: error: lm-evaluation-harness is not installed: pip install 'phi-c[eval]'")
     importlib.import_module("phi_c.evaluate.harness")

@@ -1,4 +1,4 @@
-"""Perplexity: how likely a model finds a text."""
+"""Perplexity of a text."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ from phi_c.params import check_count
 from phi_c.scoring import score_pairs
 from phi_c.text.windows import disjoint, strided
 
-DEFAULT_N_CTX = 512  # of a window, as llama.cpp
+DEFAULT_N_CTX = 512  # window size in tokens, as in llama.cpp
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood of the tokens that count."""
+    """Perplexity: exp of the mean negative log-likelihood (NLL) of the scored tokens."""
 
     perplexity: float
-    standard_error: float  # of the perplexity: itself times that of nll; NaN for a single window
-    nll: float  # mean, nats a token
-    nll_standard_error: float  # windows counted as independent: phi_c.evaluate.metrics.standard_error
-    n_tokens: int  # that count
+    standard_error: float  # of the perplexity: perplexity * nll_standard_error; NaN for a single window
+    nll: float  # mean, nats per token
+    nll_standard_error: float  # over windows, see phi_c.evaluate.metrics.standard_error
+    n_tokens: int  # scored tokens
     n_windows: int
 
 
@@ -35,14 +35,17 @@ def perplexity(
     progress: Callable[[int, int, Perplexity], None] | None = None,
     cancel: CancelFlag | None = None,
 ) -> Perplexity:
-    """Return a text's perplexity, in windows of n_ctx tokens.
+    """Compute the perplexity of a text in windows.
 
-    stride None: windows follow one another, each begins with BOS if the model wants one, and the second half of each
-    counts, as in llama.cpp; a rest that fills no window is left out. stride: windows begin every so many tokens, and
-    each token counts once, in the first window that holds it, as in transformers' guide. n_windows: at most.
-    progress: is told windows done, all windows, and the figure so far.
+    n_ctx: window size in tokens.
+    stride: None: windows are disjoint, each begins with BOS if the model uses it, the second half of each is scored,
+        and an incomplete last window is omitted, as in llama.cpp. Otherwise windows begin every `stride` tokens, and
+        each token is scored once, in the first window that contains it, as in the transformers perplexity guide.
+    n_windows: maximum number of windows; None: all.
+    progress: called with the number of finished windows, the number of all windows, and the perplexity so far.
+    cancel: a flag that stops the call from another thread.
 
-    Raises OptionError for a text that is too short and for options outside their range, Cancelled.
+    Raises OptionError for a text that is too short or an option outside its range, Cancelled.
     """
     check_count("n_ctx", n_ctx, 2, llm.n_ctx)
     check_count("stride", stride, 1, n_ctx)
@@ -54,7 +57,8 @@ def perplexity(
         windows = strided(ids, n_ctx, stride, n_windows)
     sums: list[float] = []
     counts: list[int] = []
-    for index, score in score_pairs(llm.engine, ((w.tokens[: w.first], w.tokens[w.first :]) for w in windows), cancel):
+    pairs = ((w.tokens[: w.n_context], w.tokens[w.n_context :]) for w in windows)
+    for index, score in score_pairs(llm.engine, pairs, cancel):
         sums.append(-score.logprob)
         counts.append(windows[index].n_scored)
         if progress is not None:
@@ -63,6 +67,7 @@ def perplexity(
 
 
 def _estimate(sums: list[float], counts: list[int]) -> Perplexity:
+    """Return the perplexity from the NLL sum and the number of scored tokens of each window."""
     nll, error = sum(sums) / sum(counts), standard_error(sums, counts)
     value = perplexity_of(nll)
     return Perplexity(value, value * error, nll, error, sum(counts), len(sums))

@@ -1,1 +1,1 @@
-"""The GGUF file format: the only code that reads or writes it."""
+"""The GGUF file format: reader, writer and constants. No other package knows the byte layout."""

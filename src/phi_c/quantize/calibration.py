@@ -1,7 +1,7 @@
-"""Collects an importance matrix while a text runs through a model.
+"""Collects an importance matrix by running a model over a calibration text.
 
-Cuts the text as llama.cpp's tools/imatrix does: chunks of n_ctx tokens, each a text of its own that begins with BOS
-where the model's texts do; what is left at the end is too short and not taken.
+The text is split as in llama.cpp's tools/imatrix: into chunks of n_ctx tokens, each an independent sequence that starts
+with BOS if the model uses one. A last chunk that is too short is dropped.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,9 @@ from phi_c.params import check_count
 from phi_c.quantize.imatrix import DEFAULT_CHUNK_SIZE, Entry, Imatrix
 from phi_c.text.windows import disjoint
 
-_MAX_SUM = 1e32  # of a chunk: a million of them stay within float32, which the file holds
+_MAX_SUM = 1e32  # per chunk, so that a million chunks fit float32, the type of the file
 
-# Whose sums in an Observer are those of a layer's matrix.
+# The array of an Observer that has the sums for each kind of weight matrix.
 _INPUTS = {
     "attn_qkv": "attn_in",
     "attn_q": "attn_in",
@@ -50,15 +50,18 @@ def collect_imatrix(
     into: Imatrix | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Imatrix:
-    """Return the importance matrix of a model on a text, to be saved and given to a quantiser.
+    """Return the importance matrix of a model for a calibration text.
 
-    n_ctx: tokens of a chunk, at most the context that the model was loaded with. first_chunk: chunks that are left out.
-    n_chunks: None: all that follow. process_output: of output.weight as well, where the file has one. parse_special:
-    `<|end|>` and the like in the text are special tokens. into: what to add to; it holds the chunks that are done also
-    when an exception, such as KeyboardInterrupt, ends the call. progress: is told the chunks done, of how many.
+    n_ctx: tokens per chunk, at most the context size of `llm`.
+    first_chunk: number of chunks to skip.
+    n_chunks: maximum number of chunks; None: all.
+    process_output: include output.weight, if the file has it.
+    parse_special: parse special tokens such as `<|end|>` in the text.
+    into: importance matrix to add to. After an exception such as KeyboardInterrupt it contains all completed chunks.
+    progress: called with (completed chunks, total chunks).
 
-    Raises OptionError for a text too short, ModelFileError when `into` is another model's, or for weights whose
-    activations are not finite.
+    Raises OptionError if the text is too short, ModelFileError if `into` belongs to another model or activations are
+    not finite.
     """
     check_count("n_ctx", n_ctx, 1, llm.n_ctx)
     check_count("first_chunk", first_chunk, 0, None)
@@ -74,14 +77,14 @@ def collect_imatrix(
     progress(0, len(windows))
     for done, window in enumerate(windows, 1):
         observer.clear()
-        _run(llm, kv, np.asarray(window.tokens, np.int32), observer)
-        imatrix.merge(_chunk(inputs, observer, llm))
+        _forward_chunk(llm, kv, np.asarray(window.tokens, np.int32), observer)
+        imatrix.merge(_chunk_imatrix(inputs, observer, llm))
         progress(done, len(windows))
     return imatrix
 
 
 def _inputs(config: ModelConfig, has_output: bool) -> dict[str, tuple[str, int]]:
-    """Return tensor name -> (array of Observer, layer): fused matrices are one, as in the file."""
+    """Return tensor name -> (array of Observer, layer); a fused matrix is one tensor, as in the file."""
     inputs = {}
     for name, shape in expected_tensors(config)[0].items():
         if name.startswith("blk.") and len(shape) > 1:
@@ -104,24 +107,24 @@ def _check_same_model(llm: LLM, imatrix: Imatrix) -> None:
         shape = shapes.get(name, (0, 0))
         n_cols, expected = entry.sums.size, shape[-1] * (shape[0] if len(shape) == 3 else 1)  # of all experts
         if n_cols != expected:
+            in_model = f"{expected} columns in {llm.path.name}" if expected else f"does not exist in {llm.path.name}"
             raise ModelFileError(
-                f"the importance matrix is another model's: {name} has {n_cols} columns in it, "
-                + (f"{expected} in {llm.path.name}" if expected else f"and {llm.path.name} has no such matrix")
+                f"the importance matrix belongs to another model: {name} has {n_cols} columns in it and {in_model}"
             )
 
 
-def _run(llm: LLM, kv: KvCache, tokens: npt.NDArray[np.int32], observer: Observer) -> None:
-    long_rope = llm.engine.scheduler.needs_long(len(tokens))
-    table = np.arange(kv.n_pages, dtype=np.int32)
-    none = np.empty(0, np.int32)  # no logits are wanted
+def _forward_chunk(llm: LLM, kv: KvCache, tokens: npt.NDArray[np.int32], observer: Observer) -> None:
+    long_rope = llm.engine.scheduler.needs_long_rope(len(tokens))
+    page_table = np.arange(kv.n_pages, dtype=np.int32)
+    no_logits = np.empty(0, np.int32)
     for start in range(0, len(tokens), llm.engine.scheduler.n_batch):
-        part = tokens[start : start + llm.engine.scheduler.n_batch]
-        positions = np.arange(start, start + len(part), dtype=np.int32)
-        sequences = np.zeros(len(part), np.int32)
-        forward(llm.engine.model, kv, part, positions, sequences, [table], [long_rope], none, None, observer)
+        batch = tokens[start : start + llm.engine.scheduler.n_batch]
+        positions = np.arange(start, start + len(batch), dtype=np.int32)
+        sequences = np.zeros(len(batch), np.int32)
+        forward(llm.engine.model, kv, batch, positions, sequences, [page_table], [long_rope], no_logits, None, observer)
 
 
-def _chunk(inputs: dict[str, tuple[str, int]], observer: Observer, llm: LLM) -> Imatrix:
+def _chunk_imatrix(inputs: dict[str, tuple[str, int]], observer: Observer, llm: LLM) -> Imatrix:
     all_tokens = np.array([observer.n_tokens], np.int64)
     chunk = Imatrix()
     for name, (array, layer) in inputs.items():
@@ -129,7 +132,7 @@ def _chunk(inputs: dict[str, tuple[str, int]], observer: Observer, llm: LLM) -> 
             sums, counts = getattr(observer, array)[layer].copy(), observer.expert_tokens[layer].copy()
         else:
             sums, counts = np.atleast_2d(getattr(observer, array))[layer : layer + 1].copy(), all_tokens
-        if not (sums <= _MAX_SUM).all():  # nor NaN
-            raise ModelFileError(f"{llm.path}: what {name!r} is fed is not finite: the weights are damaged")
+        if not (sums <= _MAX_SUM).all():  # false for NaN
+            raise ModelFileError(f"{llm.path}: the inputs of {name!r} are not finite: the weights are corrupt")
         chunk.entries[name] = Entry(sums, counts)
     return chunk

@@ -1,53 +1,51 @@
-"""Importance matrices: how strongly each column of a matrix is fed, which quantisers weigh their errors with.
+"""Importance matrices: how strongly each column of a weight matrix is activated; quantisers weight errors by it.
 
-Two formats of llama.cpp (tools/imatrix, common/imatrix-loader.cpp), little endian: GGUF with the tensors
-`NAME.in_sum2`, sums of squares [n_experts, n_cols], and `NAME.counts`, tokens [n_experts, 1], both F32; and the older
-.dat: int32 n_entries, then for each int32 n_bytes, name, int32 n_calls, int32 n_values, and n_values float32, mean
-square x n_calls.
+Reads and writes llama.cpp's GGUF format (tools/imatrix): for each matrix the F32 tensors `NAME.in_sum2`, sums of
+squared inputs [n_experts, n_cols], and `NAME.counts`, token counts [n_experts, 1].
+
+Reads llama.cpp's older .dat format (common/imatrix-loader.cpp), little endian: int32 n_entries; for each entry int32
+n_bytes, name, int32 n_calls, int32 n_values, and n_values float32, each mean square x n_calls.
 """
 
 import os
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from phi_c._core import TENSOR_TYPES
 from phi_c.errors import ModelFileError
-from phi_c.gguf.reader import MAGIC, GGUFFile, short
+from phi_c.gguf import writer
+from phi_c.gguf.reader import GGUFFile, short
 from phi_c.storage import atomic_write
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 
-DEFAULT_CHUNK_SIZE = 512  # of llama.cpp; its .dat files do not tell theirs
+DEFAULT_CHUNK_SIZE = 512  # tokens, as in llama.cpp; .dat files do not store theirs
 
 _DATASETS, _N_CHUNKS, _CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
 _SUMS, _COUNTS = ".in_sum2", ".counts"
-_ALIGNMENT = 32
-_U32, _STRING, _ARRAY, _F32 = 4, 8, 9, 0  # GGUF value types, and the tensor type
 _MAX_F32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What one matrix was fed: sums of squares float64 [n_experts, n_cols], and tokens int64 [n_experts]."""
+    """Statistics of the inputs of one matrix."""
 
-    sums: Doubles
-    counts: npt.NDArray[np.int64]
+    sums: Doubles  # sums of squares, float64 [n_experts, n_cols]
+    counts: npt.NDArray[np.int64]  # tokens, int64 [n_experts]
 
     def mean(self) -> Floats:
-        """Return mean squares, float32 [n_experts, n_cols]; an expert that no token reached gets ones (llama.cpp)."""
+        """Return mean squares, float32 [n_experts, n_cols]; ones for an expert without tokens, as in llama.cpp."""
         counts = self.counts[:, None]
         return np.where(counts > 0, self.sums / np.maximum(counts, 1), 1.0).astype(np.float32)
 
-    def plus(self, other: "Entry") -> "Entry":
-        """Return the sum of two; raises ValueError where they differ in size.
+    def add(self, other: "Entry") -> "Entry":
+        """Return the sum of two entries; raises ValueError if their sizes differ.
 
-        A .dat file knows no experts: its one row and count are cut for those of the other.
+        A .dat file does not store the number of experts: its single row is split into that of the other entry.
         """
         n_experts = max(len(self.counts), len(other.counts))
         if self.sums.size != other.sums.size:
@@ -60,81 +58,70 @@ class Entry:
 
 @dataclass
 class Imatrix:
-    """An importance matrix: an Entry for each weight matrix, by tensor name.
+    """An importance matrix."""
 
-    datasets: the texts it was collected from. chunk_size: tokens of a chunk.
-    """
-
-    chunk_size: int = DEFAULT_CHUNK_SIZE
-    datasets: list[str] = field(default_factory=list)
-    entries: dict[str, Entry] = field(default_factory=dict)
+    chunk_size: int = DEFAULT_CHUNK_SIZE  # tokens
+    datasets: list[str] = field(default_factory=list)  # names of the text files it was collected from
+    entries: dict[str, Entry] = field(default_factory=dict)  # by name of the weight tensor
 
     @property
     def n_chunks(self) -> int:
-        """The chunks that the matrix of most tokens has seen."""
+        """Number of chunks processed, from the entry with the most tokens."""
         return max((int(e.counts.max()) for e in self.entries.values()), default=0) // self.chunk_size
 
     def merge(self, other: "Imatrix") -> None:
-        """Add what another one has seen: all of it, or nothing when an exception such as KeyboardInterrupt comes.
+        """Add the statistics of another importance matrix.
 
-        Raises ValueError where a matrix has other sizes there.
+        An exception, including KeyboardInterrupt, leaves this one unchanged. Raises ValueError if the sizes of a
+        matrix differ.
         """
         entries = dict(self.entries)
         for name, entry in other.entries.items():
             try:
-                entries[name] = entries[name].plus(entry) if name in entries else entry
+                entries[name] = entries[name].add(entry) if name in entries else entry
             except ValueError as error:
                 raise ValueError(f"{name} has {error}") from None
         self.entries, self.datasets = entries, self.datasets + other.datasets
 
     def means(self) -> dict[str, Floats]:
-        """Return mean squares by tensor name, float32 [n_experts, n_cols]."""
+        """Return mean squares by tensor name: float32 [n_experts, n_cols]."""
         return {name: entry.mean() for name, entry in self.entries.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a GGUF file that appears only when it is whole; raises OutputError where that cannot be done."""
-        with atomic_write(Path(path)) as file:
-            for part in self._gguf():
-                file.write(part)
-
-    def _gguf(self) -> Iterator[bytes]:
-        tensors: list[tuple[str, Floats]] = []
+        """Write a GGUF file atomically; raises OutputError if it cannot be written."""
+        tensors: dict[str, Floats] = {}
         for name, entry in sorted(self.entries.items()):
-            tensors.append((name + _SUMS, _trimmed(entry.sums)))
-            tensors.append((name + _COUNTS, _trimmed(entry.counts[:, None])))
-        keys = (
-            _string("general.type") + struct.pack("<I", _STRING) + _string("imatrix"),
-            _string(_DATASETS)
-            + struct.pack("<IIQ", _ARRAY, _STRING, len(self.datasets))
-            + b"".join(map(_string, self.datasets)),
-            _string(_N_CHUNKS) + struct.pack("<II", _U32, self.n_chunks),
-            _string(_CHUNK_SIZE) + struct.pack("<II", _U32, self.chunk_size),
+            tensors[name + _SUMS] = _squeezed(entry.sums)
+            tensors[name + _COUNTS] = _squeezed(entry.counts[:, None])
+        metadata = {
+            "general.type": writer.string("imatrix"),
+            _DATASETS: writer.strings(self.datasets),
+            _N_CHUNKS: writer.u32(self.n_chunks),
+            _CHUNK_SIZE: writer.u32(self.chunk_size),
+        }
+        plan = writer.Plan(
+            metadata, tuple(writer.TensorSpec(name, values.shape, "F32") for name, values in tensors.items())
         )
-        header = MAGIC + struct.pack("<IQQ", 3, len(tensors), len(keys)) + b"".join(keys)
-        offset = 0
-        for name, data in tensors:
-            header += _string(name) + struct.pack(f"<I{data.ndim}Q", data.ndim, *reversed(data.shape))
-            header += struct.pack("<IQ", _F32, offset)
-            offset += -(-data.nbytes // _ALIGNMENT) * _ALIGNMENT
-        yield _padded(header)
-        for _, data in tensors:
-            yield _padded(data.tobytes())
+        with atomic_write(Path(path)) as file:
+            writer.write(file, plan, ([values.tobytes()] for values in tensors.values()))
 
 
 def read_imatrix(path: str | os.PathLike[str]) -> dict[str, Floats]:
-    """Return the mean squares of each matrix's input by tensor name: float32 [n_experts or 1, n_cols].
+    """Return the mean squares of each matrix's input by tensor name: float32 [n_experts, n_cols].
 
-    An expert that no token reached has ones, as llama.cpp's quantiser takes it. A .dat file knows no experts: theirs
-    lie in one row. Raises ModelFileError as `load_imatrix` does.
+    An expert without tokens has ones, as in llama.cpp. From a .dat file, the columns of all experts are in one row.
+    Raises the errors of `load_imatrix`.
     """
     return load_imatrix(path).means()
 
 
 def load_imatrix(path: str | os.PathLike[str], chunk_size: int = DEFAULT_CHUNK_SIZE) -> Imatrix:
-    """Return the sums and counts of a GGUF or .dat file; chunk_size: of a .dat file, which does not tell.
+    """Return the importance matrix in a GGUF or .dat file.
 
-    Raises ModelNotFoundError, ModelFileError for a file that is damaged or no importance matrix, and
-    UnsupportedModelError where its tensors are of a type that phi-c does not run.
+    chunk_size: tokens per chunk of a .dat file, which does not store it.
+
+    Raises ModelNotFoundError, ModelFileError if the file is corrupt or not an importance matrix, and
+    UnsupportedModelError for a tensor type that phi-c does not support.
     """
     path = Path(path)
     if _is_dat(path):
@@ -145,7 +132,7 @@ def load_imatrix(path: str | os.PathLike[str], chunk_size: int = DEFAULT_CHUNK_S
     if not imatrix.entries:
         raise ModelFileError(f"{path}: the importance matrix is empty")
     for name, entry in imatrix.entries.items():
-        if not ((entry.sums >= 0) & (entry.sums <= _MAX_F32)).all():  # nor NaN
+        if not ((entry.sums >= 0) & (entry.sums <= _MAX_F32)).all():  # false for NaN
             raise ModelFileError(f"{path}: {short(name)} holds {_outlier(entry.sums)}, expected sums of squares")
     return imatrix
 
@@ -170,7 +157,8 @@ def _load_gguf(file: GGUFFile) -> Imatrix:
         n_experts = len(counts) if len(counts) > 1 or sums.ndim == 1 else sums.size // sums.shape[-1]
         if n_experts % len(counts) or sums.size % n_experts:
             raise ModelFileError(
-                f"{file.path}: {short(name)} has sums of the shape {sums.shape}, and {len(counts)} counts"
+                f"{file.path}: {short(name)} has sums of shape {sums.shape} and {len(counts)} counts, "
+                "expected one row of sums per count"
             )
         tokens = np.repeat(np.rint(counts).astype(np.int64), n_experts // len(counts))
         imatrix.entries[name] = Entry(sums.reshape(n_experts, -1), tokens)
@@ -178,15 +166,15 @@ def _load_gguf(file: GGUFFile) -> Imatrix:
 
 
 def _f32(file: GGUFFile, name: str) -> Doubles:
-    data = file.data(name)  # refuses a name that the file lacks
+    data = file.data(name)  # raises if the file has no such tensor
     info = file.tensors[name]
-    if TENSOR_TYPES[info.type_id].name != "F32":
-        raise ModelFileError(f"{file.path}: {short(name)} is of type {TENSOR_TYPES[info.type_id].name}, expected F32")
+    if info.type_name != "F32":
+        raise ModelFileError(f"{file.path}: {short(name)} is of type {info.type_name}, expected F32")
     return data.view("<f4").reshape(info.shape).astype(np.float64)
 
 
 def _is_dat(path: Path) -> bool:
-    """Return whether a file can only be of the older kind, which has no mark; GGUFFile reports what else is wrong."""
+    """Return whether a file looks like a .dat file, which has no magic number; GGUFFile reports other errors."""
     try:
         if not path.is_file():
             return False
@@ -194,7 +182,7 @@ def _is_dat(path: Path) -> bool:
             start = file.read(8)
     except (OSError, ValueError):
         return False
-    # The number of entries, and the length of the first one's name.
+    # The number of entries and the length of the first name.
     return len(start) == 8 and all(0 < n < 1 << 20 for n in struct.unpack("<ii", start))
 
 
@@ -202,37 +190,37 @@ def _load_dat(path: Path, chunk_size: int) -> Imatrix:
     data = path.read_bytes()
     offset = 0
 
-    def take(n_bytes: int) -> bytes:
+    def read(n_bytes: int) -> bytes:
         nonlocal offset
         if not 0 <= n_bytes <= len(data) - offset:
             raise ModelFileError(
-                f"{path}: the importance matrix is truncated or damaged: {n_bytes} bytes at offset {offset}, "
-                f"the file ends at {len(data)}"
+                f"{path}: the importance matrix is truncated or corrupt: {n_bytes} bytes needed at offset {offset}, "
+                f"the file has {len(data)} bytes"
             )
         offset += n_bytes
         return data[offset - n_bytes : offset]
 
     def integer() -> int:
-        return int.from_bytes(take(4), "little", signed=True)
+        return int.from_bytes(read(4), "little", signed=True)
 
-    def text() -> str:
-        return take(integer()).decode("utf-8", "replace")
+    def string() -> str:
+        return read(integer()).decode("utf-8", "replace")
 
     imatrix = Imatrix(chunk_size)
     for _ in range(integer()):
-        name, n_calls, n_values = text(), integer(), integer()
+        name, n_calls, n_values = string(), integer(), integer()
         if name in imatrix.entries or n_calls < 0 or n_values < 1:
             raise ModelFileError(
-                f"{path}: the importance matrix is damaged: {short(name)} with {n_values} values of {n_calls} calls "
-                f"before offset {offset}"
+                f"{path}: the importance matrix is corrupt: entry {short(name)} with {n_values} values of {n_calls} "
+                f"calls before offset {offset}"
             )
-        values = np.frombuffer(take(4 * n_values), "<f4").astype(np.float64)
-        # Sums over tokens, as they were; a file that counts no calls holds the means themselves.
+        values = np.frombuffer(read(4 * n_values), "<f4").astype(np.float64)
+        # Back to sums over tokens. A file with n_calls 0 holds the means themselves.
         counts = np.array([max(n_calls, 1) * chunk_size], np.int64)
         imatrix.entries[name] = Entry(values[None] * chunk_size, counts)
-    if offset < len(data):  # newer ones tell the number of calls, and the text
+    if offset < len(data):  # newer files end with the number of calls and the name of the dataset
         integer()
-        imatrix.datasets = [text()] if offset < len(data) else []
+        imatrix.datasets = [string()] if offset < len(data) else []
     return imatrix
 
 
@@ -240,15 +228,6 @@ def _outlier(values: Doubles) -> float:
     return float(values[~((values >= 0) & (values <= _MAX_F32))].flat[0])
 
 
-def _trimmed(values: npt.NDArray[np.float64] | npt.NDArray[np.int64]) -> Floats:
-    """Return float32 as ggml writes it: a first axis of 1 is none."""
+def _squeezed(values: npt.NDArray[np.float64] | npt.NDArray[np.int64]) -> Floats:
+    """Return float32 without a first axis of size 1, as ggml stores it."""
     return np.ascontiguousarray(values[0] if len(values) == 1 else values, "<f4")
-
-
-def _string(text: str) -> bytes:
-    raw = text.encode("utf-8", "replace")
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def _padded(raw: bytes) -> bytes:
-    return raw + b"\0" * (-len(raw) % _ALIGNMENT)

@@ -1,29 +1,28 @@
-"""Which tensor gets which type in a quantised file: llama.cpp's mixes, a row of a table for each exception.
+"""The type mixes of llama.cpp: which type each tensor of a quantised file gets.
 
-A file type such as Q4_K_M has a default type, and stores tensors that matter more in a better one. The rows follow
-llama.cpp's src/llama-quant.cpp, in the form in which published Phi files were made: there, and here, the fused
-`attn_qkv` has rows of its own. Releases of 2026 treat it like `attn_v`, so most of it has fewer bits.
+A file type such as Q4_K_M has a default type and rules that give more sensitive tensors a type with more bits. The
+rules are those of llama.cpp's src/llama-quant.cpp at the time the published Phi files were made, where the fused
+`attn_qkv` has its own rules. Releases of 2026 apply the rules of `attn_v` to it, which gives most of it fewer bits.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from phi_c._core import TENSOR_TYPES
 from phi_c.errors import OptionError
 from phi_c.gguf.reader import MetadataValue
+from phi_c.gguf.types import TENSOR_TYPES_BY_NAME
 
-TYPES = {kind.name: kind for kind in TENSOR_TYPES.values()}
-FLOATS = ("F32", "F16", "BF16")
+FLOAT_TYPES = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class FileType:
-    """A mix. number: general.file_type; default: the type of most tensors."""
+    """A row of FILE_TYPES."""
 
     name: str
-    number: int
-    default: str
+    number: int  # value of general.file_type
+    default: str  # type of the tensors that no rule matches
 
 
 FILE_TYPES = {
@@ -52,18 +51,18 @@ FILE_TYPES = {
 
 @dataclass(frozen=True)
 class Model:
-    """What the rows ask about a model."""
+    """The properties of a model that the rules depend on."""
 
     n_layers: int
-    n_gqa: int = 1  # query heads a key/value head
+    n_gqa: int = 1  # query heads per key/value head
     n_experts: int = 0
-    is_tied: bool = False  # the embedding serves as output
-    has_imatrix: bool = False
+    is_tied: bool = False  # the embedding is also the output matrix
+    has_imatrix: bool = False  # an importance matrix is used
     is_llama_70b: bool = False
 
 
 def read_model(metadata: Mapping[str, MetadataValue], names: Sequence[str], *, has_imatrix: bool) -> Model:
-    """Return what the rows ask about a file, from its metadata and the names of its tensors."""
+    """Return the properties of a model from its metadata and the names of its tensors."""
     architecture = metadata.get("general.architecture", "")
 
     def size(key: str, default: int) -> int:
@@ -91,8 +90,8 @@ def _always(model: Model, layer: int) -> bool:
     return True
 
 
-def _more_bits(model: Model, layer: int) -> bool:
-    """The first and the last eighth, and every third layer of those between."""
+def _use_more_bits(model: Model, layer: int) -> bool:
+    """llama.cpp's use_more_bits: the first eighth, the last eighth, and every third layer in between."""
     eighth = model.n_layers // 8
     return layer < eighth or layer >= 7 * model.n_layers // 8 or (layer - eighth) % 3 == 2
 
@@ -113,66 +112,67 @@ def _first_four(model: Model, layer: int) -> bool:
     return layer < 4
 
 
-def _shares_values(model: Model, layer: int) -> bool:
+def _has_gqa_of_4(model: Model, layer: int) -> bool:
     return model.n_gqa >= 4
 
 
-def _first_eighth_by_imatrix(model: Model, layer: int) -> bool:
+def _first_eighth_with_imatrix(model: Model, layer: int) -> bool:
     return model.has_imatrix and _first_eighth(model, layer)
 
 
-def _eight_experts(model: Model, layer: int) -> bool:
+def _has_8_experts(model: Model, layer: int) -> bool:
     return model.n_experts == 8
 
 
-def _llama_70b(model: Model, layer: int) -> bool:
+def _is_llama_70b(model: Model, layer: int) -> bool:
     return model.is_llama_70b
 
 
 _FOUR_BITS_OR_LESS = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M")
 
-# part of the tensor's name, file types, when, type: the first row that fits decides.
-_ROWS: tuple[tuple[str, tuple[str, ...], Condition, str], ...] = (
-    ("attn_v.weight", tuple(FILE_TYPES), _eight_experts, "Q8_0"),
-    ("attn_k.weight", tuple(FILE_TYPES), _eight_experts, "Q8_0"),
-    ("attn_v.weight", ("Q4_K_M", "Q5_K_M"), _more_bits, "Q6_K"),
+# Part of the tensor's name, file types, condition, type. The first matching rule applies.
+_RULES: tuple[tuple[str, tuple[str, ...], Condition, str], ...] = (
+    ("attn_v.weight", tuple(FILE_TYPES), _has_8_experts, "Q8_0"),
+    ("attn_k.weight", tuple(FILE_TYPES), _has_8_experts, "Q8_0"),
+    ("attn_v.weight", ("Q4_K_M", "Q5_K_M"), _use_more_bits, "Q6_K"),
     ("attn_v.weight", ("Q4_K_S",), _first_four, "Q5_K"),
     ("attn_v.weight", ("Q3_K_L",), _always, "Q5_K"),
     ("attn_v.weight", ("Q3_K_M",), _first_two, "Q5_K"),
-    ("attn_v.weight", _FOUR_BITS_OR_LESS, _llama_70b, "Q5_K"),
+    ("attn_v.weight", _FOUR_BITS_OR_LESS, _is_llama_70b, "Q5_K"),
     ("attn_v.weight", ("Q3_K_M",), _always, "Q4_K"),
-    ("attn_v.weight", ("Q2_K",), _shares_values, "Q4_K"),
+    ("attn_v.weight", ("Q2_K",), _has_gqa_of_4, "Q4_K"),
     ("attn_v.weight", ("Q2_K",), _always, "Q3_K"),
     ("attn_qkv.weight", ("Q5_K_M",), _always, "Q6_K"),
     ("attn_qkv.weight", ("Q4_K_M",), _always, "Q5_K"),
     ("attn_qkv.weight", ("Q3_K_L", "Q3_K_M"), _always, "Q4_K"),
-    ("attn_output.weight", _FOUR_BITS_OR_LESS, _eight_experts, "Q5_K"),
+    ("attn_output.weight", _FOUR_BITS_OR_LESS, _has_8_experts, "Q5_K"),
     ("attn_output.weight", ("Q3_K_L",), lambda model, layer: model.n_experts != 8, "Q5_K"),
     ("attn_output.weight", ("Q3_K_M",), _always, "Q4_K"),
     ("attn_output.weight", ("Q2_K",), _always, "Q3_K"),
-    ("ffn_down", ("Q4_K_M", "Q5_K_M"), _more_bits, "Q6_K"),
+    ("ffn_down", ("Q4_K_M", "Q5_K_M"), _use_more_bits, "Q6_K"),
     ("ffn_down", ("Q4_K_S",), _first_eighth, "Q5_K"),
     ("ffn_down", ("Q3_K_L",), _always, "Q5_K"),
     ("ffn_down", ("Q3_K_M",), _first_sixteenth, "Q5_K"),
     ("ffn_down", ("Q3_K_M",), _always, "Q4_K"),
     ("ffn_down", ("Q2_K",), _always, "Q3_K"),
-    ("ffn_down", ("Q5_0",), _first_eighth_by_imatrix, "Q5_1"),
-    ("ffn_down", ("Q4_0",), _first_eighth_by_imatrix, "Q4_1"),
+    ("ffn_down", ("Q5_0",), _first_eighth_with_imatrix, "Q5_1"),
+    ("ffn_down", ("Q4_0",), _first_eighth_with_imatrix, "Q4_1"),
 )
 
-# Small, and sensitive: they stay as they are.
-_KEPT = ("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight", "token_types.weight")
+# Matrices that keep their type: small, and sensitive to quantisation.
+_NEVER_QUANTISED = ("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight", "token_types.weight")
 
-# For rows whose length a type's block does not divide; for those that 32 does not divide either, F16.
+# Types for rows that are not a multiple of the type's block. Rows that are not a multiple of 32 become F16.
 _FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
 @dataclass(frozen=True)
 class Mix:
-    """A file type, and what the user wants otherwise.
+    """A file type with the user's overrides; made by `make_mix`.
 
-    output, embedding: types of the output matrix and the embedding. tensors: (regular expression, type), the first that
-    is found in a tensor's name decides. pure: everything else in the default type.
+    output, embedding: types of the output matrix and of the token embedding.
+    tensors: (regular expression, type) pairs; the first that matches a part of a tensor's name applies.
+    pure: use the default type for every tensor without an override.
     """
 
     file_type: FileType
@@ -181,55 +181,59 @@ class Mix:
     tensors: tuple[tuple[str, str], ...] = field(default=())
     pure: bool = False
 
-    def type_of(self, name: str, shape: tuple[int, ...], type_now: str, model: Model) -> str:
-        """Return the type in which a tensor is to be stored; raises OptionError where a type asked for does not fit."""
+    def type_of(self, name: str, shape: tuple[int, ...], source_type: str, model: Model) -> str:
+        """Return the type of a tensor in the quantised file.
+
+        shape is row-major. Raises OptionError if the rows are not a multiple of the block of an override's type.
+        """
         if not is_quantised(name, shape):
-            return type_now
-        asked = self._asked_for(name)
-        if asked is not None:
-            if shape[-1] % TYPES[asked].block_elements:
+            return source_type
+        override = self._override(name)
+        if override is not None:
+            block_elements = TENSOR_TYPES_BY_NAME[override].block_elements
+            if shape[-1] % block_elements:
                 raise OptionError(
-                    f"{name} has rows of {shape[-1]} weights, expected a multiple of {TYPES[asked].block_elements} "
-                    f"for the type {asked}"
+                    f"{name} has rows of {shape[-1]} weights, expected a multiple of {block_elements} "
+                    f"for the type {override}"
                 )
-            return asked
+            return override
         default = self.file_type.default
-        if default in FLOATS:
+        if default in FLOAT_TYPES:
             return default
         return _fallback(default if self.pure else self._mixed(name, shape, model), shape[-1])
 
-    def _asked_for(self, name: str) -> str | None:
+    def _override(self, name: str) -> str | None:
         if name == "token_embd.weight" and self.embedding is not None:
             return self.embedding
         if name == "output.weight" and self.output is not None:
             return self.output
-        return next((kind for pattern, kind in self.tensors if re.search(pattern, name)), None)
+        return next((type_name for pattern, type_name in self.tensors if re.search(pattern, name)), None)
 
     def _mixed(self, name: str, shape: tuple[int, ...], model: Model) -> str:
         default = self.file_type.default
         if name == "output.weight" or (name == "token_embd.weight" and model.is_tied):
             if self.output is not None:
                 return self.output
-            fits = shape[-1] % TYPES[default].block_elements == 0
+            fits = shape[-1] % TENSOR_TYPES_BY_NAME[default].block_elements == 0
             return "Q6_K" if fits and default != "Q8_0" else "Q8_0"
         layer = _layer(name)
-        for part, file_types, condition, kind in _ROWS:
+        for part, file_types, condition, type_name in _RULES:
             if part in name and self.file_type.name in file_types and condition(model, layer or 0):
-                return kind
+                return type_name
         return default
 
 
 def is_quantised(name: str, shape: tuple[int, ...]) -> bool:
-    """Return whether a tensor is one that file types decide about: a matrix, or a stack of them."""
-    is_matrix = sum(size > 1 for size in shape[:-1]) > 0
-    return is_matrix and name.endswith("weight") and not any(part in name for part in _KEPT)
+    """Return whether a mix decides the type of a tensor: weight matrices and stacks of them, except small ones."""
+    is_matrix = any(size > 1 for size in shape[:-1])
+    return is_matrix and name.endswith("weight") and not any(part in name for part in _NEVER_QUANTISED)
 
 
-def _fallback(kind: str, n_cols: int) -> str:
-    if n_cols % TYPES[kind].block_elements == 0:
-        return kind
-    instead = _FALLBACKS.get(kind, "F16")
-    return instead if n_cols % TYPES[instead].block_elements == 0 else "F16"
+def _fallback(type_name: str, n_cols: int) -> str:
+    if n_cols % TENSOR_TYPES_BY_NAME[type_name].block_elements == 0:
+        return type_name
+    fallback = _FALLBACKS.get(type_name, "F16")
+    return fallback if n_cols % TENSOR_TYPES_BY_NAME[fallback].block_elements == 0 else "F16"
 
 
 def _layer(name: str) -> int | None:
@@ -245,25 +249,29 @@ def make_mix(
     *,
     pure: bool = False,
 ) -> Mix:
-    """Return a Mix of names in any case; raises OptionError for a name or a regular expression that is none."""
+    """Return a Mix; names of types are case-insensitive.
+
+    file_type: a key of FILE_TYPES. The other arguments are the fields of Mix.
+    Raises OptionError for an unknown type or an invalid regular expression.
+    """
     row = FILE_TYPES.get(file_type.upper())
     if row is None:
-        raise OptionError(f"{file_type!r} is no file type, expected one of {', '.join(FILE_TYPES)}")
+        raise OptionError(f"unknown file type {file_type!r}, expected one of {', '.join(FILE_TYPES)}")
     for pattern, _ in tensors:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise OptionError(f"{pattern!r} is no regular expression: {error}") from None
+            raise OptionError(f"invalid regular expression {pattern!r}: {error}") from None
     return Mix(
         row,
         output and _type_name(output),
         embedding and _type_name(embedding),
-        tuple((pattern, _type_name(kind)) for pattern, kind in tensors),
+        tuple((pattern, _type_name(type_name)) for pattern, type_name in tensors),
         pure,
     )
 
 
 def _type_name(name: str) -> str:
-    if name.upper() not in TYPES:
-        raise OptionError(f"{name!r} is no tensor type, expected one of {', '.join(TYPES)}")
+    if name.upper() not in TENSOR_TYPES_BY_NAME:
+        raise OptionError(f"unknown tensor type {name!r}, expected one of {', '.join(TENSOR_TYPES_BY_NAME)}")
     return name.upper()

@@ -1,4 +1,4 @@
-"""What a caller may ask of sampling, checked."""
+"""The sampling options of a request, with their ranges and defaults."""
 
 import math
 from collections.abc import Mapping
@@ -9,22 +9,35 @@ from phi_c.errors import OptionError
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen. Raises OptionError for values outside the ranges given here.
+    """How the next token is chosen.
 
-    The defaults suit chat with small quantised models. Penalties are off. The order is penalties, bias, temperature,
-    top_k, min_p, top_p.
+    Options apply in this order: penalties, logit_bias, temperature, top_k, min_p, top_p. The defaults suit chat with
+    small quantised models; penalties are off. The penalties count generated tokens only, not the prompt, and only the
+    last `repeat_last_n` of them.
+
+    Raises OptionError for a value outside the range given below.
     """
 
-    temperature: float = 0.7  # divides the logits; 0 or less: always the likeliest token
-    top_k: int = 0  # keep so many of the likeliest tokens; 0: all
-    top_p: float = 0.95  # keep the likeliest tokens up to the one that crosses this share; outside 0..1: all
-    min_p: float = 0.05  # drop tokens less likely than this share of the likeliest one; 0: none
-    repeat_penalty: float = 1.0  # divides positive, multiplies negative logits of tokens among the last ones; 1: off
-    repeat_last_n: int = 64  # generated tokens that the three penalties look back on; -1: all, 0: none
-    presence_penalty: float = 0.0  # subtracted from the logit of a token among them
-    frequency_penalty: float = 0.0  # subtracted as often as it is among them
-    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logit of a token id; -inf bans it
-    seed: int | None = None  # the same seed gives the same text; None: a random one
+    # Divides the logits; lower values are less random. 0 or less: greedy, always the most probable token.
+    temperature: float = 0.7
+    # Keep only the top_k most probable tokens, an integer of at least 0. 0: keep all.
+    top_k: int = 0
+    # Keep the fewest most probable tokens whose total probability reaches top_p. Outside 0 to 1, or 1: keep all.
+    top_p: float = 0.95
+    # Drop tokens whose probability is below min_p times that of the most probable token, 0 to 1. 0: drop none.
+    min_p: float = 0.05
+    # Divides a positive logit, and multiplies a negative one, of every token already generated; above 0. 1: off.
+    repeat_penalty: float = 1.0
+    # Number of most recent generated tokens that the three penalties consider. -1: all, 0: none.
+    repeat_last_n: int = 64
+    # Subtracted once from the logit of every token already generated. 0: off.
+    presence_penalty: float = 0.0
+    # Subtracted from the logit of a token once per occurrence among the generated tokens. 0: off.
+    frequency_penalty: float = 0.0
+    # Added to the logit of each token id, a finite number or -inf. -inf: the token is never chosen.
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    # Seed of the random numbers, an integer of at least 0; the same seed gives the same output. None: random.
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty"):
@@ -48,6 +61,6 @@ class SamplingParams:
                 raise OptionError(f"logit_bias of token {token} is {bias!r}, expected a finite number or -inf")
 
 
-def _check_integer(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise OptionError(f"{name} is {value!r}, expected an integer of at least {least}")
+def _check_integer(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise OptionError(f"{name} is {value!r}, expected an integer of at least {minimum}")

@@ -1,4 +1,4 @@
-"""Chat templates: messages to the text, and to the ids, that a model was trained on."""
+"""Chat templates: render messages into a model's prompt format, and encode them."""
 
 import json
 import re
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Message: TypeAlias = Mapping[str, Any]  # {"role": ..., "content": ...}
 
-# None begins with BOS: the tokenizer adds it where the file says so, as not every Phi-3 does.
+# These do not begin with BOS: the tokenizer adds it if the model file specifies it, which not every Phi-3 file does.
 _PHI3 = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
@@ -34,8 +34,9 @@ _CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# Tokens that a vocabulary must have for a template, and its kind of model; the first that fits is taken.
-_KNOWN: tuple[tuple[frozenset[str], str | None, str], ...] = (
+# For files without a template: (tokens that the vocabulary must have, its tokenizer model or None for any, template).
+# The first match is used.
+_BUILTIN: tuple[tuple[frozenset[str], str | None, str], ...] = (
     (frozenset({"<|im_start|>", "<|im_sep|>", "<|im_end|>"}), None, _PHI4),
     (frozenset({"<|user|>", "<|assistant|>", "<|end|>"}), "gpt2", _PHI4_MINI),
     (frozenset({"<|user|>", "<|assistant|>", "<|end|>"}), "llama", _PHI3),
@@ -44,27 +45,28 @@ _KNOWN: tuple[tuple[frozenset[str], str | None, str], ...] = (
 
 
 class ChatTemplate:
-    """A Jinja template, run in a sandbox with the settings and functions that transformers gives it.
+    """A Jinja template, run in a sandbox with the settings and functions that transformers provides.
 
-    It is read when messages are first rendered; damage shows then.
+    It is compiled when messages are first rendered, which then raises ChatTemplateError for a syntax error.
     """
 
     def __init__(self, source: str, bos_token: str = "", eos_token: str = "") -> None:
+        """source: the template; bos_token, eos_token: names available to it."""
         self.source = source
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
 
     @cached_property
     def _template(self) -> "Template":
-        # Half a tenth of a second that raw prompts and `--help` do without.
+        # Slow imports (50 ms), not needed for raw prompts.
         from jinja2 import TemplateError  # noqa: PLC0415
         from jinja2.ext import Extension, loopcontrols  # noqa: PLC0415
         from jinja2.nodes import Scope  # noqa: PLC0415
         from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
 
         class Generation(Extension):
-            """{% generation %} marks what the assistant says, for training: here it is its content."""
+            """{% generation %}: marks assistant output for training; renders its content."""
 
-            tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+            tags = {"generation"}  # noqa: RUF012 - declared so by jinja2
 
             def parse(self, parser: "Parser") -> "Node":
                 line = next(parser.stream).lineno
@@ -77,35 +79,43 @@ class ChatTemplate:
         try:
             return environment.from_string(self.source)
         except TemplateError as error:
-            raise ChatTemplateError(f"the model's chat template is damaged: {error}") from None
+            raise ChatTemplateError(f"the model's chat template is not valid Jinja: {error}") from None
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """Return the text of a conversation; raises ChatTemplateError for messages that it cannot hold.
+        """Return the text of a conversation.
 
-        A system message that the template would drop in silence is put in front of the first user's message.
+        add_generation_prompt: end with the beginning of an assistant turn.
+
+        If the template silently drops system messages, or rejects them, they are prepended to the first user message.
+
+        Raises ChatTemplateError for malformed messages and for those that the template rejects.
         """
         checked = [_check(i, message) for i, message in enumerate(messages)]
         if not checked:
             raise ChatTemplateError("there are no messages, expected at least one")
-        return self._render(self._with_system(checked), add_generation_prompt)
+        return self._render(self._merge_dropped_system(checked), add_generation_prompt)
 
-    def _with_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _merge_dropped_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the messages, with system messages merged into the first user message if the template drops them."""
         system = [m for m in messages if m["role"] == "system"]
         if not system:
             return messages
-        # Marks in place of the contents: a user may say the same as the system message that is dropped.
-        marks = [f"\ue000{i}\ue001" for i in range(len(system))]
-        left = iter(marks)
+        # Rendered with unique markers as contents: a user message may equal a system message that is dropped.
+        markers = _markers(len(system))
+        remaining = iter(markers)
+        marked = [{**m, "content": next(remaining)} if m["role"] == "system" else m for m in messages]
         try:
-            text = self._render([{**m, "content": next(left)} if m["role"] == "system" else m for m in messages], True)
+            text = self._render(marked, True)
         except ChatTemplateError:
-            text = ""  # "System role not supported" is said by raising
-        if all(mark in text for mark in marks):
+            text = ""  # templates report "System role not supported" by raising
+        if all(marker in text for marker in markers):
             return messages
         others = [m for m in messages if m["role"] != "system"]
         first_user = next((i for i, m in enumerate(others) if m["role"] == "user"), None)
         if first_user is None:
-            raise ChatTemplateError("the model's chat template has no system role, and no user message takes it")
+            raise ChatTemplateError(
+                "the model's chat template has no system role: expected a user message to prepend the system message to"
+            )
         parts = [m["content"] for m in system if m["content"].strip()] + [others[first_user]["content"]]
         others[first_user] = {**others[first_user], "content": "\n\n".join(parts)}
         return others
@@ -121,51 +131,54 @@ class ChatTemplate:
             )
         except ChatTemplateError:
             raise
-        except Exception as error:  # a template can fail in any way that Python can
-            raise ChatTemplateError(f"the chat template refuses these messages: {error}") from None
+        except Exception as error:  # template code can raise anything
+            raise ChatTemplateError(f"the chat template rejects these messages: {error}") from None
 
-    def spans(
+    def render_with_spans(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True
     ) -> tuple[str, list[tuple[int, int]]]:
-        """Return the text of a conversation and where in it the contents of the messages lie.
+        """Return the text of a conversation, and the (start, end) of each message content in it.
 
-        Raises ChatTemplateError when the template changes contents so much that they cannot be found again.
+        Raises ChatTemplateError if the template changes a content by more than stripping it, so that it is not found.
         """
-        checked = self._with_system([_check(i, message) for i, message in enumerate(messages)])
+        checked = self._merge_dropped_system([_check(i, message) for i, message in enumerate(messages)])
         text = self._render(checked, add_generation_prompt)
-        marks = [f"\ue000{i}\ue001" for i in range(len(checked))]
+        markers = _markers(len(checked))
         marked = self._render(
-            [{**m, "content": mark} for m, mark in zip(checked, marks, strict=True)], add_generation_prompt
+            [{**m, "content": marker} for m, marker in zip(checked, markers, strict=True)], add_generation_prompt
         )
         parts = re.split("(\ue000[0-9]+\ue001)", marked)
-        spans, at = [], 0
+        not_found = ChatTemplateError(
+            "the chat template changes the content of a message with special tokens: remove them, or set parse_special"
+        )
+        spans, position = [], 0
         for part in parts:
-            if part not in marks:
-                if not text.startswith(part, at):
-                    raise ChatTemplateError("the chat template treats this text in a way that cannot be checked")
-                at += len(part)
+            if part not in markers:
+                if not text.startswith(part, position):
+                    raise not_found
+                position += len(part)
                 continue
-            content = checked[marks.index(part)]["content"]
-            for form in (content, content.strip(), content.rstrip(), content.lstrip()):
+            content = checked[markers.index(part)]["content"]
+            for stripped in (content, content.strip(), content.rstrip(), content.lstrip()):
                 following = parts[parts.index(part) + 1]
-                if text.startswith(form + following, at):
-                    spans.append((at, at + len(form)))
-                    at += len(form)
+                if text.startswith(stripped + following, position):
+                    spans.append((position, position + len(stripped)))
+                    position += len(stripped)
                     break
             else:
-                raise ChatTemplateError("the chat template treats this text in a way that cannot be checked")
+                raise not_found
         return text, spans
 
 
 def load_chat_template(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> ChatTemplate | None:
-    """Return the file's chat template, else the known one that its vocabulary tells, else None: a base model."""
+    """Return the chat template of a GGUF file, or the built-in one that matches its vocabulary; None: a base model."""
     tokens = set(tokenizer.vocabulary.tokens)
     source = metadata.get("tokenizer.chat_template")
     if not isinstance(source, str):
         source = next(
             (
                 template
-                for needed, model, template in _KNOWN
+                for needed, model, template in _BUILTIN
                 if needed <= tokens and model in (None, tokenizer.vocabulary.model)
             ),
             None,
@@ -184,9 +197,12 @@ def encode_chat(
     add_generation_prompt: bool = True,
     parse_special: bool = False,
 ) -> list[int]:
-    """Return the ids of a conversation, with exactly one BOS where the model has one.
+    """Return the token ids of a conversation, with exactly one BOS if the model uses it.
 
-    The template's special tokens are special; the same text inside a message is text, unless parse_special.
+    add_generation_prompt: end with the beginning of an assistant turn.
+    parse_special: encode special tokens inside messages as such; False: as plain text, so that messages cannot forge
+        the template's own special tokens.
+
     Raises ChatTemplateError.
     """
     text = template.render(messages, add_generation_prompt=add_generation_prompt)
@@ -196,16 +212,21 @@ def encode_chat(
     contents = [str(m.get("content")) for m in messages]
     if parse_special or not any(pattern.search(content) for content in contents):
         return tokenizer.encode(text, parse_special=True)
-    text, spans = template.spans(messages, add_generation_prompt=add_generation_prompt)
-    return tokenizer.with_bos(tokenizer.encode_spans(text, _outside(pattern, text, spans)))
+    text, spans = template.render_with_spans(messages, add_generation_prompt=add_generation_prompt)
+    return tokenizer.with_bos(tokenizer.encode_with_special(text, _matches_outside(pattern, text, spans)))
 
 
-def _outside(pattern: re.Pattern[str], text: str, spans: list[tuple[int, int]]) -> Iterator[re.Match[str]]:
-    """Yield the matches in the gaps between spans."""
-    at = 0
+def _matches_outside(pattern: re.Pattern[str], text: str, spans: list[tuple[int, int]]) -> Iterator[re.Match[str]]:
+    """Yield the pattern's matches outside the spans."""
+    position = 0
     for start, end in [*spans, (len(text), len(text))]:
-        yield from pattern.finditer(text, at, start)
-        at = end
+        yield from pattern.finditer(text, position, start)
+        position = end
+
+
+def _markers(n: int) -> list[str]:
+    """Return n strings of private-use characters that stand in for message contents."""
+    return [f"\ue000{i}\ue001" for i in range(n)]
 
 
 def _check(index: int, message: Message) -> dict[str, Any]:
@@ -222,10 +243,10 @@ def _check(index: int, message: Message) -> dict[str, Any]:
 
 
 def _raise(message: str) -> NoReturn:
-    raise ChatTemplateError(f"the chat template refuses these messages: {message}")
+    raise ChatTemplateError(f"the chat template rejects these messages: {message}")
 
 
-def _to_json(  # Jinja's own escapes what HTML would read
+def _to_json(  # Jinja's own tojson escapes HTML characters
     value: Any,
     ensure_ascii: bool = False,
     indent: int | None = None,
@@ -236,6 +257,6 @@ def _to_json(  # Jinja's own escapes what HTML would read
 
 
 def _strftime_now(pattern: str) -> str:
-    from datetime import datetime  # noqa: PLC0415 - few templates ask for the date
+    from datetime import datetime  # noqa: PLC0415 - few templates use the date
 
     return datetime.now().strftime(pattern)

@@ -1,4 +1,4 @@
-"""Text to token ids and back."""
+"""The tokenizer: text to token ids and back."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -15,18 +15,22 @@ from phi_c.text.vocabulary import BYTE, UNUSED, USER_DEFINED, Vocabulary, read_v
 
 REPLACEMENT = "\ufffd"
 
-# What special tokens take with them: Unicode's White_Space, as in the `tokenizers` library. str.strip also takes
-# the separators U+001C to U+001F.
+# Characters that special tokens with lstrip or rstrip absorb: Unicode's White_Space, as in the `tokenizers` library.
+# str.strip would also remove the separators U+001C to U+001F.
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 
 
 def load_tokenizer(
     metadata: Mapping[str, Any], tokenizer_json: Path | None = None, path: Path | None = None
 ) -> "Tokenizer":
-    """Return the tokenizer of a GGUF file: from tokenizer.json when one is given, else from the vocabulary itself.
+    """Return the tokenizer of a GGUF file.
 
-    path: of the GGUF file, for its errors. Raises ModelFileError for a damaged vocabulary or another model's
-    tokenizer.json, UnsupportedModelError for a kind of tokenizer that phi-c does not run.
+    metadata: of the GGUF file.
+    tokenizer_json: path of a tokenizer.json to build it from; None: build it from the GGUF file's vocabulary.
+    path: of the GGUF file, for error messages.
+
+    Raises ModelFileError for a corrupt vocabulary or a tokenizer.json of another model, UnsupportedModelError for a
+    kind of tokenizer that phi-c does not support.
     """
     try:
         vocabulary = read_vocabulary(metadata)
@@ -41,7 +45,7 @@ def load_tokenizer(
 
 
 class Tokenizer:
-    """Encodes and decodes; safe to use from several threads."""
+    """Encodes text to token ids and decodes token ids to text. Thread-safe."""
 
     def __init__(self, vocabulary: Vocabulary, backend: Backend) -> None:
         self.vocabulary = vocabulary
@@ -51,22 +55,22 @@ class Tokenizer:
 
     @property
     def n_vocab(self) -> int:
-        """Number of tokens in the vocabulary; the model may have more rows."""
+        """Number of tokens in the vocabulary. The model's embedding may have more rows."""
         return len(self.vocabulary.tokens)
 
     @property
     def bos_id(self) -> int | None:
-        """The token that begins a text."""
+        """The token that begins a sequence (BOS); None: the model has none."""
         return self.vocabulary.bos_id
 
     @property
     def eos_id(self) -> int | None:
-        """The file's own end token."""
+        """The end-of-sequence token (EOS) of the file; None: the file names none."""
         return self.vocabulary.eos_id
 
     @property
     def add_bos(self) -> bool:
-        """Whether texts of this model begin with `bos_id`."""
+        """Whether sequences of this model begin with `bos_id`."""
         return self.vocabulary.add_bos
 
     @property
@@ -75,27 +79,32 @@ class Tokenizer:
         return self.vocabulary.eog_ids
 
     def is_special(self, token_id: int) -> bool:
-        """Return whether a token is given only by text that is parsed for special tokens."""
+        """Return whether a token is special: encoded only with parse_special, and omitted from decoded text."""
         return token_id in self.vocabulary.special
 
     def token(self, token_id: int) -> str:
-        """Return the vocabulary's entry for an id, as it is written there."""
+        """Return the vocabulary's entry for an id, unchanged."""
         self._check(token_id)
         return self.vocabulary.tokens[token_id]
 
     def encode(self, text: str, *, add_bos: bool | None = None, parse_special: bool = False) -> list[int]:
-        """Return the ids of a text.
+        """Return the token ids of a text.
 
-        add_bos: begin with one BOS token, never two; None does as the file says. parse_special: text such as
-        `<|end|>` becomes the special token; otherwise it is text like any other.
+        add_bos: begin with exactly one BOS token; None: as the model file specifies.
+        parse_special: encode special tokens in the text, such as `<|end|>`, as such; False: as plain text.
+
+        Raises OptionError if text is not a str.
         """
         if not isinstance(text, str):
             raise OptionError(f"text is a {type(text).__name__}, expected a str")
         pattern = self.special_pattern if parse_special else None
-        return self.with_bos(self.encode_spans(text, pattern.finditer(text) if pattern else ()), add_bos)
+        return self.with_bos(self.encode_with_special(text, pattern.finditer(text) if pattern else ()), add_bos)
 
-    def encode_spans(self, text: str, specials: Iterable[re.Match[str]]) -> list[int]:
-        """Return the ids of a text of which just these matches of `special_pattern`, in order, are special."""
+    def encode_with_special(self, text: str, specials: Iterable[re.Match[str]]) -> list[int]:
+        """Return the token ids of a text in which only the given matches of `special_pattern` are special tokens.
+
+        specials: in ascending order. No BOS is added.
+        """
         ids: list[int] = []
         start, strip = 0, False
         for match in specials:
@@ -110,8 +119,8 @@ class Tokenizer:
         return ids
 
     @cached_property
-    def _continuing(self) -> Backend:
-        """The pipeline for what follows a special token: Metaspace's "first" puts a space before whole texts only."""
+    def _backend_after_special(self) -> Backend:
+        """The pipeline for text after a special token: Metaspace's "first" adds no space there."""
         step = self._backend.pre_tokenizer
         if not isinstance(step, Metaspace) or step.prepend_scheme != "first":
             return self._backend
@@ -120,7 +129,10 @@ class Tokenizer:
         return backend
 
     def with_bos(self, ids: list[int], add_bos: bool | None = None) -> list[int]:
-        """Return ids that begin with BOS exactly once if add_bos, or if it is None and the file says so."""
+        """Return the ids with exactly one BOS in front.
+
+        add_bos: False: return the ids unchanged; None: as the model file specifies.
+        """
         wanted = self.add_bos if add_bos is None else add_bos
         if not wanted or self.bos_id is None or ids[:1] == [self.bos_id]:
             return ids
@@ -130,32 +142,34 @@ class Tokenizer:
         if strip:
             text = text.lstrip(_WHITE_SPACE)
         if text:
-            # A lone surrogate is no text: as in a file read with errors="replace".
+            # Lone surrogates cannot be encoded in UTF-8; they become question marks.
             clean = text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
-            backend = self._continuing if ids else self._backend
+            backend = self._backend_after_special if ids else self._backend
             ids.extend(backend.encode(clean, add_special_tokens=False).ids)
 
     def piece(self, token_id: int, *, special: bool = False) -> bytes:
-        """Return the bytes that a token stands for: none for most special ones, or their name with special=True.
+        """Return the bytes of a token (token_to_piece in llama.cpp). They may end within a UTF-8 character.
 
-        A piece may end within a character; join pieces before decoding.
+        special: return the names of special tokens; False: no bytes for them, except for `vocabulary.visible`.
+
+        Raises OptionError for an id outside the vocabulary.
         """
         self._check(token_id)
         token, kind = self.vocabulary.tokens[token_id], self.vocabulary.kinds[token_id]
         if token_id in self.vocabulary.special or kind == UNUSED:
-            return token.encode() if special or token_id in self.vocabulary.shown else b""
+            return token.encode() if special or token_id in self.vocabulary.visible else b""
         if kind == USER_DEFINED:
             return token.encode()
         if self.vocabulary.model == "llama":
             if kind == BYTE:
                 return _byte_of(token)
             return token.replace(SPACE, " ").encode()
-        # A character outside the table would be a damaged vocabulary; its own bytes are the best guess.
+        # A character outside the table occurs only in a corrupt vocabulary; its UTF-8 bytes are used.
         return b"".join(self._bytes_of_characters.get(c, c.encode()) for c in token)
 
     @cached_property
     def _bytes_of_characters(self) -> dict[str, bytes]:
-        """GPT-2's table: printable bytes stand for themselves, the others for characters from U+0100 on."""
+        """GPT-2's table of byte-level BPE: printable bytes map to themselves, the others to U+0100 and following."""
         printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         others = [b for b in range(256) if b not in printable]
         table = {chr(b): bytes([b]) for b in printable}
@@ -163,13 +177,15 @@ class Tokenizer:
 
     @property
     def strips_first_space(self) -> bool:
-        """Whether the space that begins a decoded text was added when it was encoded."""
+        """Whether `decode` removes the first space, because `encode` added it."""
         return self.vocabulary.add_space_prefix and self.vocabulary.model == "llama"
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
-        """Return the text of ids; bytes that are no UTF-8 become U+FFFD, special tokens nothing unless asked for.
+        """Return the text of token ids. Bytes that are not valid UTF-8 become U+FFFD.
 
-        Tokens of `vocabulary.shown`, such as <|tool_call|>, are text of the model's in any case.
+        special: include special tokens; False: omit them, except for `vocabulary.visible` such as <|tool_call|>.
+
+        Raises OptionError for an id outside the vocabulary.
         """
         raw = b"".join(self.piece(i, special=special) for i in ids)
         if self.strips_first_space:
@@ -182,6 +198,6 @@ class Tokenizer:
 
 
 def _byte_of(token: str) -> bytes:
-    """Return the byte that a token such as `<0x0A>` stands for."""
+    """Return the byte of a token such as `<0x0A>`."""
     match = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)
     return bytes([int(match[1], 16)]) if match else token.encode()

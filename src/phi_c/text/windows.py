@@ -1,4 +1,4 @@
-"""How a long text is cut into windows, each a text of its own for the model."""
+"""Splits a long text into windows that are evaluated independently: for perplexity, KL divergence, calibration."""
 
 from dataclasses import dataclass
 
@@ -8,25 +8,28 @@ from phi_c.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Window:
-    """Token ids, and the index of the first of them that counts; those before are context."""
+    """A window of token ids. Its first n_context tokens are context only, the others are scored."""
 
     tokens: list[int]
-    first: int
+    n_context: int
 
     @property
     def n_scored(self) -> int:
-        """How many tokens count."""
-        return len(self.tokens) - self.first
+        """Number of scored tokens."""
+        return len(self.tokens) - self.n_context
 
 
 def disjoint(
     tokenizer: Tokenizer, ids: list[int], n_ctx: int, n_windows: int | None = None, first_window: int = 0
 ) -> list[Window]:
-    """Return whole windows, one after the other; as in llama.cpp's perplexity the second half of each counts.
+    """Split into adjacent windows of n_ctx tokens and score the second half of each, as llama.cpp's perplexity does.
 
-    Where texts of the model begin with BOS, it takes the place of each window's first token. What is left at the end
-    is too short and not taken. first_window: windows that are left out; n_windows: at most. Raises OptionError when
-    the text does not fill one.
+    If the model uses BOS, it replaces the first token of each window. A shorter remainder at the end is dropped.
+
+    n_windows: maximum number of windows; None: all.
+    first_window: number of windows to skip.
+
+    Raises OptionError if the text is too short for one window.
     """
     n_needed = (first_window + 1) * n_ctx
     if len(ids) < n_needed:
@@ -40,21 +43,25 @@ def disjoint(
 
 
 def strided(ids: list[int], n_ctx: int, stride: int, n_windows: int | None = None) -> list[Window]:
-    """Return windows that begin at every multiple of stride, of which the tokens count that none before had.
+    """Split into windows of n_ctx tokens that begin `stride` tokens apart; each scores the tokens no earlier one did.
 
-    As transformers' guide to perplexity: every token but the first counts once, the last window may be shorter.
-    n_windows: at most. Raises OptionError for less than two tokens.
+    Every token but the first is scored at most once, and the last window may be shorter: as in transformers' guide to
+    perplexity.
+
+    n_windows: maximum number of windows; None: all.
+
+    Raises OptionError for fewer than two tokens.
     """
     if len(ids) < 2:
         raise OptionError(f"the text has {len(ids)} tokens, expected at least 2")
     windows = []
-    end = 0
+    end = 0  # of the previous window
     for start in range(0, len(ids), stride):
         if end == len(ids):
             break
-        before, end = end, min(start + n_ctx, len(ids))
-        # What begins a window has no context in it; with a stride of n_ctx it is left out.
-        first = max(before - start, 1)
-        if end - start > first:
-            windows.append(Window(ids[start:end], first))
+        previous_end, end = end, min(start + n_ctx, len(ids))
+        # The first token of a window has no context, so it is not scored.
+        n_context = max(previous_end - start, 1)
+        if end - start > n_context:
+            windows.append(Window(ids[start:end], n_context))
     return windows[:n_windows]
