@@ -23,10 +23,13 @@ REFERENCE_TESTS = [
     "tests/text",
 ]
 SANITIZED = [
-    *(f"tests/core/test_{name}.py" for name in ("forward_properties", "head", "kv_pages", "observer", "two_models")),
+    *(
+        f"tests/core/test_{name}.py"
+        for name in ("forward_properties", "lm_head", "kv_page_bits", "observer", "two_models")
+    ),
     *("tests/model", "tests/fuzz", "tests/quantize/test_quant_rows.py"),
 ]
-EMULATED = [f"tests/core/test_{name}.py" for name in ("kernels", "logits", "forward_properties", "head", "observer")]
+EMULATED = [f"tests/core/test_{name}.py" for name in ("kernels", "logits", "forward_properties", "lm_head", "observer")]
 PYTHON = ["src", "tests", "benchmarks", "noxfile.py"]
 
 
@@ -102,7 +105,7 @@ def sanitize(session: nox.Session) -> None:
 
 @nox.session
 def emulate_amx(session: nox.Session) -> None:
-    """Wide products and passes of amx and amxbf16, tiles emulated in C, and of avxvnni, by AVX-512's instruction.
+    """Tiled products and forward passes of amx and amxbf16, emulated in C, and of avxvnni, by AVX-512's instruction.
 
     `native` has the other products.
     """
@@ -116,7 +119,7 @@ def emulate_amx(session: nox.Session) -> None:
         session.skip("all need AVX-512 VNNI, which this machine lacks")
     # "amx" means amxbf16 too, which is there where the machine has AVX512-BF16.
     session.run(
-        "pytest", *(session.posargs or ["-m", "", *EMULATED, "-k", "(amx or avxvnni) and (wide or not test_kernels)"])
+        "pytest", *(session.posargs or ["-m", "", *EMULATED, "-k", "(amx or avxvnni) and (tiled or not test_kernels)"])
     )
 
 

@@ -1,5 +1,5 @@
-/* The quantised blocks of a GGUF file, byte for byte (GGUF specification; ggml's block structs).
- * d and dmin are IEEE half precision scales, kept as their bits. */
+/* The quantised blocks of a GGUF file, byte for byte (GGUF specification; ggml's block structs). A comment gives a
+ * weight w from its quant q. d, dmin and m are the bits of half-precision numbers. */
 #ifndef PHI_BLOCKS_H
 #define PHI_BLOCKS_H
 
@@ -49,10 +49,10 @@ typedef struct {       /* 16 sub-blocks of 16: w = d * (scale - 32) * (q - 4) */
 typedef struct { /* 8 sub-blocks of 32: w = d * scale * q - dmin * min */
     uint16_t d, dmin;
     uint8_t scales[12]; /* 6-bit scales and mins */
-    uint8_t qs[128];    /* 32 bytes a pair of sub-blocks: low nibbles 2p, high nibbles 2p + 1 */
+    uint8_t qs[128];    /* 32 bytes per pair p of sub-blocks: low nibbles sub-block 2p, high nibbles 2p + 1 */
 } phi_block_q4_k;
 
-typedef struct { /* as Q4_K with a fifth bit */
+typedef struct { /* Q4_K with a fifth bit */
     uint16_t d, dmin;
     uint8_t scales[12];
     uint8_t qh[32]; /* bit j: fifth bit of sub-block j */

@@ -1,6 +1,6 @@
 #define _DEFAULT_SOURCE /* syscall */
-/* x86: CPUID leaves 1, 7.0 and 7.1 (Intel SDM volume 2A), and XCR0 for the register state that the system saves. ARM:
- * what the system says. */
+/* x86: CPUID leaves 1, 7.0 and 7.1 (Intel SDM volume 2A), and XCR0, the register state that the operating system saves.
+ * ARM: the operating system's own interfaces. */
 #include "cpu.h"
 
 #include <stdint.h>
@@ -66,7 +66,7 @@ static void detect(phi_cpu *cpu) {
     const cpuid_result leaf1 = cpuid(1, 0), leaf7 = cpuid(7, 0), leaf7_1 = cpuid(7, 1);
     const bool is_amd = cpuid(0, 0).ebx == 0x68747541; /* "Auth" of AuthenticAMD */
     cpu->amd_family = is_amd ? (int)((leaf1.eax >> 8 & 0xf) + (leaf1.eax >> 20 & 0xff)) : 0;
-    if (!bit(leaf1.ecx, 27)) return; /* OSXSAVE: without it XCR0 cannot be read, and nothing wider than SSE is saved */
+    if (!bit(leaf1.ecx, 27)) return; /* no OSXSAVE: XCR0 cannot be read, and only SSE registers are saved */
     const uint64_t xcr0 = read_xcr0();
     const bool ymm = (xcr0 & 0x6) == 0x6, zmm = (xcr0 & 0xe6) == 0xe6, tiles = (xcr0 & 0x60000) == 0x60000;
     cpu->f16c = ymm && bit(leaf1.ecx, 29);
@@ -89,7 +89,7 @@ static void detect(phi_cpu *cpu) {
 /* Linux, Documentation/arch/arm64/elf_hwcaps.rst */
 static void detect(phi_cpu *cpu) {
     const unsigned long caps = getauxval(AT_HWCAP), caps2 = getauxval(AT_HWCAP2);
-    cpu->neon = true; /* part of the base architecture, here and below */
+    cpu->neon = true; /* part of the base architecture */
     cpu->fp16 = caps >> 10 & 1u;
     cpu->dotprod = caps >> 20 & 1u;
     cpu->i8mm = caps2 >> 13 & 1u;
@@ -108,8 +108,8 @@ static void detect(phi_cpu *cpu) {
     cpu->i8mm = has("hw.optional.arm.FEAT_I8MM");
 }
 #elif defined(_WIN32)
-/* Numbers of winnt.h that older SDKs lack: PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE,
- * PF_ARM_V82_I8MM_INSTRUCTIONS_AVAILABLE, PF_ARM_V82_FP16_INSTRUCTIONS_AVAILABLE. Older systems answer no. */
+/* Constants of winnt.h that older SDKs lack: PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE,
+ * PF_ARM_V82_I8MM_INSTRUCTIONS_AVAILABLE, PF_ARM_V82_FP16_INSTRUCTIONS_AVAILABLE. Older systems return false. */
 static void detect(phi_cpu *cpu) {
     enum { DOTPROD = 43, I8MM = 66, FP16 = 67 };
     cpu->neon = true;
@@ -136,23 +136,23 @@ const phi_cpu *phi_cpu_detect(void) {
 
 bool phi_cpu_request_tiles(void) {
 #if defined(PHI_X86) && defined(__linux__) && defined(SYS_arch_prctl)
-    /* ARCH_REQ_XCOMP_PERM for XTILEDATA (Linux, Documentation/arch/x86/xstate.rst). Threads, those that run already
-     * too, and forked children share the answer; kernels before 5.16 refuse, and so do a signal stack that is too small
-     * for the tiles and some sandboxes. */
+    /* ARCH_REQ_XCOMP_PERM for XTILEDATA (Linux, Documentation/arch/x86/xstate.rst). The permission covers all threads,
+     * including running ones, and forked children. It is refused by kernels before 5.16, in some sandboxes, and if a
+     * signal stack is too small for the tiles. */
     enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
-    static bool asked, granted;
-    if (!asked) {
+    static bool requested, granted;
+    if (!requested) {
         granted = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-        asked = true;
+        requested = true;
     }
     return granted;
 #else
-    return true; /* other systems save what XCR0 says without being asked */
+    return true; /* other systems need no request: XCR0 is enough */
 #endif
 }
 
 const char *phi_cpu_features(void) {
-    static char text[256];
+    static char names[256];
     const phi_cpu *c = phi_cpu_detect();
     const struct {
         bool has;
@@ -178,10 +178,10 @@ const char *phi_cpu_features(void) {
         {c->fp16, "fp16"},
     };
     size_t used = 0;
-    text[0] = '\0';
+    names[0] = '\0';
     for (size_t i = 0; i < sizeof features / sizeof features[0]; i++) {
         if (!features[i].has) continue;
-        used += (size_t)snprintf(text + used, sizeof text - used, "%s%s", used ? "," : "", features[i].name);
+        used += (size_t)snprintf(names + used, sizeof names - used, "%s%s", used ? "," : "", features[i].name);
     }
-    return text;
+    return names;
 }

@@ -1,4 +1,4 @@
-/* What the CPU can do and the operating system lets us use. */
+/* Detection of instruction sets: those that the CPU has and the operating system enables. */
 #ifndef PHI_CPU_H
 #define PHI_CPU_H
 
@@ -8,12 +8,14 @@ typedef struct {
     bool avx2, fma, f16c, avxvnni;
     bool avx512f, avx512bw, avx512vl, avx512dq, avx512vnni, avx512vbmi, avx512bf16;
     bool amx_tile, amx_int8, amx_bf16;
-    bool neon, dotprod, i8mm, fp16; /* fp16: arithmetic in half precision, which no kernel takes */
-    int amd_family; /* 0x19: Zen 3 and 4, 0x1a: Zen 5; 0: not an AMD CPU */
+    bool neon, dotprod, i8mm, fp16; /* fp16: half-precision arithmetic, which no kernel uses */
+    int amd_family;                 /* 0x19: Zen 3 and 4, 0x1a: Zen 5; 0: not an AMD CPU */
 } phi_cpu;
 
+/* The machine's features, detected once. */
 const phi_cpu *phi_cpu_detect(void);
-/* Asks the system once for the use of AMX tile registers in this process; whether it grants it. */
+/* Requests permission to use AMX tile registers from the operating system; returns whether it was granted. The first
+ * answer holds for the process. */
 bool phi_cpu_request_tiles(void);
 
 #endif

@@ -1,5 +1,5 @@
-/* The tiers in order, and the table that each resolves to: a slot that a tier leaves NULL comes from the next tier
- * below that this machine runs, for a CPU may have a tier and lack one below it (AVX-512 without AVX-VNNI). */
+/* The tiers in order, and the kernel table of each. A slot that a tier leaves NULL is inherited from the next lower
+ * tier that this machine can run: a CPU may lack a lower tier (AVX-512 without AVX-VNNI). */
 #include "dispatch.h"
 
 #include <string.h>
@@ -52,9 +52,9 @@ static bool i8mm_available(void) { return dotprod_available() && phi_cpu_detect(
 #endif
 
 typedef struct {
-    const phi_kernels *own;
+    const phi_kernels *own; /* the slots that it implements */
     bool (*available)(void);
-    bool automatic; /* chosen when no tier is named */
+    bool automatic; /* may be selected by default */
 } tier;
 
 static const tier tiers[] = {
@@ -67,7 +67,7 @@ static const tier tiers[] = {
     {&phi_kernels_avx512, avx512_available, true},
 #endif
 #ifdef PHI_HAVE_AMX
-    /* Only on request: faster for many tokens, whose results then depend on how many there are. */
+    /* Opt-in: faster prefill, but a token's bits depend on the size of its batch. */
     {&phi_kernels_amx, amx_available, false},
     {&phi_kernels_amxbf16, amxbf16_available, false},
 #endif
@@ -80,8 +80,8 @@ static const tier tiers[] = {
 enum { N_TIERS = sizeof tiers / sizeof tiers[0] };
 
 const phi_type_traits phi_types[PHI_N_TYPES] = {
-#define PHI_TYPE(name, gguf_id, block_elements, block_bytes, activation) \
-    {#name, gguf_id, block_elements, block_bytes, activation},
+#define PHI_TYPE(name, gguf_id, block_elements, block_bytes, activation_format) \
+    {#name, gguf_id, block_elements, block_bytes, activation_format},
 #include "tensor_types.def"
 #undef PHI_TYPE
 };
@@ -107,19 +107,20 @@ bool phi_tier_available(const char *name) {
 #define INHERIT(slot) \
     if (own->slot) table->slot = own->slot
 
-/* Distances that measured best on each CPU (docs/performance.md). Zen 4's hardware prefetchers follow the stream of a
- * single token, and prefetching every line costs a quarter of its decode rate; Zen 5's do not. Intel's stop at every 4
- * KiB page, so weights are prefetched into both levels. ARM was not measured. */
+/* The fastest distances measured on each CPU (docs/performance.md). Zen 4's hardware prefetchers follow the weights in
+ * decode, and software prefetch would cost a quarter of the decode rate; Zen 5's do not follow them. Intel's stop at
+ * the end of each 4 KiB page, so weights are prefetched into L1 and L2. ARM was not measured. */
 phi_prefetch phi_prefetch_for(const phi_cpu *cpu) {
     if (cpu->amd_family >= 0x1a) return (phi_prefetch){.l2_bytes = 16384, .decode_l2_bytes = 16384};
     if (cpu->amd_family) return (phi_prefetch){.l2_bytes = 16384};
     return (phi_prefetch){.l1_bytes = 2048, .l2_bytes = 4096, .decode_l2_bytes = 4096};
 }
 
-static void resolve(int last, phi_kernels *table) {
-    *table = *tiers[0].own; /* complete */
+/* Fills the table of tiers[highest], from the lowest tier up. */
+static void resolve(int highest, phi_kernels *table) {
+    *table = *tiers[0].own; /* scalar implements every slot */
     table->prefetch = phi_prefetch_for(phi_cpu_detect());
-    for (int i = 1; i <= last; i++) {
+    for (int i = 1; i <= highest; i++) {
         const phi_kernels *own = tiers[i].own;
         if (!tiers[i].available()) continue;
         table->name = own->name;
@@ -152,11 +153,11 @@ phi_status phi_select_kernels(const char *name, const phi_kernels **kernels) {
     int i = N_TIERS - 1;
     if (name) {
         i = find_tier(name);
-        if (i < 0 || !tiers[i].available()) return PHI_NO_SUCH_TIER;
+        if (i < 0 || !tiers[i].available()) return PHI_TIER_UNAVAILABLE;
     } else {
-        while (!tiers[i].automatic || !tiers[i].available()) i--; /* scalar always is */
+        while (!tiers[i].automatic || !tiers[i].available()) i--; /* ends at scalar */
     }
-    /* Once: a model that is running reads its table. Callers hold the interpreter's lock. */
+    /* Once only, since running models read the table. Callers hold the GIL. */
     if (!tables[i].name) resolve(i, &tables[i]);
     *kernels = &tables[i];
     return PHI_OK;

@@ -1,10 +1,17 @@
-/* One forward pass of a batch: every thread of the pool walks through the same phases, takes tasks from a shared
- * counter within each, and waits for the others before the next.
+/* The forward pass of a batch. All threads of the pool run the same phases; within a phase they claim tasks from a
+ * shared counter (pass.h).
  *
- * A layer:   norm, and q, k, v by head, rotated, keys and values stored | attention by token and head | output
- *            projection | norm, and gate, up and their product | down projection
- * Few tokens are normed by every thread for itself, which takes less time than to meet; many by all together.
- * Where products take tiled activations, inputs of the output and the down projection become such in phases before. */
+ * Phases of a layer, with the unit of a task:
+ *   norm             token                       up to MAX_REPLICATED_TOKENS: every thread computes all of it itself
+ *   q, k, v          group of heads              projection, RoPE, and storing keys and values in the cache
+ *   attention        run of tokens, KV head
+ *   output           chunk of n_embd             residual += attn_out @ wo.T
+ *   norm             token                       skipped with parallel residuals
+ *   gate and up      chunk of n_ffn              ffn_inner = silu(gate) * up, or gelu(up); or the phases of experts.c
+ *   down             chunk of n_embd             residual += ffn_inner @ down.T
+ *
+ * A task quantises the activations that it computes. If the batch's products read tiled activations, or if a KV head's
+ * part of attn_out is not whole blocks, the input of output or down is quantised in a further phase. */
 #include "phi.h"
 
 #include <math.h>
@@ -13,22 +20,23 @@
 #include "pass.h"
 
 enum {
-    FEW_TOKENS = 4, /* normed by every thread for itself */
-    SHORT_RUN = 8,  /* tokens of a run where longer ones would be too few for all threads */
+    MAX_REPLICATED_TOKENS = 4, /* largest batch whose norms every thread computes itself: faster than a barrier */
+    SHORT_RUN_TOKENS = 8,      /* tokens per run if runs of PHI_ATTENTION_ROWS would be too few for all threads */
 };
 
 /* ---- phases ---- */
 
-/* What a product is fed, summed as a phase; for every thread once x is whole. */
+/* Adds x, the input of a matrix product, to the observer's sums [n_cols]. x must be complete. */
 static void observe(worker *w, const phi_activations *x, double *sums) {
-    FOR_EACH_TASK(w, task, n_chunks(x->n_cols, CHUNK_ROWS)) {
+    FOR_EACH_TASK(w, task, ceil_div(x->n_cols, OBSERVER_COLS)) {
         observe_columns(x, 0, w->f->batch->n_tokens, task, sums);
     }
     end_phase(w);
 }
 
+/* Looks up the embeddings of all tokens and computes the cosines and sines of their positions. */
 static void embed(worker *w) {
-    const forward *f = w->f;
+    const forward_pass *f = w->f;
     const phi_model *model = f->model;
     const phi_matrix *embd = &model->token_embd;
     const size_t n_embd = (size_t)model->n_embd, n_freqs = (size_t)model->rope_dims / 2;
@@ -38,10 +46,10 @@ static void embed(worker *w) {
         const uint8_t *row = (const uint8_t *)embd->data + token * row_bytes;
         model->kernels->dequantize[embd->type](row, n_embd, f->residual + (size_t)t * n_embd);
 
-        const bool long_rope = f->batch->seqs[f->batch->sequences[t]].long_rope;
+        const bool long_rope = f->batch->sequences[f->batch->seq_ids[t]].long_rope;
         const float *inv_freq = long_rope ? model->rope_inv_freq_long : model->rope_inv_freq;
         for (size_t i = 0; i < n_freqs; i++) {
-            const float angle = (float)f->batch->positions[t] * inv_freq[i]; /* float32, as transformers */
+            const float angle = (float)f->batch->positions[t] * inv_freq[i]; /* float32, as in transformers */
             f->cos[(size_t)t * n_freqs + i] = (float)cos((double)angle) * model->rope_attn_factor;
             f->sin[(size_t)t * n_freqs + i] = (float)sin((double)angle) * model->rope_attn_factor;
         }
@@ -49,7 +57,8 @@ static void embed(worker *w) {
     end_phase(w);
 }
 
-static void norm_row(const forward *f, int residual_row, const phi_norm *norm, const phi_activations *normed, int row) {
+static void normalise_row(const forward_pass *f, int residual_row, const phi_norm *norm, const phi_activations *normed,
+                          int row) {
     const phi_model *model = f->model;
     const size_t n_embd = (size_t)model->n_embd;
     const float *x = f->residual + (size_t)residual_row * n_embd;
@@ -59,25 +68,25 @@ static void norm_row(const forward *f, int residual_row, const phi_norm *norm, c
     } else {
         model->kernels->rms_norm(x, norm->weight, n_embd, model->norm_eps, y);
     }
-    /* Rows whose logits are wanted may be few. */
+    /* all_tiled does not apply to the output matrix, whose batch of logit rows may be small. */
     if (!f->all_tiled || norm == &model->output_norm) quantize(model->kernels, normed, row, 0, n_embd);
     quantize_tiled(model->kernels, normed, row);
 }
 
-/* Norms n_rows rows of the residual: row i is rows[i], or i where rows is NULL. Returns where the thread finds them. */
-static const phi_activations *norm(worker *w, const phi_norm *by, int n_rows, const int32_t *rows) {
-    const forward *f = w->f;
-    const phi_activations *normed = &f->normed[f->n_norms == 1 ? 0 : w->thread];
-    if (f->n_norms > 1) {
-        for (int i = 0; i < n_rows; i++) norm_row(f, rows ? rows[i] : i, by, normed, i);
+/* Normalises n_rows rows of the residual: rows[i], or i if rows is NULL. Returns the buffer that this thread reads. */
+static const phi_activations *normalise(worker *w, const phi_norm *norm, int n_rows, const int32_t *rows) {
+    const forward_pass *f = w->f;
+    const phi_activations *normed = &f->normed[f->n_normed == 1 ? 0 : w->thread];
+    if (f->n_normed > 1) {
+        for (int i = 0; i < n_rows; i++) normalise_row(f, rows ? rows[i] : i, norm, normed, i);
     } else {
-        FOR_EACH_TASK(w, i, n_rows) norm_row(f, rows ? rows[i] : i, by, normed, i);
+        FOR_EACH_TASK(w, i, n_rows) normalise_row(f, rows ? rows[i] : i, norm, normed, i);
         end_phase(w);
     }
     return normed;
 }
 
-static void rotate(const forward *f, float *heads, size_t stride) {
+static void apply_rope(const forward_pass *f, float *heads, size_t stride) {
     const phi_model *model = f->model;
     const size_t n_freqs = (size_t)model->rope_dims / 2;
     for (int t = 0; t < f->batch->n_tokens; t++) {
@@ -86,48 +95,49 @@ static void rotate(const forward *f, float *heads, size_t stride) {
     }
 }
 
-/* k, v: a head's, stride floats from a token to the next. */
-static void store(const forward *f, int layer, int kv_head, const float *k, const float *v, size_t stride) {
+/* Stores k, v of one KV head for all tokens; a token's head_dim floats are stride floats after the previous token's. */
+static void store_kv(const forward_pass *f, int layer, int kv_head, const float *k, const float *v, size_t stride) {
     const phi_model *model = f->model;
     const phi_kv_type type = phi_kv_type_of(f->kv);
     const size_t page_bytes = phi_kv_page_bytes(model, type);
-    uint8_t *head = phi_kv_head(model, f->kv, layer, kv_head);
+    uint8_t *first_slice = phi_kv_first_slice(model, f->kv, layer, kv_head);
     for (int t = 0; t < f->batch->n_tokens; t++) {
         const int position = f->batch->positions[t];
-        const int32_t page = f->batch->seqs[f->batch->sequences[t]].pages[position / PHI_PAGE_TOKENS];
+        const int32_t page = f->batch->sequences[f->batch->seq_ids[t]].pages[position / PHI_PAGE_TOKENS];
         const size_t at = (size_t)t * stride;
         model->kernels->store_kv[type](k + at, v + at, model->head_dim, position % PHI_PAGE_TOKENS,
-                                       head + (size_t)page * page_bytes);
+                                       first_slice + (size_t)page * page_bytes);
     }
 }
 
-/* As many as give a task its rows. */
-static int heads_a_task(const forward *f, const phi_activations *normed) {
-    int n = max_int(most_rows(normed) / f->model->head_dim, 1);
+/* Heads per task: as many as have max_task_rows rows, fewer if there would be less than eight tasks per thread. */
+static int heads_per_task(const forward_pass *f, const phi_activations *normed) {
+    int n = max_int(max_task_rows(normed) / f->model->head_dim, 1);
     while (n > 1 && (f->model->n_kv_heads + f->model->n_heads) / n < 8 * phi_pool_size(f->model->pool)) n /= 2;
     return n;
 }
 
-static void project_heads(worker *w, int layer, const phi_activations *normed) {
-    const forward *f = w->f;
+/* q, k and v of all tokens: applies RoPE to q and k, writes q to f->q, and k and v to the cache. */
+static void project_qkv(worker *w, int layer, const phi_activations *normed) {
+    const forward_pass *f = w->f;
     const phi_model *model = f->model;
     const phi_layer *l = &model->layers[layer];
-    const int head_dim = model->head_dim, n_tokens = f->batch->n_tokens, most = heads_a_task(f, normed);
-    const size_t q_dim = (size_t)model->n_heads * (size_t)head_dim, stride = (size_t)(most * head_dim);
-    const int n_kv_tasks = n_chunks(model->n_kv_heads, most);
+    const int head_dim = model->head_dim, n_tokens = f->batch->n_tokens, per_task = heads_per_task(f, normed);
+    const size_t q_dim = (size_t)model->n_heads * (size_t)head_dim, stride = (size_t)(per_task * head_dim);
+    const int n_kv_tasks = ceil_div(model->n_kv_heads, per_task);
     float *heads = f->scratch + (size_t)w->thread * f->scratch_floats, *values = heads + (size_t)n_tokens * stride;
-    FOR_EACH_TASK(w, task, n_kv_tasks + n_chunks(model->n_heads, most)) {
+    FOR_EACH_TASK(w, task, n_kv_tasks + ceil_div(model->n_heads, per_task)) {
         const bool is_kv = task < n_kv_tasks;
-        const int first = (is_kv ? task : task - n_kv_tasks) * most;
-        const int n = min_int(most, (is_kv ? model->n_kv_heads : model->n_heads) - first);
+        const int first = (is_kv ? task : task - n_kv_tasks) * per_task;
+        const int n = min_int(per_task, (is_kv ? model->n_kv_heads : model->n_heads) - first);
         multiply(f, is_kv ? &l->wk : &l->wq, first * head_dim, n * head_dim, normed, n_tokens, heads, stride);
         if (is_kv) multiply(f, &l->wv, first * head_dim, n * head_dim, normed, n_tokens, values, stride);
         for (int i = 0; i < n; i++) {
             const size_t at = (size_t)(i * head_dim);
-            rotate(f, heads + at, stride);
-            if (is_kv) store(f, layer, first + i, heads + at, values + at, stride);
+            apply_rope(f, heads + at, stride);
+            if (is_kv) store_kv(f, layer, first + i, heads + at, values + at, stride);
         }
-        /* Products of many tokens would write rows so far apart into few sets of the caches. */
+        /* Products write to scratch first, since rows of f->q are so far apart that they map to few cache sets. */
         float *q = f->q + (size_t)(first * head_dim);
         for (int t = 0; !is_kv && t < n_tokens; t++)
             memcpy(q + (size_t)t * q_dim, heads + (size_t)t * stride, (size_t)(n * head_dim) * sizeof *q);
@@ -135,16 +145,18 @@ static void project_heads(worker *w, int layer, const phi_activations *normed) {
     end_phase(w);
 }
 
-static void attend(worker *w, int layer) {
-    const forward *f = w->f;
+/* attn_out = attention of all tokens and heads */
+static void run_attention(worker *w, int layer) {
+    const forward_pass *f = w->f;
     const phi_model *model = f->model;
     const int n_queries = model->n_heads / model->n_kv_heads;
     const phi_kv_type type = phi_kv_type_of(f->kv);
     const size_t q_dim = (size_t)model->n_heads * (size_t)model->head_dim;
     const size_t group_dim = (size_t)n_queries * (size_t)model->head_dim;
-    const bool whole_blocks = group_dim % PHI_Q8_BLOCK == 0; /* of the row, for each task */
+    const bool whole_blocks = group_dim % PHI_Q8_BLOCK == 0; /* a task can quantise its columns of attn_out */
     FOR_EACH_TASK(w, task, f->n_runs * model->n_kv_heads) {
-        /* Runs of a prompt find in cache what the one before them read. The last one sees the most: it goes first. */
+        /* The last run of a prompt attends to the most positions, so it starts first. Runs of the same KV head are
+         * adjacent tasks: a run finds in the CPU's caches what the one before it read. */
         const token_run *run = &f->runs[f->n_runs - 1 - task % f->n_runs];
         const int kv_head = task / f->n_runs;
         const size_t first_col = (size_t)kv_head * group_dim, at = (size_t)run->first * q_dim + first_col;
@@ -154,146 +166,150 @@ static void attend(worker *w, int layer) {
             .n_queries = n_queries,
             .head_dim = model->head_dim,
             .token_stride = q_dim,
-            .pages = phi_kv_head(model, f->kv, layer, kv_head),
+            .pages = phi_kv_first_slice(model, f->kv, layer, kv_head),
             .page_bytes = phi_kv_page_bytes(model, type),
-            .page_table = f->batch->seqs[f->batch->sequences[run->first]].pages,
+            .page_table = f->batch->sequences[f->batch->seq_ids[run->first]].pages,
             .query_start = f->batch->positions[run->first],
             .window = model->window,
             .scale = 1.0f / sqrtf((float)model->head_dim),
             .scratch = f->scratch + (size_t)w->thread * f->scratch_floats,
-            .out = f->attended.f32 + at,
+            .out = f->attn_out.f32 + at,
         };
         model->kernels->attention[type](&a);
         for (int t = run->first; whole_blocks && t < run->first + run->n_tokens; t++)
-            quantize(model->kernels, &f->attended, t, first_col, group_dim);
+            quantize(model->kernels, &f->attn_out, t, first_col, group_dim);
     }
     end_phase(w);
-    quantize_all_tiled(w, &f->attended, f->batch->n_tokens);
+    quantize_all_tiled(w, &f->attn_out, f->batch->n_tokens);
     if (whole_blocks) return;
-    FOR_EACH_TASK(w, t, f->batch->n_tokens) quantize(model->kernels, &f->attended, t, 0, q_dim);
+    FOR_EACH_TASK(w, t, f->batch->n_tokens) quantize(model->kernels, &f->attn_out, t, 0, q_dim);
     end_phase(w);
 }
 
 /* residual += x @ matrix.T */
-static void project_back(worker *w, const phi_matrix *matrix, const phi_activations *x) {
-    const forward *f = w->f;
+static void project_residual(worker *w, const phi_matrix *matrix, const phi_activations *x) {
+    const forward_pass *f = w->f;
     const size_t n_embd = (size_t)f->model->n_embd;
     float *out = f->scratch + (size_t)w->thread * f->scratch_floats;
-    const int most = most_rows(x), chunk = chunk_rows(f, matrix->n_rows, most);
-    FOR_EACH_TASK(w, task, n_chunks(matrix->n_rows, chunk)) {
+    const int max_rows = max_task_rows(x), chunk = task_rows(f, matrix->n_rows, max_rows);
+    FOR_EACH_TASK(w, task, ceil_div(matrix->n_rows, chunk)) {
         const int first = task * chunk, n_rows = min_int(chunk, matrix->n_rows - first);
-        multiply(f, matrix, first, n_rows, x, f->batch->n_tokens, out, (size_t)most);
+        multiply(f, matrix, first, n_rows, x, f->batch->n_tokens, out, (size_t)max_rows);
         for (int t = 0; t < f->batch->n_tokens; t++) {
-            f->model->kernels->add(out + (size_t)t * (size_t)most, (size_t)n_rows,
+            f->model->kernels->add(out + (size_t)t * (size_t)max_rows, (size_t)n_rows,
                                    f->residual + (size_t)t * n_embd + (size_t)first);
         }
     }
     end_phase(w);
 }
 
-/* inner = silu(gate) * up, or gelu(up) */
-static void project_inner(worker *w, const phi_feed_forward *ffn, const phi_activations *normed) {
-    const forward *f = w->f;
+/* ffn_inner = silu(gate) * up, or gelu(up) */
+static void project_gate_up(worker *w, const phi_feed_forward *ffn, const phi_activations *normed) {
+    const forward_pass *f = w->f;
     const phi_kernels *kernels = f->model->kernels;
     const int n_tokens = f->batch->n_tokens, n_ffn = f->model->n_ffn;
     float *gates = f->scratch + (size_t)w->thread * f->scratch_floats;
-    const int most = most_rows(normed), chunk = chunk_rows(f, n_ffn, most);
-    float *ups = gates + (size_t)n_tokens * (size_t)most;
-    FOR_EACH_TASK(w, task, n_chunks(n_ffn, chunk)) {
+    const int max_rows = max_task_rows(normed), chunk = task_rows(f, n_ffn, max_rows);
+    float *ups = gates + (size_t)n_tokens * (size_t)max_rows;
+    FOR_EACH_TASK(w, task, ceil_div(n_ffn, chunk)) {
         const int first = task * chunk, n_rows = min_int(chunk, n_ffn - first);
-        const bool gated = f->model->activation == PHI_FFN_SWIGLU;
-        if (gated) multiply(f, &ffn->gate, first, n_rows, normed, n_tokens, gates, (size_t)most);
-        multiply(f, &ffn->up, first, n_rows, normed, n_tokens, ups, (size_t)most);
+        const bool gated = f->model->ffn_activation == PHI_FFN_SWIGLU;
+        if (gated) multiply(f, &ffn->gate, first, n_rows, normed, n_tokens, gates, (size_t)max_rows);
+        multiply(f, &ffn->up, first, n_rows, normed, n_tokens, ups, (size_t)max_rows);
         for (int t = 0; t < n_tokens; t++) {
-            const size_t at = (size_t)t * (size_t)most;
-            float *y = f->inner.f32 + (size_t)t * (size_t)n_ffn + (size_t)first;
+            const size_t at = (size_t)t * (size_t)max_rows;
+            float *y = f->ffn_inner.f32 + (size_t)t * (size_t)n_ffn + (size_t)first;
             if (gated) {
                 kernels->silu_mul(gates + at, ups + at, (size_t)n_rows, y);
             } else {
                 kernels->gelu(ups + at, (size_t)n_rows, y);
             }
-            quantize(kernels, &f->inner, t, (size_t)first, (size_t)n_rows);
+            quantize(kernels, &f->ffn_inner, t, (size_t)first, (size_t)n_rows);
         }
     }
     end_phase(w);
-    quantize_all_tiled(w, &f->inner, n_tokens);
+    quantize_all_tiled(w, &f->ffn_inner, n_tokens);
 }
 
+/* residual += feed-forward of normed, or of its experts */
 static void feed_forward(worker *w, int layer, const phi_activations *normed) {
-    const forward *f = w->f;
+    const forward_pass *f = w->f;
     const phi_model *model = f->model;
     const phi_layer *l = &model->layers[layer];
-    const phi_observer *seen = f->batch->observer;
-    if (seen) observe(w, normed, seen->ffn_in + (size_t)layer * (size_t)model->n_embd);
+    const phi_observer *observer = f->batch->observer;
+    if (observer) observe(w, normed, observer->ffn_in + (size_t)layer * (size_t)model->n_embd);
     if (model->n_experts) {
         phi_route(w, layer, normed);
         phi_run_experts(w, layer, normed);
-        if (seen) phi_observe_experts(w, layer);
+        if (observer) phi_observe_experts(w, layer);
         return;
     }
-    project_inner(w, l->ffn, normed);
-    if (seen) observe(w, &f->inner, seen->ffn_inner + (size_t)layer * (size_t)model->n_ffn);
-    project_back(w, &l->ffn->down, &f->inner);
+    project_gate_up(w, l->ffn, normed);
+    if (observer) observe(w, &f->ffn_inner, observer->ffn_inner + (size_t)layer * (size_t)model->n_ffn);
+    project_residual(w, &l->ffn->down, &f->ffn_inner);
 }
 
 /* logits [n_rows, n_vocab] = normed @ output.T */
-static void project_head(worker *w, const phi_activations *normed, int n_rows, float *logits) {
-    const forward *f = w->f;
+static void project_logits(worker *w, const phi_activations *normed, int n_rows, float *logits) {
+    const forward_pass *f = w->f;
     const phi_model *model = f->model;
-    const int chunk = chunk_rows(f, model->n_vocab, most_rows(normed));
-    FOR_EACH_TASK(w, task, n_chunks(model->n_vocab, chunk)) {
+    const int chunk = task_rows(f, model->n_vocab, max_task_rows(normed));
+    FOR_EACH_TASK(w, task, ceil_div(model->n_vocab, chunk)) {
         const int first = task * chunk, n = min_int(chunk, model->n_vocab - first);
         multiply(f, &model->output, first, n, normed, n_rows, logits + first, (size_t)model->n_vocab);
     }
 }
 
-static void write_rows(worker *w) {
+/* The batch's logits and hidden states. */
+static void write_outputs(worker *w) {
     const phi_batch *batch = w->f->batch;
     const phi_model *model = w->f->model;
     if (batch->n_logit_rows == 0) return;
-    const phi_activations *normed = norm(w, &model->output_norm, batch->n_logit_rows, batch->logit_rows);
+    const phi_activations *normed = normalise(w, &model->output_norm, batch->n_logit_rows, batch->logit_rows);
     if (w->thread == 0 && batch->hidden_states)
         memcpy(batch->hidden_states, normed->f32, (size_t)batch->n_logit_rows * (size_t)model->n_embd * sizeof(float));
-    if (batch->logits) project_head(w, normed, batch->n_logit_rows, batch->logits);
+    if (batch->logits) project_logits(w, normed, batch->n_logit_rows, batch->logits);
 }
 
 static void run_layer(worker *w, int layer) {
-    forward *f = w->f;
+    forward_pass *f = w->f;
     const phi_batch *batch = f->batch;
     const phi_model *model = f->model;
     const phi_layer *l = &model->layers[layer];
-    const phi_observer *seen = batch->observer;
-    const phi_activations *normed = norm(w, &l->attn_norm, batch->n_tokens, NULL);
-    if (seen) observe(w, normed, seen->attn_in + (size_t)layer * (size_t)model->n_embd);
-    project_heads(w, layer, normed);
-    attend(w, layer);
-    if (seen) observe(w, &f->attended, seen->attn_out + (size_t)layer * (size_t)f->attended.n_cols);
-    project_back(w, &l->wo, &f->attended);
-    if (!model->parallel) normed = norm(w, &l->ffn_norm, batch->n_tokens, NULL);
+    const phi_observer *observer = batch->observer;
+    const phi_activations *normed = normalise(w, &l->attn_norm, batch->n_tokens, NULL);
+    if (observer) observe(w, normed, observer->attn_in + (size_t)layer * (size_t)model->n_embd);
+    project_qkv(w, layer, normed);
+    run_attention(w, layer);
+    if (observer) observe(w, &f->attn_out, observer->attn_out + (size_t)layer * (size_t)f->attn_out.n_cols);
+    project_residual(w, &l->wo, &f->attn_out);
+    if (!model->parallel) normed = normalise(w, &l->ffn_norm, batch->n_tokens, NULL);
     if (w->thread == 0 && batch->poll && batch->poll(batch->poll_context)) atomic_store(&f->stop, true);
     feed_forward(w, layer, normed);
 }
 
-static void run(void *context, int thread) {
-    forward *f = context;
+static void run_pass(void *context, int thread) {
+    forward_pass *f = context;
     const phi_model *model = f->model;
     const phi_batch *batch = f->batch;
     worker w = {.f = f, .thread = thread};
     embed(&w);
     for (int layer = 0; layer < model->n_layers; layer++) {
         run_layer(&w, layer);
-        /* Barriers lie between the write and this, and between this and the next write: all threads leave together. */
+        /* There is a barrier between a write of stop and this read, and between this read and the next write, so all
+         * threads return after the same layer. */
         if (atomic_load(&f->stop)) return;
     }
-    const phi_observer *seen = batch->observer;
-    if (seen && seen->output) observe(&w, norm(&w, &model->output_norm, batch->n_tokens, NULL), seen->output);
-    write_rows(&w);
+    const phi_observer *observer = batch->observer;
+    if (observer && observer->output)
+        observe(&w, normalise(&w, &model->output_norm, batch->n_tokens, NULL), observer->output);
+    write_outputs(&w);
 }
 
-/* ---- scratch memory ---- */
+/* ---- working memory ---- */
 
 typedef struct {
-    uint8_t *memory; /* NULL: only count */
+    uint8_t *memory; /* NULL: only count the bytes */
     size_t used;     /* bytes */
 } arena;
 
@@ -303,7 +319,8 @@ static void *allot(arena *a, size_t n_bytes) {
     return p;
 }
 
-static phi_activations allot_narrow(arena *a, size_t n_tokens, int n_cols) {
+/* Floats and int8. */
+static phi_activations allot_untiled(arena *a, size_t n_tokens, int n_cols) {
     const size_t n = n_tokens * (size_t)n_cols;
     return (phi_activations){
         .n_cols = n_cols,
@@ -317,16 +334,18 @@ static phi_activations allot_narrow(arena *a, size_t n_tokens, int n_cols) {
     };
 }
 
-static bool takes_tiled(const phi_kernels *k, size_t n_tokens) {
+/* Whether products of n_tokens tokens may read tiled activations. */
+static bool uses_tiled(const phi_kernels *k, size_t n_tokens) {
     return k->quantize_tiled && n_tokens > (size_t)k->max_exact_batch;
 }
 
+/* Whether all matrices of all layers are multiplied with tiled activations, so that no int8 ones are needed. */
 static bool all_take_tiled(const phi_model *model, size_t n_tokens) {
     const phi_kernels *k = model->kernels;
-    if (!takes_tiled(k, n_tokens) || model->n_experts) return false;
+    if (!uses_tiled(k, n_tokens) || model->n_experts) return false;
     for (int i = 0; i < model->n_layers; i++) {
         const phi_layer *l = &model->layers[i];
-        const bool gated = model->activation == PHI_FFN_SWIGLU;
+        const bool gated = model->ffn_activation == PHI_FFN_SWIGLU;
         const phi_matrix *const gate = gated ? &l->ffn->gate : &l->ffn->up;
         const phi_matrix *const all[] = {&l->wq, &l->wk, &l->wv, &l->wo, gate, &l->ffn->up, &l->ffn->down};
         for (size_t j = 0; j < sizeof all / sizeof all[0]; j++) {
@@ -338,14 +357,14 @@ static bool all_take_tiled(const phi_model *model, size_t n_tokens) {
     return true;
 }
 
-/* With wide ones, where products of so many tokens take them; floats alone beside these where only_tiled. */
+/* Floats, int8 unless only_tiled, and tiles if products of n_tokens tokens may read them. */
 static phi_activations allot_activations(arena *a, const phi_kernels *k, size_t n_tokens, int n_cols, bool only_tiled) {
     phi_activations x = {.n_cols = n_cols};
     if (only_tiled)
         x.f32 = allot(a, n_tokens * (size_t)n_cols * sizeof(float));
     else
-        x = allot_narrow(a, n_tokens, n_cols);
-    if (takes_tiled(k, n_tokens) && n_cols % PHI_TILED_BLOCK == 0) {
+        x = allot_untiled(a, n_tokens, n_cols);
+    if (uses_tiled(k, n_tokens) && n_cols % PHI_TILED_BLOCK == 0) {
         x.tiled = (phi_tiled){
             .tiles = allot(a, phi_tiled_bytes(n_tokens, (size_t)n_cols)),
             .scales = allot(a, phi_tiled_n_scales(n_tokens, (size_t)n_cols) * sizeof(float)),
@@ -355,7 +374,7 @@ static phi_activations allot_activations(arena *a, const phi_kernels *k, size_t 
     return x;
 }
 
-static void lay_out_experts(forward *f, arena *a, size_t n_tokens) {
+static void lay_out_experts(forward_pass *f, arena *a, size_t n_tokens) {
     const phi_model *model = f->model;
     const size_t n_experts = (size_t)model->n_experts, n_chosen = n_tokens * PHI_EXPERTS_USED;
     f->experts = (expert_rows){
@@ -367,52 +386,53 @@ static void lay_out_experts(forward *f, arena *a, size_t n_tokens) {
         .active = allot(a, n_experts * sizeof(int)),
         .token = allot(a, n_chosen * sizeof(int)),
         .slot = allot(a, n_chosen * sizeof(int)),
-        .in = allot_narrow(a, n_chosen, model->n_embd),
-        .inner = allot_narrow(a, n_chosen, model->n_ffn),
+        .in = allot_untiled(a, n_chosen, model->n_embd),
+        .inner = allot_untiled(a, n_chosen, model->n_ffn),
     };
 }
 
-/* Lays the buffers of a pass into an arena; called once to count and once to place. */
-static void lay_out(forward *f, arena *a) {
+/* Allots the buffers of a pass. Called twice: to count the bytes, then with memory. */
+static void lay_out(forward_pass *f, arena *a) {
     const phi_model *model = f->model;
     const phi_batch *batch = f->batch;
-    /* The final norm reuses the activations of the batch for its logit rows, which may repeat a token. */
+    /* The final norm reuses the buffers of the batch for the logit rows, which can be more than n_tokens. */
     const size_t n_tokens = (size_t)max_int(batch->n_tokens, batch->n_logit_rows);
     const int n_threads = phi_pool_size(model->pool);
     const int q_dim = model->n_heads * model->head_dim;
 
     const size_t attention = phi_attention_scratch_floats(model->head_dim);
-    const int most = takes_tiled(model->kernels, n_tokens) ? PHI_TILED_ROWS : CHUNK_ROWS;
-    const size_t products = 2 * n_tokens * (size_t)max_int(most, model->head_dim);
+    const int max_rows = uses_tiled(model->kernels, n_tokens) ? PHI_TILED_TASK_ROWS : MAX_TASK_ROWS;
+    const size_t products = 2 * n_tokens * (size_t)max_int(max_rows, model->head_dim);
     f->scratch_floats = round_up(attention > products ? attention : products, PHI_ALIGN_BYTES / sizeof(float));
 
     f->residual = allot(a, n_tokens * (size_t)model->n_embd * sizeof(float));
     f->q = allot(a, n_tokens * (size_t)q_dim * sizeof(float));
     f->cos = allot(a, n_tokens * (size_t)model->rope_dims / 2 * sizeof(float));
     f->sin = allot(a, n_tokens * (size_t)model->rope_dims / 2 * sizeof(float));
-    f->n_norms = n_tokens <= FEW_TOKENS ? n_threads : 1;
-    f->normed = allot(a, (size_t)f->n_norms * sizeof *f->normed);
-    for (int i = 0; i < f->n_norms; i++) {
+    f->n_normed = n_tokens <= MAX_REPLICATED_TOKENS ? n_threads : 1;
+    f->normed = allot(a, (size_t)f->n_normed * sizeof *f->normed);
+    for (int i = 0; i < f->n_normed; i++) {
         const phi_activations normed = allot_activations(a, model->kernels, n_tokens, model->n_embd, false);
         if (a->memory) f->normed[i] = normed;
     }
-    f->attended = allot_activations(a, model->kernels, n_tokens, q_dim, f->all_tiled);
+    f->attn_out = allot_activations(a, model->kernels, n_tokens, q_dim, f->all_tiled);
     if (model->n_experts) {
         lay_out_experts(f, a, n_tokens);
     } else {
-        f->inner = allot_activations(a, model->kernels, n_tokens, model->n_ffn, f->all_tiled);
+        f->ffn_inner = allot_activations(a, model->kernels, n_tokens, model->n_ffn, f->all_tiled);
     }
     f->runs = allot(a, n_tokens * sizeof *f->runs);
     f->scratch = allot(a, (size_t)n_threads * f->scratch_floats * sizeof(float));
 }
 
-static void find_runs(forward *f) {
+/* Splits the batch into runs. */
+static void find_runs(forward_pass *f) {
     const phi_batch *b = f->batch;
     const int n_tasks = b->n_tokens / PHI_ATTENTION_ROWS * f->model->n_kv_heads;
-    const int longest = n_tasks >= 4 * phi_pool_size(f->model->pool) ? PHI_ATTENTION_ROWS : SHORT_RUN;
+    const int max_tokens = n_tasks >= 4 * phi_pool_size(f->model->pool) ? PHI_ATTENTION_ROWS : SHORT_RUN_TOKENS;
     for (int t = 0; t < b->n_tokens; t++) {
         token_run *run = f->n_runs ? &f->runs[f->n_runs - 1] : NULL;
-        if (run && run->n_tokens < longest && b->sequences[t] == b->sequences[run->first] &&
+        if (run && run->n_tokens < max_tokens && b->seq_ids[t] == b->seq_ids[run->first] &&
             b->positions[t] == b->positions[run->first] + run->n_tokens) {
             run->n_tokens++;
         } else {
@@ -423,7 +443,7 @@ static void find_runs(forward *f) {
 
 phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batch) {
     const bool all_tiled = all_take_tiled(model, (size_t)batch->n_tokens);
-    forward f = {.model = model, .kv = kv, .batch = batch, .all_tiled = all_tiled};
+    forward_pass f = {.model = model, .kv = kv, .batch = batch, .all_tiled = all_tiled};
     arena a = {NULL, 0};
     lay_out(&f, &a);
     a.memory = phi_kv_scratch(kv, a.used);
@@ -431,42 +451,42 @@ phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batc
     a.used = 0;
     lay_out(&f, &a);
     find_runs(&f);
-    const phi_status status = phi_pool_run(model->pool, run, &f);
+    const phi_status status = phi_pool_run(model->pool, run_pass, &f);
     if (status != PHI_OK) return status;
     return atomic_load(&f.stop) ? PHI_CANCELLED : PHI_OK;
 }
 
-/* ---- the head alone ---- */
+/* ---- LM head ---- */
 
 typedef struct {
-    forward f; /* model and activations only */
+    forward_pass f; /* model and normed only */
     int n_rows;
-    const float *rows;
-    float *logits;
-} head;
+    const float *hidden_states; /* [n_rows, n_embd] */
+    float *logits;              /* [n_rows, n_vocab] */
+} lm_head_call;
 
-static void run_head(void *context, int thread) {
-    head *h = context;
-    const size_t n_embd = (size_t)h->f.model->n_embd;
-    worker w = {.f = &h->f, .thread = thread};
-    const phi_activations *x = h->f.normed;
-    FOR_EACH_TASK(&w, i, h->n_rows) {
-        memcpy(x->f32 + (size_t)i * n_embd, h->rows + (size_t)i * n_embd, n_embd * sizeof(float));
-        quantize(h->f.model->kernels, x, i, 0, n_embd);
-        quantize_tiled(h->f.model->kernels, x, i);
+static void run_lm_head(void *context, int thread) {
+    lm_head_call *c = context;
+    const size_t n_embd = (size_t)c->f.model->n_embd;
+    worker w = {.f = &c->f, .thread = thread};
+    const phi_activations *x = c->f.normed;
+    FOR_EACH_TASK(&w, i, c->n_rows) {
+        memcpy(x->f32 + (size_t)i * n_embd, c->hidden_states + (size_t)i * n_embd, n_embd * sizeof(float));
+        quantize(c->f.model->kernels, x, i, 0, n_embd);
+        quantize_tiled(c->f.model->kernels, x, i);
     }
     end_phase(&w);
-    project_head(&w, x, h->n_rows, h->logits);
+    project_logits(&w, x, c->n_rows, c->logits);
 }
 
-phi_status phi_lm_head(const phi_model *model, phi_kv *kv, int n_rows, const float *rows, float *logits) {
-    head h = {.f = {.model = model}, .n_rows = n_rows, .rows = rows, .logits = logits};
+phi_status phi_lm_head(const phi_model *model, phi_kv *kv, int n_rows, const float *hidden_states, float *logits) {
+    lm_head_call c = {.f = {.model = model}, .n_rows = n_rows, .hidden_states = hidden_states, .logits = logits};
     arena a = {NULL, 0};
     allot_activations(&a, model->kernels, (size_t)n_rows, model->n_embd, false);
     a.memory = phi_kv_scratch(kv, a.used);
     if (!a.memory) return PHI_OUT_OF_MEMORY;
     a.used = 0;
     phi_activations x = allot_activations(&a, model->kernels, (size_t)n_rows, model->n_embd, false);
-    h.f.normed = &x;
-    return phi_pool_run(model->pool, run_head, &h);
+    c.f.normed = &x;
+    return phi_pool_run(model->pool, run_lm_head, &c);
 }

@@ -1,4 +1,4 @@
-/* Half precision and bfloat16 to float and back in portable C: exact, subnormal and non-finite values included. */
+/* Conversions between float, half precision and bfloat16 in portable C, subnormal and non-finite values included. */
 #ifndef PHI_HALF_H
 #define PHI_HALF_H
 
@@ -17,18 +17,19 @@ static inline uint32_t phi_bits_from_float(float f) {
     return bits;
 }
 
+/* Exact. */
 static inline float phi_half_to_float(uint16_t h) {
     const uint32_t sign = (uint32_t)(h & 0x8000u) << 16;
     const uint32_t magnitude = h & 0x7fffu;
     if (magnitude >= 0x7c00u) return phi_float_from_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-    if (magnitude < 0x0400u) { /* subnormal: an integer number of 2^-24 */
+    if (magnitude < 0x0400u) { /* subnormal: a multiple of 2^-24 */
         const float f = (float)magnitude * 0x1p-24f;
         return phi_float_from_bits(sign | phi_bits_from_float(f));
     }
     return phi_float_from_bits(sign | ((magnitude << 13) + 0x38000000u));
 }
 
-/* Rounds to nearest, ties to even, as F16C does. */
+/* Rounds to nearest, ties to even, as the F16C instructions do. */
 static inline uint16_t phi_float_to_half(float f) {
     const uint32_t bits = phi_bits_from_float(f);
     const uint16_t sign = (uint16_t)(bits >> 16 & 0x8000u);

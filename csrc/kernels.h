@@ -1,41 +1,45 @@
-/* The kernel table: what one instruction-set tier offers.
+/* The kernel table: the functions that one instruction-set tier (scalar, avx2, neon, ...) provides.
  *
- * A tier fills the slots that it does better and leaves the rest NULL; dispatch.c inherits those from a tier below.
- * Kernels take const inputs and caller-owned outputs; they neither allocate, start threads, nor fail.
- * Every kernel computes one (row, token) pair with the same operations in the same order however many rows and tokens
- * it is given: a batch gives the same bits as its tokens one by one, up to the tier's max_exact_batch. */
+ * A tier sets the slots that it implements and leaves the others NULL; dispatch.c fills those from the tiers below.
+ *
+ * Every kernel follows these rules:
+ * - Inputs are const, outputs belong to the caller. A kernel does not allocate, start threads, or fail.
+ * - A result is computed by the same operations in the same order however many rows and tokens a call has. A batch thus
+ *   has the same bits as its tokens one by one, up to the tier's max_exact_batch.
+ * - Names are phi_<op>_<type>_<tier>. */
 #ifndef PHI_KERNELS_H
 #define PHI_KERNELS_H
 
 #include "phi.h"
 
 enum {
-    PHI_Q8_BLOCK = 32,    /* activations that share a scale */
-    PHI_SUM_BLOCK = 16,   /* activations whose sum is kept: the smallest sub-block of a weight type */
-    PHI_TILED_BLOCK = 256, /* tiled activations that share a scale */
-    PHI_TILED_STEPS = 254, /* steps of the low part of a tiled activation in one of the high part */
-    PHI_TILE_TOKENS = 16, /* tokens of a tile of tiled activations, and bytes of each: columns in int8 */
-    PHI_TILE_COLS = 64,
-    PHI_TILED_ROWS = 256,      /* rows that products of tiled activations like best */
-    PHI_KV_BLOCK = 32,        /* dimensions that share a scale in an int8 page */
-    PHI_KV_GROUP = 16,        /* positions that lie side by side in a key page */
-    PHI_ATTENTION_ROWS = 64,  /* (token, query head) pairs that share a walk through the pages; tokens a call */
-    PHI_ATTENTION_BLOCK = 64, /* positions between two looks at the largest score; a multiple of PHI_PAGE_TOKENS */
+    PHI_Q8_BLOCK = 32,         /* activations per scale of phi_q8 */
+    PHI_SUM_BLOCK = 16,        /* activations per sum of phi_q8: the smallest sub-block of a weight type */
+    PHI_TILED_BLOCK = 256,     /* activations per scale of phi_tiled */
+    PHI_TILED_LOW_STEPS = 254, /* phi_tiled: the low part counts in 1 / 254 of a step of the high part */
+    PHI_TILE_TOKENS = 16,      /* rows of a tile: tokens */
+    PHI_TILE_COLS = 64,        /* bytes per row of a tile: 64 int8 or 32 bf16 columns */
+    PHI_TILED_TASK_ROWS = 256, /* weight rows per task for products with tiled activations */
+    PHI_KV_BLOCK = 32,         /* dimensions per scale in an int8 page */
+    PHI_KV_GROUP = 16,         /* positions that are interleaved in the keys of a page */
+    PHI_ATTENTION_ROWS = 64,   /* maximum of tokens per attention call, and of rows that share one pass over pages */
+    PHI_ATTENTION_BLOCK = 64,  /* positions per step of the online softmax; a multiple of PHI_PAGE_TOKENS */
     PHI_ALIGN_BYTES = 64,
 };
 
-/* n numbers as int8 with a scale for each PHI_Q8_BLOCK, and what products want to know of them. */
+/* n activations quantised to int8 with one scale per PHI_Q8_BLOCK (32), and the sums that matrix products use. */
 typedef struct {
     int8_t *quants;    /* [n], -127..127 */
     float *scales;     /* [n / PHI_Q8_BLOCK]: x = scale * quant */
-    float *sums;       /* [n / PHI_SUM_BLOCK]: scale * sum of the sub-block's quants */
-    float *block_sums; /* [n / PHI_Q8_BLOCK]: the same of the block */
-    int32_t *offsets;  /* [n / PHI_SUM_BLOCK]: -128 * sum of the sub-block's quants, which takes 128 off the other */
-    int32_t *block_offsets; /* [n / PHI_Q8_BLOCK]   factor of an integer product; the same of the block */
+    float *sums;       /* [n / PHI_SUM_BLOCK]: scale * sum of the quants; times a weight type's minimum or offset */
+    float *block_sums; /* [n / PHI_Q8_BLOCK]: the same per block */
+    /* Corrections for integer products of unsigned and signed bytes, which add 128 to the weights: */
+    int32_t *offsets;       /* [n / PHI_SUM_BLOCK]: -128 * sum of the quants */
+    int32_t *block_offsets; /* [n / PHI_Q8_BLOCK]: the same per block */
 } phi_q8;
 
-/* From an element on that begins a block. */
-static inline phi_q8 phi_q8_from(phi_q8 q, size_t element) {
+/* The part of q that starts at `element`, a multiple of PHI_Q8_BLOCK. */
+static inline phi_q8 phi_q8_at(phi_q8 q, size_t element) {
     return (phi_q8){q.quants + element,
                     q.scales + element / PHI_Q8_BLOCK,
                     q.sums + element / PHI_SUM_BLOCK,
@@ -44,16 +48,17 @@ static inline phi_q8 phi_q8_from(phi_q8 q, size_t element) {
                     q.block_offsets + element / PHI_Q8_BLOCK};
 }
 
-/* Activations as products of many tokens take them, in tiles of [PHI_TILE_TOKENS, PHI_TILE_COLS] bytes: by 256 columns,
- * so that what these need of all tokens lies together, then by 16 tokens.
- * amx: int8 in two parts, x = scale * (high + low / PHI_TILED_STEPS), four tiles of the high one, then of the low one;
- * amxbf16: eight tiles of bf16, which have half as many columns, and no scales. */
+/* Activations in the AMX layout, for prefill: tiles of [PHI_TILE_TOKENS, PHI_TILE_COLS] bytes. Eight tiles hold 256
+ * columns of 16 tokens. Tiles of the same columns are adjacent, since a product needs them together.
+ * - amx: int8 in two parts, x = scale * (high + low / PHI_TILED_LOW_STEPS): four tiles of high, then four of low.
+ * - amxbf16: eight tiles of bf16 and no scales. */
 typedef struct {
-    int8_t *tiles;   /* [n_cols / PHI_TILED_BLOCK, n_tokens / PHI_TILE_TOKENS, 8] */
+    int8_t *tiles;   /* [n_cols / PHI_TILED_BLOCK, n_tokens / PHI_TILE_TOKENS, 8] tiles */
     float *scales;   /* [n_cols / PHI_TILED_BLOCK, n_tokens] */
-    size_t n_tokens; /* whole tiles of them; those that fill up may hold anything */
+    size_t n_tokens; /* a multiple of PHI_TILE_TOKENS; padding tokens have undefined values */
 } phi_tiled;
 
+/* n_tokens, rounded up to whole tiles. */
 static inline size_t phi_tiled_tokens(size_t n_tokens) {
     return (n_tokens + PHI_TILE_TOKENS - 1) / PHI_TILE_TOKENS * PHI_TILE_TOKENS;
 }
@@ -62,19 +67,19 @@ static inline size_t phi_tiled_n_scales(size_t n_tokens, size_t n_cols) {
     return phi_tiled_tokens(n_tokens) * n_cols / PHI_TILED_BLOCK;
 }
 
-/* A token's row in the first tile of 256 columns. */
-static inline int8_t *phi_tiled_row(const phi_tiled *w, size_t block, size_t token) {
+/* A token's row in the first of the eight tiles of a block of 256 columns. */
+static inline int8_t *phi_tiled_row(const phi_tiled *x, size_t block, size_t token) {
     const size_t row = token % PHI_TILE_TOKENS;
-    return w->tiles + phi_tiled_bytes(block * w->n_tokens + token - row, PHI_TILED_BLOCK) + row * PHI_TILE_COLS;
+    return x->tiles + phi_tiled_bytes(block * x->n_tokens + token - row, PHI_TILED_BLOCK) + row * PHI_TILE_COLS;
 }
 
-/* Activations of n_tokens tokens. */
+/* The activations of n_tokens tokens in every format that the products of a batch read. */
 typedef struct {
     int n_cols;
     float *f32; /* [n_tokens, n_cols] */
-    phi_q8 q8;  /* of n_tokens * n_cols; for PHI_ACTIVATION_Q8 products only */
-    /* The same once more, as the tier's quantize_tiled writes them. Tiles are NULL where it has none, n_cols is no
-     * multiple of PHI_TILED_BLOCK, or the tokens are few. */
+    phi_q8 q8;  /* [n_tokens * n_cols]; unset if no product of the batch reads it */
+    /* The AMX layout, written by quantize_tiled. tiles is NULL if the tier has no quantize_tiled, n_cols is not a
+     * multiple of PHI_TILED_BLOCK, or n_tokens is at most max_exact_batch. */
     phi_tiled tiled;
 } phi_activations;
 
@@ -85,39 +90,41 @@ typedef struct {
     size_t decode_l2_bytes; /* into L2, for a single token */
 } phi_prefetch;
 
-/* out[t, r] = dot(row r of the weights, activations of token t) */
+/* A matrix product: out[t, r] = dot(weight row r, activations of token first_token + t). */
 typedef struct {
-    const uint8_t *rows; /* [n_rows, row_bytes]; [n_rows / 16, 16 * row_bytes] when packed */
+    const uint8_t *rows; /* [n_rows, row_bytes]; packed: [n_rows / 16, 16 * row_bytes] */
     size_t row_bytes;
     int n_rows, n_cols;
-    const phi_activations *x; /* of tokens first_token .. first_token + n_tokens - 1 */
-    int first_token, n_tokens;
-    float *out;            /* [n_tokens, out_stride], row r in column r */
-    size_t out_stride;     /* floats */
-    phi_prefetch prefetch; /* by products of few tokens with packed rows */
+    const phi_activations *x;
+    int first_token, n_tokens; /* tokens of x to multiply */
+    float *out;                /* [n_tokens, out_stride]; columns from n_rows on are left unchanged */
+    size_t out_stride;         /* floats from one token to the next */
+    phi_prefetch prefetch;     /* used by packed products in decode and small batches */
 } phi_matmul;
 
-/* Attention of the query heads that share a key/value head, for tokens at consecutive positions of one sequence. */
+/* Attention of the query heads that share one KV head, for tokens at consecutive positions of one sequence. */
 typedef struct {
-    const float *q; /* [n_tokens, n_queries, head_dim], token_stride floats from a token to the next */
+    const float *q; /* [n_tokens, n_queries, head_dim], token_stride floats from one token to the next */
     int n_tokens, n_queries, head_dim;
     size_t token_stride;
-    const uint8_t *pages; /* the head's keys and values in page 0 */
-    size_t page_bytes;    /* from a page to the next */
-    const int32_t *page_table;
-    int query_start; /* position of the first token; token t attends to positions up to query_start + t */
-    int window;      /* positions that a token sees, itself included; 0: all */
-    float scale;     /* multiplies the scores */
-    float *scratch;  /* [phi_attention_scratch_floats] */
-    float *out;      /* as q */
+    const uint8_t *pages;      /* the head's phi_kv_slice of page 0 */
+    size_t page_bytes;         /* bytes from one page to the next */
+    const int32_t *page_table; /* of the sequence: position p is in page page_table[p / PHI_PAGE_TOKENS] */
+    int query_start;           /* position of the first token; token t attends to positions up to query_start + t */
+    int window;                /* positions a token attends to, itself included; 0: unlimited */
+    float scale;               /* multiplies q @ k.T */
+    float *scratch;            /* [phi_attention_scratch_floats] */
+    float *out;                /* [n_tokens, n_queries, head_dim], strided as q */
 } phi_attention;
 
-static inline int phi_first_seen(int position, int window) {
+/* The first position that a token at `position` attends to. */
+static inline int phi_first_visible(int position, int window) {
     return window > 0 && position >= window ? position + 1 - window : 0;
 }
 
-/* Scratch of attention: of each row, in tiles of up to eight, its weights in a block, its weighted values and its
- * query; of all rows a page's keys, or 32 dimensions of a block's values, as floats. */
+/* Sizes of attention's scratch buffer, in floats. Each row (one query head of one token) has the probabilities of a
+ * block, its weighted sum of values, and its query. All rows share one buffer of converted floats: the keys of a page,
+ * or 32 dimensions of the values of a block. */
 static inline size_t phi_attention_sums_stride(int head_dim) { return ((size_t)head_dim + 31) / 32 * 32; }
 static inline size_t phi_attention_row_floats(int head_dim) {
     return PHI_ATTENTION_BLOCK + 2 * phi_attention_sums_stride(head_dim);
@@ -130,45 +137,55 @@ static inline size_t phi_attention_scratch_floats(int head_dim) {
     return phi_attention_converted_floats(head_dim) + (PHI_ATTENTION_ROWS + 8) * phi_attention_row_floats(head_dim);
 }
 
-/* 16 rows of the file layout to a panel of 16 * row_bytes */
+/* Packs PHI_PANEL_ROWS rows of PHI_LAYOUT_ROWS into a panel of PHI_PANEL_ROWS * row_bytes bytes. */
 typedef void (*phi_pack_fn)(const uint8_t *rows, size_t row_bytes, uint8_t *panel);
 
 struct phi_kernels {
-    const char *name;
-    phi_prefetch prefetch; /* for phi_matmul; dispatch.c sets it, since it depends on who made the CPU */
-    /* Products of more tokens than these may round otherwise than those of one token do; 0: none does. */
+    const char *name;      /* of the tier */
+    phi_prefetch prefetch; /* for phi_matmul; set by dispatch.c, since it depends on the CPU's vendor and family */
+    /* Largest batch whose products have the bits of single tokens; larger ones may round differently. 0: unlimited. */
     int max_exact_batch;
-    /* y[i] = element i of a row of blocks */
+
+    /* y [n] = n consecutive weights, whole blocks */
     void (*dequantize[PHI_N_TYPES])(const void *row, size_t n, float *y);
+    /* Product with weights in PHI_LAYOUT_ROWS. */
     void (*matmul[PHI_N_TYPES])(const phi_matmul *m);
-    /* NULL for types that are run from the file layout. */
+    /* Packing for matmul_packed; NULL: the type is always multiplied in PHI_LAYOUT_ROWS. */
     phi_pack_fn pack[PHI_N_TYPES];
-    void (*matmul_packed[PHI_N_TYPES])(const phi_matmul *m);  /* n_rows is a multiple of 16 */
-    void (*quantize_q8)(const float *x, size_t n, phi_q8 q8); /* n is a multiple of PHI_Q8_BLOCK */
-    /* Whether matmul_packed takes tiled activations, of more than max_exact_batch tokens, and no others then. */
+    /* Product with weights in PHI_LAYOUT_PANELS; n_rows is a multiple of PHI_PANEL_ROWS. */
+    void (*matmul_packed[PHI_N_TYPES])(const phi_matmul *m);
+
+    /* x [n] -> q8 [n]; n is a multiple of PHI_Q8_BLOCK */
+    void (*quantize_q8)(const float *x, size_t n, phi_q8 q8);
+    /* Whether matmul_packed reads tiled activations, and only these, for more than max_exact_batch tokens. */
     bool takes_tiled[PHI_N_TYPES];
-    /* x [n_cols] -> tiled activations of a token. NULL: no product takes them. */
+    /* x [n_cols] -> row `token` of the tiled activations; NULL: the tier has no tiled products */
     void (*quantize_tiled)(const float *x, size_t n_cols, const phi_tiled *tiled, size_t token);
-    /* y = x / rms(x) * weight */
+
+    /* y = x / sqrt(mean(x^2) + eps) * weight */
     void (*rms_norm)(const float *x, const float *weight, size_t n, float eps, float *y);
-    /* y = (x - mean(x)) / deviation(x) * weight + bias */
+    /* y = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias */
     void (*layer_norm)(const float *x, const float *weight, const float *bias, size_t n, float eps, float *y);
-    /* x [head_dim] in place; cos, sin [rope_dims / 2] */
-    void (*rope[2])(float *x, int rope_dims, const float *cos, const float *sin); /* by phi_rope_style */
+    /* Rotates x [head_dim] in place by cos, sin [rope_dims / 2]; indexed by phi_rope_style. */
+    void (*rope[2])(float *x, int rope_dims, const float *cos, const float *sin);
     /* y = silu(gate) * up; y may be gate */
     void (*silu_mul)(const float *gate, const float *up, size_t n, float *y);
     /* y = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))); y may be x */
     void (*gelu)(const float *x, size_t n, float *y);
-    void (*add)(const float *x, size_t n, float *y); /* y += x */
-    /* one position's key and value into a page's head */
-    void (*store_kv[PHI_N_KV_TYPES])(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head);
+    /* y += x */
+    void (*add)(const float *x, size_t n, float *y);
+
+    /* Stores k, v [head_dim] of one position in a slice of a page: slot = position % PHI_PAGE_TOKENS. */
+    void (*store_kv[PHI_N_KV_TYPES])(const float *k, const float *v, int head_dim, int slot, uint8_t *slice);
+    /* out = softmax(scale * q @ k.T) @ v over the positions that each token attends to */
     void (*attention[PHI_N_KV_TYPES])(const phi_attention *a);
 };
 
+/* What each tier implements itself. Only the scalar table is complete. */
 extern const phi_kernels phi_kernels_scalar;
 #ifdef PHI_HAVE_AVX2
 extern const phi_kernels phi_kernels_avx2;
-extern const phi_kernels phi_kernels_avxvnni; /* where the compiler knows it: PHI_HAVE_AVXVNNI */
+extern const phi_kernels phi_kernels_avxvnni; /* only with PHI_HAVE_AVXVNNI: some compilers lack it */
 extern const phi_kernels phi_kernels_avx512;
 #endif
 #ifdef PHI_HAVE_AMX
@@ -181,27 +198,28 @@ extern const phi_kernels phi_kernels_dotprod;
 extern const phi_kernels phi_kernels_i8mm;
 #endif
 
-/* One head in a page: keys [PHI_PAGE_TOKENS / 16, head_dim, 16], then values [PHI_PAGE_TOKENS, head_dim]. In int8 these
- * are followed by half precision scales, of keys [n_blocks, PHI_PAGE_TOKENS] and of values [PHI_PAGE_TOKENS, n_blocks].
- */
+/* A KV slice: the keys and values of one layer and KV head in one page.
+ * - f16: keys [PHI_PAGE_TOKENS / PHI_KV_GROUP, head_dim, PHI_KV_GROUP], then values [PHI_PAGE_TOKENS, head_dim].
+ * - q8: the same in int8, then half-precision scales: of keys [n_blocks, PHI_PAGE_TOKENS], of values [PHI_PAGE_TOKENS,
+ *   n_blocks], where n_blocks = phi_kv_blocks(head_dim). */
 static inline size_t phi_kv_blocks(int head_dim) { return ((size_t)head_dim + PHI_KV_BLOCK - 1) / PHI_KV_BLOCK; }
-static inline size_t phi_page_head_bytes(phi_kv_type type, int head_dim) {
+static inline size_t phi_kv_slice_bytes(phi_kv_type type, int head_dim) {
     const size_t n = (size_t)PHI_PAGE_TOKENS * (size_t)head_dim * 2;
     if (type == PHI_KV_F16) return n * sizeof(uint16_t);
     return n + PHI_PAGE_TOKENS * phi_kv_blocks(head_dim) * 2 * sizeof(uint16_t);
 }
 
-/* Where a head's parts lie in a page. */
 typedef struct {
     uint8_t *keys, *values;
-    uint16_t *key_scales, *value_scales; /* NULL in half precision */
-} phi_page_head;
+    uint16_t *key_scales, *value_scales; /* NULL for f16 */
+} phi_kv_slice;
 
-static inline phi_page_head phi_page_head_of(phi_kv_type type, int head_dim, uint8_t *page_head) {
+/* Pointers to the parts of a slice. */
+static inline phi_kv_slice phi_kv_slice_of(phi_kv_type type, int head_dim, uint8_t *slice) {
     const size_t n = (size_t)PHI_PAGE_TOKENS * (size_t)head_dim;
-    if (type == PHI_KV_F16) return (phi_page_head){page_head, page_head + n * sizeof(uint16_t), NULL, NULL};
-    uint16_t *scales = (uint16_t *)(void *)(page_head + 2 * n);
-    return (phi_page_head){page_head, page_head + n, scales, scales + PHI_PAGE_TOKENS * phi_kv_blocks(head_dim)};
+    if (type == PHI_KV_F16) return (phi_kv_slice){slice, slice + n * sizeof(uint16_t), NULL, NULL};
+    uint16_t *scales = (uint16_t *)(void *)(slice + 2 * n);
+    return (phi_kv_slice){slice, slice + n, scales, scales + PHI_PAGE_TOKENS * phi_kv_blocks(head_dim)};
 }
 
 #endif

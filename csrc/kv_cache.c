@@ -5,7 +5,7 @@
 #include "memory.h"
 
 struct phi_kv {
-    uint8_t *pages; /* [n_pages, n_layers, n_kv_heads, phi_page_head_bytes] */
+    uint8_t *pages; /* [n_pages, n_layers, n_kv_heads, phi_kv_slice_bytes] */
     phi_kv_type type;
     size_t n_bytes;
     uint8_t *scratch; /* [scratch_bytes] */
@@ -13,7 +13,7 @@ struct phi_kv {
 };
 
 size_t phi_kv_page_bytes(const phi_model *model, phi_kv_type type) {
-    return (size_t)model->n_layers * (size_t)model->n_kv_heads * phi_page_head_bytes(type, model->head_dim);
+    return (size_t)model->n_layers * (size_t)model->n_kv_heads * phi_kv_slice_bytes(type, model->head_dim);
 }
 
 phi_kv_type phi_kv_type_of(const phi_kv *kv) { return kv->type; }
@@ -43,9 +43,9 @@ uint8_t *phi_kv_page(const phi_model *model, const phi_kv *kv, int page) {
     return kv->pages + (size_t)page * phi_kv_page_bytes(model, kv->type);
 }
 
-uint8_t *phi_kv_head(const phi_model *model, const phi_kv *kv, int layer, int kv_head) {
+uint8_t *phi_kv_first_slice(const phi_model *model, const phi_kv *kv, int layer, int kv_head) {
     const size_t head = (size_t)layer * (size_t)model->n_kv_heads + (size_t)kv_head;
-    return kv->pages + head * phi_page_head_bytes(kv->type, model->head_dim);
+    return kv->pages + head * phi_kv_slice_bytes(kv->type, model->head_dim);
 }
 
 uint8_t *phi_kv_scratch(phi_kv *kv, size_t n_bytes) {

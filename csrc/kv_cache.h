@@ -1,4 +1,4 @@
-/* Where a head's keys and values lie: pages [page][layer][kv head][phi_page_head_bytes]. */
+/* The KV cache's memory: pages [n_pages, n_layers, n_kv_heads, phi_kv_slice_bytes], and a scratch buffer. */
 #ifndef PHI_KV_CACHE_H
 #define PHI_KV_CACHE_H
 
@@ -6,10 +6,10 @@
 
 phi_kv_type phi_kv_type_of(const phi_kv *kv);
 
-/* A head's part of page 0; page p is p * phi_kv_page_bytes further. */
-uint8_t *phi_kv_head(const phi_model *model, const phi_kv *kv, int layer, int kv_head);
+/* The slice of a layer and KV head in page 0. Its slice in page p is p * phi_kv_page_bytes after it. */
+uint8_t *phi_kv_first_slice(const phi_model *model, const phi_kv *kv, int layer, int kv_head);
 
-/* Working memory of a forward pass, kept from call to call; its content is undefined. NULL when the system refuses. */
+/* A buffer of at least n_bytes with undefined content, valid until the next call. NULL if it cannot be allocated. */
 uint8_t *phi_kv_scratch(phi_kv *kv, size_t n_bytes);
 
 #endif

@@ -1,4 +1,4 @@
-/* What the machine can do, measured. */
+/* Clock and memory bandwidth. */
 #include "phi.h"
 
 #include "memory.h"
@@ -16,15 +16,15 @@ typedef struct {
     const uint64_t *words;
     size_t n_words;
     int n_threads;
-    atomic_ullong sink; /* keeps the reads from being optimised away */
-} reading;
+    atomic_ullong sink; /* uses what was read, so that compilers keep the reads */
+} bandwidth_run;
 
 #ifdef _WIN32
 double phi_seconds(void) {
-    LARGE_INTEGER ticks, ticks_a_second;
+    LARGE_INTEGER ticks, ticks_per_second;
     QueryPerformanceCounter(&ticks);
-    QueryPerformanceFrequency(&ticks_a_second);
-    return (double)ticks.QuadPart / (double)ticks_a_second.QuadPart;
+    QueryPerformanceFrequency(&ticks_per_second);
+    return (double)ticks.QuadPart / (double)ticks_per_second.QuadPart;
 }
 #else
 double phi_seconds(void) {
@@ -35,13 +35,13 @@ double phi_seconds(void) {
 #endif
 
 static void read_part(void *context, int thread) {
-    reading *r = context;
+    bandwidth_run *r = context;
     const size_t part = r->n_words / (size_t)r->n_threads / 8 * 8;
     const uint64_t *w = r->words + part * (size_t)thread;
     uint64_t sum[8] = {0};
     for (size_t i = 0; i < part; i += 8) {
 #if defined(__GNUC__)
-        __builtin_prefetch(w + i + 512); /* 4 KiB ahead: the hardware alone stops at page borders */
+        __builtin_prefetch(w + i + 512); /* 4 KiB ahead: hardware prefetchers stop at page borders */
 #endif
         for (int k = 0; k < 8; k++) sum[k] ^= w[i + (size_t)k];
     }
@@ -54,7 +54,7 @@ double phi_read_bandwidth(phi_pool *pool, size_t n_bytes, int n_runs) {
     uint64_t *words = phi_map(n_bytes);
     if (!words) return 0.0;
     memset(words, 1, n_bytes);
-    reading r = {.words = words, .n_words = n_bytes / sizeof *words, .n_threads = phi_pool_size(pool)};
+    bandwidth_run r = {.words = words, .n_words = n_bytes / sizeof *words, .n_threads = phi_pool_size(pool)};
     double best = 0.0;
     for (int i = 0; i < n_runs; i++) {
         const double start = phi_seconds();

@@ -16,7 +16,7 @@ void *phi_map(size_t n_bytes) {
     void *memory = mmap(NULL, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) return NULL;
 #ifdef MADV_HUGEPAGE
-    madvise(memory, n_bytes, MADV_HUGEPAGE); /* advice only: a refusal costs speed, nothing else */
+    madvise(memory, n_bytes, MADV_HUGEPAGE); /* may fail: it affects speed only */
 #endif
     return memory;
 }

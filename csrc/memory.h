@@ -1,10 +1,10 @@
-/* Large zeroed memory straight from the system: pages cost nothing until they are touched. */
+/* Large buffers from the operating system. Memory is committed as pages are first accessed. */
 #ifndef PHI_MEMORY_H
 #define PHI_MEMORY_H
 
 #include <stddef.h>
 
-/* NULL when the system refuses. Aligned to 64 bytes at the least. */
+/* Returns zeroed memory, aligned to at least 64 bytes; NULL if the system has none. */
 void *phi_map(size_t n_bytes);
 void phi_unmap(void *memory, size_t n_bytes);
 

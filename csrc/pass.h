@@ -1,4 +1,7 @@
-/* What the phases of a forward pass share: the pass, its workers and their tasks, and products. */
+/* Shared by forward.c and experts.c: the state of a forward pass, its tasks, and matrix products.
+ *
+ * A pass is a sequence of phases. Within a phase, the threads of the pool claim tasks from a shared counter; a barrier
+ * ends it. */
 #ifndef PHI_PASS_H
 #define PHI_PASS_H
 
@@ -6,92 +9,100 @@
 #include "kv_cache.h"
 #include "threads.h"
 
-enum { CHUNK_ROWS = 64 }; /* rows of a weight matrix a task, at most, where activations are not wide */
+enum {
+    MAX_TASK_ROWS = 64, /* weight rows per task; PHI_TILED_TASK_ROWS for products with tiled activations */
+    OBSERVER_COLS = 64, /* columns per task of phi_observer */
+};
 
-/* Tokens at consecutive positions of one sequence, at most PHI_ATTENTION_ROWS of them. */
+/* At most PHI_ATTENTION_ROWS adjacent tokens of the batch, at consecutive positions of one sequence. */
 typedef struct {
-    int first, n_tokens; /* in the batch */
+    int first, n_tokens; /* tokens first .. first + n_tokens - 1 of the batch */
 } token_run;
 
-/* Which experts run for which tokens, and their activations: an expert's rows lie together, its tokens in ascending
- * order. They are never wide: how many tokens share an expert must not decide how its products round. */
+/* Routing and activations of the experts. A row is one (token, expert) pair; rows are sorted by expert, then by token.
+ * Their activations are never tiled, since the bits of a token must not depend on how many tokens share its experts. */
 typedef struct {
-    float *scores;           /* [n_tokens, n_experts] of the router */
-    int *chosen;             /* [n_tokens, PHI_EXPERTS_USED] */
-    float *weights;          /* [n_tokens, PHI_EXPERTS_USED] of the chosen ones */
-    int *first_row, *n_rows; /* [n_experts] */
+    float *scores;           /* [n_tokens, n_experts]: output of the router */
+    int *chosen;             /* [n_tokens, PHI_EXPERTS_USED] experts */
+    float *weights;          /* [n_tokens, PHI_EXPERTS_USED] factors of their outputs */
+    int *first_row, *n_rows; /* [n_experts]: an expert's rows */
     int *active, n_active;   /* [n_active] experts that have rows */
-    int *token, *slot;       /* [n_rows]: whose row it is, and which of its chosen experts */
-    phi_activations in;      /* [n_rows, n_embd]; there are n_tokens * PHI_EXPERTS_USED rows */
-    phi_activations inner;   /* [n_rows, n_ffn] */
+    int *token, *slot;       /* [n_tokens * PHI_EXPERTS_USED]: a row's token, and its index in that token's chosen */
+    phi_activations in;      /* [n_tokens * PHI_EXPERTS_USED, n_embd]: input of gate and up */
+    phi_activations inner;   /* [n_tokens * PHI_EXPERTS_USED, n_ffn]: input of down */
 } expert_rows;
 
 typedef struct {
     const phi_model *model;
     const phi_kv *kv;
     const phi_batch *batch;
-    float *residual;         /* [n_tokens, n_embd] */
-    float *q;                /* [n_tokens, n_heads * head_dim] */
-    float *cos, *sin;        /* [n_tokens, rope_dims / 2] */
-    bool all_tiled;           /* no product in a layer takes other than tiled activations */
-    phi_activations *normed; /* [n_norms] of [n_tokens, n_embd]: one for all threads, or one each */
-    int n_norms;
-    phi_activations attended; /* [n_tokens, n_heads * head_dim] */
-    phi_activations inner;    /* [n_tokens, n_ffn] */
-    expert_rows experts;      /* of models with experts, in place of inner */
-    token_run *runs;          /* [n_runs] */
+    float *residual;           /* [n_tokens, n_embd] */
+    float *q;                  /* [n_tokens, n_heads * head_dim] */
+    float *cos, *sin;          /* [n_tokens, rope_dims / 2] */
+    bool all_tiled;            /* all products of all layers read tiled activations only */
+    phi_activations *normed;   /* [n_normed], each [n_tokens, n_embd]: output of a norm */
+    int n_normed;              /* 1: shared by all threads; n_threads: a copy per thread */
+    phi_activations attn_out;  /* [n_tokens, n_heads * head_dim]: input of wo */
+    phi_activations ffn_inner; /* [n_tokens, n_ffn]: input of down; unset with experts */
+    expert_rows experts;       /* unset without experts */
+    token_run *runs;           /* [n_runs] */
     int n_runs;
-    float *scratch; /* [n_threads, scratch_floats] */
+    float *scratch; /* [n_threads, scratch_floats]: buffers of the current task */
     size_t scratch_floats;
-    atomic_int next_task[3]; /* by phase modulo 3 */
-    atomic_bool stop;
-} forward;
+    atomic_int next_task[3]; /* task counters, indexed by phase modulo 3 */
+    atomic_bool stop;        /* poll returned true */
+} forward_pass;
 
+/* One thread of a pass. */
 typedef struct {
-    forward *f;
-    int thread;
-    int phase;
+    forward_pass *f;
+    int thread; /* index in the pool; 0 is the calling thread */
+    int phase;  /* number of phases ended */
 } worker;
 
 static inline int max_int(int a, int b) { return a > b ? a : b; }
 static inline int min_int(int a, int b) { return a < b ? a : b; }
-static inline int n_chunks(int n_rows, int chunk) { return (n_rows + chunk - 1) / chunk; }
+static inline int ceil_div(int n, int by) { return (n + by - 1) / by; }
 static inline size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-static inline int take_task(const worker *w) { return atomic_fetch_add(&w->f->next_task[w->phase % 3], 1); }
+static inline int claim_task(const worker *w) { return atomic_fetch_add(&w->f->next_task[w->phase % 3], 1); }
 
-#define FOR_EACH_TASK(w, task, n_tasks) for (int task; (task = take_task(w)) < (n_tasks);)
+/* Runs the body for the tasks 0 .. n_tasks - 1 that this thread claims. */
+#define FOR_EACH_TASK(w, task, n_tasks) for (int task; (task = claim_task(w)) < (n_tasks);)
 
+/* Waits until all threads have ended the phase. */
 static inline void end_phase(worker *w) {
-    /* The counter of the phase after the next: its last users passed the barrier before this one. */
+    /* Resets the counter of the phase after the next. Its last users passed the previous barrier. */
     if (w->thread == 0) atomic_store(&w->f->next_task[(w->phase + 2) % 3], 0);
     phi_pool_barrier(w->f->model->pool);
     w->phase++;
 }
 
-/* Rows of n_cols as products take them: floats, and int8 where blocks fit (no quantised matrix exists where not). */
+/* Quantises columns first_col .. first_col + n - 1 of a token to int8. Without whole blocks of PHI_Q8_BLOCK columns
+ * there is no quantised matrix that would read them. */
 static inline void quantize(const phi_kernels *k, const phi_activations *x, int token, size_t first_col, size_t n) {
     const size_t n_cols = (size_t)x->n_cols, at = (size_t)token * n_cols + first_col;
     if (n_cols % PHI_Q8_BLOCK != 0 || !x->q8.quants) return;
-    k->quantize_q8(x->f32 + at, n, phi_q8_from(x->q8, at));
+    k->quantize_q8(x->f32 + at, n, phi_q8_at(x->q8, at));
 }
 
-/* A whole row as products of many tokens take it, where they do. */
+/* Writes a token's row in the AMX layout if the batch's products read it. */
 static inline void quantize_tiled(const phi_kernels *k, const phi_activations *x, int token) {
     const size_t n_cols = (size_t)x->n_cols;
     if (!x->tiled.tiles) return;
     k->quantize_tiled(x->f32 + (size_t)token * n_cols, n_cols, &x->tiled, (size_t)token);
 }
 
-/* The same for all rows, as a phase: for activations whose tasks have too few columns for a wide block. */
+/* The same for all rows, as a phase of its own. For activations that are computed in tasks of fewer columns than
+ * PHI_TILED_BLOCK. */
 static inline void quantize_all_tiled(worker *w, const phi_activations *x, int n_rows) {
     if (!x->tiled.tiles) return;
     FOR_EACH_TASK(w, t, n_rows) quantize_tiled(w->f->model->kernels, x, t);
     end_phase(w);
 }
 
-/* out[t, r] = row r of the weights times token t, and its bias; tokens first_token .. first_token + n_tokens - 1. */
-static inline void multiply_rows(const forward *f, const phi_matrix *w, int first_row, int n_rows,
+/* out[t, r] = dot(row first_row + r of the weights, token first_token + t of x) + bias[first_row + r] */
+static inline void multiply_rows(const forward_pass *f, const phi_matrix *w, int first_row, int n_rows,
                                  const phi_activations *x, int first_token, int n_tokens, float *out,
                                  size_t out_stride) {
     const size_t row_bytes = phi_row_bytes(w->type, (size_t)w->n_cols);
@@ -113,31 +124,36 @@ static inline void multiply_rows(const forward *f, const phi_matrix *w, int firs
     for (int t = 0; t < n_tokens; t++) k->add(w->bias + first_row, (size_t)n_rows, out + (size_t)t * out_stride);
 }
 
-/* The same for all tokens of the batch, or rows whose logits are wanted. */
-static inline void multiply(const forward *f, const phi_matrix *w, int first_row, int n_rows, const phi_activations *x,
-                            int n_tokens, float *out, size_t out_stride) {
+/* The same for tokens 0 .. n_tokens - 1. */
+static inline void multiply(const forward_pass *f, const phi_matrix *w, int first_row, int n_rows,
+                            const phi_activations *x, int n_tokens, float *out, size_t out_stride) {
     multiply_rows(f, w, first_row, n_rows, x, 0, n_tokens, out, out_stride);
 }
 
-/* Rows of a weight matrix a task, at most, for products of x. */
-static inline int most_rows(const phi_activations *x) { return x->tiled.tiles ? PHI_TILED_ROWS : CHUNK_ROWS; }
+/* Maximum of weight rows per task for products with x. */
+static inline int max_task_rows(const phi_activations *x) {
+    return x->tiled.tiles ? PHI_TILED_TASK_ROWS : MAX_TASK_ROWS;
+}
 
-/* Cuts n_rows into tasks of at most so many rows: at least eight for each thread where that leaves whole blocks, so
- * that none waits for long. */
-static inline int chunk_rows(const forward *f, int n_rows, int most) {
-    int chunk = most;
+/* Weight rows per task, at most max_rows. Aims at eight tasks per thread, so that no thread waits long at the barrier,
+ * but keeps whole blocks of PHI_Q8_BLOCK rows, which are columns of the next product. */
+static inline int task_rows(const forward_pass *f, int n_rows, int max_rows) {
+    int chunk = max_rows;
     while (chunk > PHI_Q8_BLOCK && n_rows / chunk < 8 * phi_pool_size(f->model->pool)) chunk /= 2;
     return chunk;
 }
 
-/* The phases of experts.c. normed [n_tokens, n_embd] is the feed-forward's input. */
+/* Phases of experts.c; normed [n_tokens, n_embd] is the input of the feed-forward.
+ * Chooses the experts of every token and their weights. */
 void phi_route(worker *w, int layer, const phi_activations *normed);
+/* Adds the output of the chosen experts to the residual. */
 void phi_run_experts(worker *w, int layer, const phi_activations *normed);
+/* Adds the inputs of the experts to the batch's observer. */
 void phi_observe_experts(worker *w, int layer);
 
-/* sums[column] += x[row, column]^2 for n_rows rows from first_row on, in the columns of one task. */
+/* sums[column] += x[row, column]^2 for n_rows rows from first_row on, and the OBSERVER_COLS columns of one task. */
 static inline void observe_columns(const phi_activations *x, int first_row, int n_rows, int task, double *sums) {
-    const int n_cols = x->n_cols, first = task * CHUNK_ROWS, end = min_int(first + CHUNK_ROWS, n_cols);
+    const int n_cols = x->n_cols, first = task * OBSERVER_COLS, end = min_int(first + OBSERVER_COLS, n_cols);
     for (int t = first_row; t < first_row + n_rows; t++) {
         const float *row = x->f32 + (size_t)t * (size_t)n_cols;
         for (int i = first; i < end; i++) sums[i] += (double)row[i] * (double)row[i];

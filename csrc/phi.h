@@ -1,8 +1,12 @@
-/* phi-c's C API: a model, its KV cache, and one call that runs a batch of tokens through the model.
+/* phi-c's C API: load weights into a phi_model, create a KV cache, and run batches of tokens with phi_forward.
  *
- * Shapes are written [slowest, ..., fastest]; matrices are row-major with quantised blocks along the columns.
- * Everything is validated by the caller (the Python edge): what this API returns is a status, and an assert that
- * fails in it is our bug. Nothing here is freed behind the caller's back: a model borrows its weights. */
+ * Conventions
+ * - Shapes are written [slowest, ..., fastest]. Matrices are row-major, with quantised blocks along the columns.
+ * - Sizes and offsets in bytes are size_t; counts and indices are int or int32_t.
+ * - The caller validates all arguments (in phi-c, the Cython layer). A phi_status reports what can fail at run time; an
+ *   invalid argument is undefined behaviour.
+ * - A model borrows its weights and its thread pool: they must outlive it, and phi-c never frees them.
+ * - A thread pool runs one call at a time. Calls that use the same pool or the same KV cache must not overlap. */
 #ifndef PHI_H
 #define PHI_H
 
@@ -13,97 +17,105 @@
 
 typedef enum {
     PHI_OK = 0,
-    PHI_CANCELLED,     /* the batch's poll function asked to stop; the KV cache rows of the batch are undefined */
-    PHI_OUT_OF_MEMORY, /* an allocation failed */
-    PHI_NO_SUCH_TIER,  /* the instruction-set tier is unknown, or this machine lacks it */
+    PHI_CANCELLED,        /* phi_batch.poll returned true; the batch's positions in the KV cache are undefined */
+    PHI_OUT_OF_MEMORY,    /* an allocation failed, or a thread could not be started */
+    PHI_TIER_UNAVAILABLE, /* the instruction-set tier is unknown, or this machine cannot run it */
 } phi_status;
 
 /* ---- tensor types ---- */
 
+/* Format of the activations that a matrix multiplication reads (vec_dot_type in ggml). */
 typedef enum {
-    PHI_ACTIVATION_F32, /* products with this type take float activations */
-    PHI_ACTIVATION_Q8,  /* ... int8 activations with a float scale per 32 */
+    PHI_ACTIVATION_F32, /* float32 */
+    PHI_ACTIVATION_Q8,  /* int8, with one float32 scale per 32 activations */
 } phi_activation_format;
 
+/* PHI_TYPE_F32, PHI_TYPE_Q4_K, ...: one per row of tensor_types.def */
 typedef enum {
-#define PHI_TYPE(name, gguf_id, block_elements, block_bytes, activation) PHI_TYPE_##name,
+#define PHI_TYPE(name, gguf_id, block_elements, block_bytes, activation_format) PHI_TYPE_##name,
 #include "tensor_types.def"
 #undef PHI_TYPE
     PHI_N_TYPES
 } phi_type;
 
 typedef struct {
-    const char *name;
-    int gguf_id;        /* the number that stands for the type in a GGUF file */
-    int block_elements; /* elements a block */
-    int block_bytes;
-    phi_activation_format activation;
+    const char *name;   /* "Q4_K" */
+    int gguf_id;        /* the type's number in a GGUF file (enum ggml_type) */
+    int block_elements; /* weights per block */
+    int block_bytes;    /* bytes per block */
+    phi_activation_format activation_format;
 } phi_type_traits;
 
 extern const phi_type_traits phi_types[PHI_N_TYPES];
 
+/* Bytes of one row of n_cols weights; n_cols is a multiple of the type's block_elements. */
 static inline size_t phi_row_bytes(phi_type type, size_t n_cols) {
     return n_cols / (size_t)phi_types[type].block_elements * (size_t)phi_types[type].block_bytes;
 }
 
 /* ---- machine ---- */
 
+/* The kernels of one instruction-set tier, such as "avx2" (kernels.h). */
 typedef struct phi_kernels phi_kernels;
 
-/* The tiers that this build knows, worst first, NULL-terminated; available: this CPU and system can run it, which for
- * tile registers the process must ask the system. */
+/* Names of all tiers in this build, slowest first, NULL-terminated. */
 const char *const *phi_tier_names(void);
+/* Whether this CPU and operating system can run the tier. For AMX it requests the use of tile registers. */
 bool phi_tier_available(const char *tier);
-/* The table of a tier; for NULL the best available one of those that are chosen without being asked for. */
+/* Selects a tier's kernels by name. NULL selects the fastest available tier whose results do not depend on the batch
+ * size, which excludes amx and amxbf16. The table is static. Not thread-safe: the first call for a tier fills its
+ * table. Returns PHI_OK or PHI_TIER_UNAVAILABLE. */
 phi_status phi_select_kernels(const char *tier, const phi_kernels **kernels);
-/* Comma-separated instruction sets that detection found. */
+/* The instruction sets that this CPU has and the operating system enables, comma-separated; a static string. */
 const char *phi_cpu_features(void);
 
 typedef struct phi_pool phi_pool;
-/* A pool of n_threads, the calling thread among them: n_threads - 1 workers are started, asleep between runs. */
+/* Creates a pool of n_threads threads: the calling thread and n_threads - 1 workers, which sleep between calls. */
 phi_status phi_pool_create(int n_threads, phi_pool **pool);
 void phi_pool_free(phi_pool *pool);
 
-/* Seconds on the system's clock. */
+/* Clock time in seconds; only differences are meaningful. */
 double phi_seconds(void);
-/* Reads a buffer of n_bytes with every thread of the pool; bytes per second, the best of n_runs. 0 when out of memory.
- */
+/* Measures memory read bandwidth: all threads of the pool read a buffer of n_bytes together, n_runs times. Returns the
+ * highest rate in bytes per second, or 0 if the buffer cannot be allocated. */
 double phi_read_bandwidth(phi_pool *pool, size_t n_bytes, int n_runs);
 
 /* ---- model ---- */
 
 typedef enum {
-    PHI_LAYOUT_ROWS,   /* rows of blocks, as in the file */
-    PHI_LAYOUT_PANELS, /* 16 rows interleaved (kernels/generic/pack.h) */
+    PHI_LAYOUT_ROWS,   /* rows of blocks, as stored in the GGUF file */
+    PHI_LAYOUT_PANELS, /* packed: panels of PHI_PANEL_ROWS interleaved rows (kernels/generic/pack.h) */
 } phi_layout;
 
-enum { PHI_PANEL_ROWS = 16 };
-enum { PHI_EXPERTS_USED = 2 }; /* experts that run for a token: what SparseMixer is made for */
+enum { PHI_PANEL_ROWS = 16 };  /* rows per panel of packed weights */
+enum { PHI_EXPERTS_USED = 2 }; /* experts per token; SparseMixer is defined for two */
 
+/* A weight matrix [n_rows, n_cols]; a product is x @ matrix.T + bias. */
 typedef struct {
     phi_type type;
     phi_layout layout;
     int n_rows, n_cols;
-    int row_unit;      /* products take multiples of so many rows, those of a head; 0: of as many as they like */
-    const void *data;  /* n_rows * phi_row_bytes(type, n_cols) bytes, borrowed; may be unaligned in the file layout */
-    const float *bias; /* [n_rows], added to what the product gives; NULL: none */
+    int row_unit;      /* rows are computed in multiples of row_unit (head_dim for wq, wk, wv); 0: in any number */
+    const void *data;  /* n_rows * phi_row_bytes(type, n_cols) bytes, borrowed; unaligned in PHI_LAYOUT_ROWS */
+    const float *bias; /* [n_rows]; NULL: no bias */
 } phi_matrix;
 
 typedef enum {
     PHI_RMS_NORM,
-    PHI_LAYER_NORM, /* takes the mean away, and adds a bias */
+    PHI_LAYER_NORM,
 } phi_norm_kind;
 
 typedef struct {
     const float *weight; /* [n_embd] */
-    const float *bias;   /* [n_embd] of PHI_LAYER_NORM, else NULL */
+    const float *bias;   /* [n_embd] for PHI_LAYER_NORM, else NULL */
 } phi_norm;
 
 typedef enum {
     PHI_FFN_SWIGLU, /* silu(gate) * up */
-    PHI_FFN_GELU,   /* gelu(up), in the form with tanh: there is no gate */
+    PHI_FFN_GELU,   /* gelu(up), tanh approximation; there is no gate */
 } phi_ffn_activation;
 
+/* One feed-forward network, or one expert. */
 typedef struct {
     phi_matrix gate, up; /* [n_ffn, n_embd] */
     phi_matrix down;     /* [n_embd, n_ffn] */
@@ -114,111 +126,121 @@ typedef struct {
     phi_matrix wq;               /* [n_heads * head_dim, n_embd] */
     phi_matrix wk, wv;           /* [n_kv_heads * head_dim, n_embd] */
     phi_matrix wo;               /* [n_embd, n_heads * head_dim] */
-    phi_norm ffn_norm;           /* unused where attention and feed-forward are parallel */
-    phi_matrix router;           /* [n_experts, n_embd], of models with experts */
-    const phi_feed_forward *ffn; /* [n_experts], or the one there is */
+    phi_norm ffn_norm;           /* unused if phi_model.parallel */
+    phi_matrix router;           /* [n_experts, n_embd]; unused without experts */
+    const phi_feed_forward *ffn; /* [n_experts], or [1] without experts */
 } phi_layer;
 
 typedef enum {
-    PHI_ROPE_NEOX, /* rotates dimension i with i + rope_dims / 2 (Hugging Face) */
-    PHI_ROPE_INTERLEAVED, /* rotates dimension 2i with 2i + 1 (GGUF `llama` files, whose q and k rows are permuted) */
+    PHI_ROPE_NEOX,        /* rotates dimensions i and i + rope_dims / 2 (GPT-NeoX, Hugging Face) */
+    PHI_ROPE_INTERLEAVED, /* rotates dimensions 2i and 2i + 1 (GPT-J; GGUF `llama` files, whose q and k are permuted) */
 } phi_rope_style;
 
 typedef struct {
     int n_layers, n_embd, n_ffn, n_heads, n_kv_heads, head_dim, n_vocab;
-    int rope_dims; /* the first rope_dims of head_dim are rotated */
+    int rope_dims; /* the first rope_dims of the head_dim dimensions are rotated */
     phi_rope_style rope_style;
     const float *rope_inv_freq;      /* [rope_dims / 2] radians per position */
-    const float *rope_inv_freq_long; /* the same beyond the original context (LongRoPE) */
-    float rope_attn_factor;          /* multiplies cos and sin (LongRoPE) */
+    const float *rope_inv_freq_long; /* [rope_dims / 2] for phi_sequence.long_rope (LongRoPE) */
+    float rope_attn_factor;          /* multiplies cos and sin (LongRoPE); 1: none */
     phi_norm_kind norm_kind;
     float norm_eps;
-    phi_ffn_activation activation;
-    bool parallel;         /* attention and feed-forward read the same normed input (GPT-J) */
-    int n_experts;         /* of which PHI_EXPERTS_USED run for a token; 0: none, one feed-forward for all */
-    int window;            /* positions that a token sees, itself included; 0: all */
-    phi_matrix token_embd; /* [n_vocab, n_embd] */
+    phi_ffn_activation ffn_activation;
+    bool parallel;         /* parallel residual (GPT-J, Phi-2): attention and feed-forward read the same normed input */
+    int n_experts;         /* experts per layer; 0: a single feed-forward */
+    int window;            /* sliding window: positions a token attends to, itself included; 0: unlimited */
+    phi_matrix token_embd; /* [n_vocab, n_embd], PHI_LAYOUT_ROWS */
     phi_norm output_norm;
-    phi_matrix output;       /* [n_vocab, n_embd] */
+    phi_matrix output;       /* [n_vocab, n_embd]: the LM head */
     const phi_layer *layers; /* [n_layers] */
     const phi_kernels *kernels;
     phi_pool *pool;
 } phi_model;
 
-/* Repacks matrices, in place, from the file layout into the one that the model's kernels like best.
- * phi_packed_bytes is what a matrix takes: 0 where it stays as it is. memory [that many bytes], aligned to 64. */
+/* Bytes that phi_pack writes for a matrix; 0 if these kernels use it in PHI_LAYOUT_ROWS. */
 size_t phi_packed_bytes(const phi_kernels *kernels, const phi_matrix *matrix);
+/* Packs a matrix for these kernels: writes panels to memory [phi_packed_bytes], aligned to 64 bytes, and sets the
+ * matrix's layout and data to them. The matrix borrows the memory. */
 phi_status phi_pack(const phi_kernels *kernels, phi_pool *pool, phi_matrix *matrix, uint8_t *memory);
 
-/* Writes rows of a type, out [n_rows * phi_row_bytes(type, n_cols)] bytes, that are near to finite x [n_rows, n_cols]:
- * the squares of their errors, weighted by importance [n_cols] (not negative; NULL: all alike), are small. The bytes
- * do not depend on the number of threads. */
+/* Quantises x [n_rows, n_cols], finite, to out [n_rows, phi_row_bytes(type, n_cols)]. It searches for a small squared
+ * error, weighted by importance [n_cols], not negative; NULL: all columns alike. The result is the same for any number
+ * of threads. */
 phi_status phi_quantize_rows(phi_pool *pool, phi_type type, const float *x, size_t n_rows, size_t n_cols,
                              const float *importance, void *out);
 
 /* ---- KV cache ---- */
 
-enum { PHI_PAGE_TOKENS = 32 };    /* positions a page */
-enum { PHI_KV_PAGE_VERSION = 1 }; /* of what lies where in a page; pages are kept in files */
+enum { PHI_PAGE_TOKENS = 32 };    /* positions per page */
+enum { PHI_KV_PAGE_VERSION = 1 }; /* layout of a page; to be raised with every change, since files hold pages */
 
 typedef enum {
     PHI_KV_F16, /* half precision */
-    PHI_KV_Q8,  /* int8, with a half precision scale for each 32 dimensions of a position */
+    PHI_KV_Q8,  /* int8, with one half-precision scale per position and 32 dimensions */
     PHI_N_KV_TYPES
 } phi_kv_type;
 
-/* Pages of keys and values. Which page belongs to whom is the caller's business. */
+/* A KV cache: n_pages pages of keys and values for all layers. The caller allocates pages to sequences. */
 typedef struct phi_kv phi_kv;
+/* Bytes per page. */
 size_t phi_kv_page_bytes(const phi_model *model, phi_kv_type type);
+/* Creates a cache of zeroed pages. The operating system provides memory as pages are first written. */
 phi_status phi_kv_create(const phi_model *model, phi_kv_type type, int n_pages, phi_kv **kv);
 void phi_kv_free(phi_kv *kv);
-/* All that a page holds: [phi_kv_page_bytes], whatever the positions in it. */
+/* A page's content [phi_kv_page_bytes], to save and restore it. */
 uint8_t *phi_kv_page(const phi_model *model, const phi_kv *kv, int page);
 
-/* ---- forward ---- */
+/* ---- forward pass ---- */
 
 typedef struct {
-    const int32_t *pages; /* [pages in use]: position p lies in page pages[p / PHI_PAGE_TOKENS] */
-    bool long_rope;       /* rotate with rope_inv_freq_long */
+    const int32_t *pages; /* page table: position p is stored in page pages[p / PHI_PAGE_TOKENS] */
+    bool long_rope;       /* rotate by rope_inv_freq_long */
 } phi_sequence;
 
-/* What products are fed: for each column of a matrix, the sum over tokens of the input's square before it is rounded.
- * Matrices that share an input share its sums. A batch adds its tokens in their order, in double, so the bits depend
- * neither on the number of threads nor, where products do not, on how a text is cut into batches. */
+/* Collects activation statistics for an importance matrix: per input column of a weight matrix, the sum over tokens of
+ * the squared activation, before it is quantised. Matrices with the same input share their sums. Tokens are added in
+ * batch order, in double precision, so the sums depend neither on the number of threads nor, up to max_exact_batch
+ * (kernels.h), on how the tokens are split into batches. */
 typedef struct {
-    double *attn_in;        /* [n_layers, n_embd]: of wq, wk, wv */
-    double *attn_out;       /* [n_layers, n_heads * head_dim]: of wo */
-    double *ffn_in;         /* [n_layers, n_embd]: of gate, up, or the router */
-    double *ffn_inner;      /* [n_layers, n_ffn]: of down; unused with experts */
-    double *expert_in;      /* [n_layers, n_experts, n_embd]: of the experts' gate, up */
-    double *expert_inner;   /* [n_layers, n_experts, n_ffn]: of the experts' down */
-    int64_t *expert_tokens; /* [n_layers, n_experts]: tokens that they ran for */
-    double *output; /* [n_embd]: of output, of all tokens whether or not their logits are wanted; NULL: not summed */
+    double *attn_in;        /* [n_layers, n_embd]: input of wq, wk, wv */
+    double *attn_out;       /* [n_layers, n_heads * head_dim]: input of wo */
+    double *ffn_in;         /* [n_layers, n_embd]: input of gate and up, or of the router */
+    double *ffn_inner;      /* [n_layers, n_ffn]: input of down; unused with experts */
+    double *expert_in;      /* [n_layers, n_experts, n_embd]: input of an expert's gate and up */
+    double *expert_inner;   /* [n_layers, n_experts, n_ffn]: input of an expert's down */
+    int64_t *expert_tokens; /* [n_layers, n_experts]: tokens routed to an expert */
+    double *output;         /* [n_embd]: input of output, for every token of the batch; NULL: not collected */
 } phi_observer;
 
+/* Tokens of one or more sequences. The cache holds the keys and values of all earlier positions of each sequence. */
 typedef struct {
     int n_tokens;
-    const int32_t *tokens;    /* [n_tokens] vocabulary ids */
-    const int32_t *positions; /* [n_tokens] ascending within a sequence */
-    const int32_t *sequences; /* [n_tokens] index into seqs */
-    const phi_sequence *seqs;
+    const int32_t *tokens;         /* [n_tokens] token ids */
+    const int32_t *positions;      /* [n_tokens], ascending within a sequence */
+    const int32_t *seq_ids;        /* [n_tokens] indices into sequences */
+    const phi_sequence *sequences; /* [number of sequences] */
     int n_logit_rows;
-    const int32_t *logit_rows; /* [n_logit_rows] tokens of the batch whose logits are wanted */
-    float *logits;             /* out [n_logit_rows, n_vocab], or NULL */
-    float *hidden_states;         /* out [n_logit_rows, n_embd], what the head takes: after the final norm; or NULL */
-    bool (*poll)(void *);      /* asked between layers; true: stop. NULL: never */
-    void *poll_context;
-    const phi_observer *observer; /* NULL: nobody looks, at no cost. What a cancelled batch has added stays added */
+    const int32_t *logit_rows;    /* [n_logit_rows] indices of tokens to return outputs for, in any order */
+    float *logits;                /* out [n_logit_rows, n_vocab]; NULL: not computed */
+    float *hidden_states;         /* out [n_logit_rows, n_embd]: input of the LM head, after output_norm; NULL: none */
+    bool (*poll)(void *);         /* called once per layer by the calling thread; true cancels the pass. NULL: never */
+    void *poll_context;           /* argument of poll */
+    const phi_observer *observer; /* NULL: no statistics. A cancelled batch may be added in part */
 } phi_batch;
 
-/* Runs the batch: appends its keys and values to the cache and writes the logits asked for. A token sees the
- * positions before it in its sequence, those of this batch included. A token's result does not depend on what else
- * is in the batch: the bits are the same alone, in a chunk, or among other sequences. (On the tiers amx and amxbf16 in
- * batches of at most 16 tokens; larger ones take products that round otherwise.) */
+/* Runs a batch: writes its keys and values to the cache and its outputs to logits and hidden_states.
+ *
+ * A token attends to the positions of its sequence up to its own, in the cache and in this batch. Its outputs have the
+ * same bits whatever else is in the batch: alone, in a chunk of a prompt, or among other sequences. On the tiers amx
+ * and amxbf16 this holds for batches of at most max_exact_batch (16) tokens; larger ones use products that round
+ * differently.
+ *
+ * Returns PHI_OK, PHI_CANCELLED or PHI_OUT_OF_MEMORY. */
 phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batch);
 
-/* The head alone: logits [n_rows, n_vocab] of hidden_states [n_rows, n_embd] that phi_forward gave, the same bits that it
- * would have given. So logits of many positions are had a few rows at a time. kv lends its working memory. */
-phi_status phi_lm_head(const phi_model *model, phi_kv *kv, int n_rows, const float *rows, float *logits);
+/* Runs the LM head alone: logits [n_rows, n_vocab] of hidden_states [n_rows, n_embd] from phi_forward, with the same
+ * bits as phi_forward's (amx, amxbf16: if both calls have at most max_exact_batch rows, or both have more). It allows
+ * the logits of many positions to be computed in chunks. Working memory is the cache's scratch buffer. */
+phi_status phi_lm_head(const phi_model *model, phi_kv *kv, int n_rows, const float *hidden_states, float *logits);
 
 #endif

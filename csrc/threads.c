@@ -1,6 +1,6 @@
 #define _DEFAULT_SOURCE /* sigset_t, pthread_sigmask */
-/* Waiting is done in two steps: spin for some tens of microseconds, since the next phase of a forward pass is usually
- * that near, then sleep, so that an idle or oversubscribed machine is not kept busy. */
+/* A waiting thread first spins for tens of microseconds, which covers most phases of a forward pass, then sleeps, so
+ * that it does not occupy a core of an idle or oversubscribed machine. */
 #include "threads.h"
 
 #include <stdlib.h>
@@ -11,7 +11,7 @@ typedef HANDLE thread_handle;
 typedef SRWLOCK lock_t;
 typedef CONDITION_VARIABLE condition_t;
 #define lock_init(l) InitializeSRWLock(l)
-#define lock_take(l) AcquireSRWLockExclusive(l)
+#define lock_acquire(l) AcquireSRWLockExclusive(l)
 #define lock_release(l) ReleaseSRWLockExclusive(l)
 #define condition_init(c) InitializeConditionVariable(c)
 #define condition_wait(c, l) SleepConditionVariableSRW(c, l, INFINITE, 0)
@@ -24,14 +24,14 @@ typedef pthread_t thread_handle;
 typedef pthread_mutex_t lock_t;
 typedef pthread_cond_t condition_t;
 #define lock_init(l) pthread_mutex_init(l, NULL)
-#define lock_take(l) pthread_mutex_lock(l)
+#define lock_acquire(l) pthread_mutex_lock(l)
 #define lock_release(l) pthread_mutex_unlock(l)
 #define condition_init(c) pthread_cond_init(c, NULL)
 #define condition_wait(c, l) pthread_cond_wait(c, l)
 #define condition_wake_all(c) pthread_cond_broadcast(c)
 #endif
 
-enum { SPINS = 2000 }; /* with a pause of 40 to 140 cycles each: 20 to 80 microseconds */
+enum { SPINS = 2000 }; /* of 40 to 140 cycles each (the pause instruction): 20 to 80 microseconds */
 
 typedef struct {
     phi_pool *pool;
@@ -45,18 +45,18 @@ struct phi_pool {
     phi_task task;
     void *context;
     bool stop;
-    atomic_uint run;     /* counts runs */
-    atomic_uint meeting; /* counts barriers passed */
-    atomic_int arrived;  /* threads at the current barrier */
+    atomic_uint run;     /* number of runs started */
+    atomic_uint barrier; /* number of barriers passed */
+    atomic_int arrived;  /* threads waiting at the current barrier */
     atomic_int sleepers;
     lock_t lock;
     condition_t wake;
 #ifndef _WIN32
-    pid_t process; /* whose threads the workers are */
+    pid_t process; /* the process that the workers belong to */
 #endif
 };
 
-static inline void relax(void) {
+static inline void cpu_pause(void) {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__) && defined(__GNUC__)
@@ -64,35 +64,37 @@ static inline void relax(void) {
 #endif
 }
 
+/* Waits until the counter differs from `seen`. */
 static void wait_for_change(phi_pool *pool, atomic_uint *counter, unsigned seen) {
     for (int i = 0; i < SPINS; i++) {
         if (atomic_load(counter) != seen) return;
-        relax();
+        cpu_pause();
     }
-    lock_take(&pool->lock);
-    /* Counted before the counter is read again: advance() either sees the sleeper or was seen by it. */
+    lock_acquire(&pool->lock);
+    /* Before the counter is read again: either advance() sees the sleeper, or the sleeper sees the new count. */
     atomic_fetch_add(&pool->sleepers, 1);
     while (atomic_load(counter) == seen) condition_wait(&pool->wake, &pool->lock);
     atomic_fetch_sub(&pool->sleepers, 1);
     lock_release(&pool->lock);
 }
 
+/* Increments a counter and wakes its waiters. */
 static void advance(phi_pool *pool, atomic_uint *counter) {
     atomic_fetch_add(counter, 1);
     if (atomic_load(&pool->sleepers) > 0) {
-        lock_take(&pool->lock);
+        lock_acquire(&pool->lock);
         condition_wake_all(&pool->wake);
         lock_release(&pool->lock);
     }
 }
 
 void phi_pool_barrier(phi_pool *pool) {
-    const unsigned seen = atomic_load(&pool->meeting);
+    const unsigned seen = atomic_load(&pool->barrier);
     if (atomic_fetch_add(&pool->arrived, 1) + 1 == pool->n_threads) {
         atomic_store(&pool->arrived, 0);
-        advance(pool, &pool->meeting);
+        advance(pool, &pool->barrier);
     } else {
-        wait_for_change(pool, &pool->meeting, seen);
+        wait_for_change(pool, &pool->barrier, seen);
     }
 }
 
@@ -125,7 +127,7 @@ static void *thread_main(void *argument) {
     return NULL;
 }
 static bool thread_start(thread_handle *handle, worker_argument *argument) {
-    /* Signals belong to the program's own threads: Ctrl-C must interrupt Python, not a worker. */
+    /* Workers block all signals, so that Ctrl-C interrupts Python's main thread. */
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -147,7 +149,7 @@ static phi_status start_workers(phi_pool *pool) {
     lock_init(&pool->lock);
     condition_init(&pool->wake);
     atomic_store(&pool->run, 0);
-    atomic_store(&pool->meeting, 0);
+    atomic_store(&pool->barrier, 0);
     atomic_store(&pool->arrived, 0);
     atomic_store(&pool->sleepers, 0);
     pool->stop = false;
@@ -180,7 +182,7 @@ phi_status phi_pool_create(int n_threads, phi_pool **pool) {
     return PHI_OK;
 }
 
-static bool workers_live_here(const phi_pool *pool) {
+static bool is_own_process(const phi_pool *pool) {
 #ifdef _WIN32
     (void)pool;
     return true;
@@ -191,7 +193,7 @@ static bool workers_live_here(const phi_pool *pool) {
 
 void phi_pool_free(phi_pool *pool) {
     if (!pool) return;
-    if (workers_live_here(pool)) stop_workers(pool, pool->n_threads - 1);
+    if (is_own_process(pool)) stop_workers(pool, pool->n_threads - 1);
     free(pool->workers);
     free(pool->arguments);
     free(pool);
@@ -200,7 +202,7 @@ void phi_pool_free(phi_pool *pool) {
 int phi_pool_size(const phi_pool *pool) { return pool->n_threads; }
 
 phi_status phi_pool_run(phi_pool *pool, phi_task task, void *context) {
-    if (!workers_live_here(pool)) {
+    if (!is_own_process(pool)) {
         const phi_status status = start_workers(pool);
         if (status != PHI_OK) return status;
     }

@@ -1,4 +1,4 @@
-/* A pool of threads that run one task together and meet at barriers; POSIX and Win32. */
+/* A thread pool whose threads run one task together, synchronised by barriers; POSIX and Win32. */
 #ifndef PHI_THREADS_H
 #define PHI_THREADS_H
 
@@ -6,11 +6,12 @@
 
 typedef void (*phi_task)(void *context, int thread);
 
+/* Number of threads, the caller of phi_pool_run included. */
 int phi_pool_size(const phi_pool *pool);
-/* Runs the task on every thread (the caller is thread 0) and returns when all are through. After a fork the workers
- * are started anew. One run at a time. */
+/* Runs the task once on every thread (the caller is thread 0) and returns when all have finished. In a forked child it
+ * first starts new workers; PHI_OUT_OF_MEMORY if that fails. Calls must not overlap. */
 phi_status phi_pool_run(phi_pool *pool, phi_task task, void *context);
-/* Every thread of a run waits here for the others. */
+/* Waits until all threads of the pool have called it. To be called from a task, by every thread. */
 void phi_pool_barrier(phi_pool *pool);
 
 #endif

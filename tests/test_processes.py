@@ -164,7 +164,7 @@ def test_signal_handlers_during_a_step(path: Path) -> None:
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(SIGNALS), str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 0, done.stderr
-    error = "a model was called in the middle of a call by the same thread, from a signal handler maybe"
+    error = "the model is in use by this thread: a signal handler must not call it"
     assert done.stdout.splitlines() == [f"8; 0; {error}", "KeyboardInterrupt", "0"]
 
 

@@ -1,4 +1,4 @@
-# What _core.pyx uses of csrc/; the headers say what each part means.
+# The parts of csrc/ that _core.pyx uses. The headers document them.
 
 from libc.stddef cimport size_t
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t
@@ -11,7 +11,7 @@ cdef extern from "phi.h":
         PHI_OK
         PHI_CANCELLED
         PHI_OUT_OF_MEMORY
-        PHI_NO_SUCH_TIER
+        PHI_TIER_UNAVAILABLE
     ctypedef enum phi_activation_format:
         PHI_ACTIVATION_F32
         PHI_ACTIVATION_Q8
@@ -21,7 +21,7 @@ cdef extern from "phi.h":
         int gguf_id
         int block_elements
         int block_bytes
-        phi_activation_format activation
+        phi_activation_format activation_format
     const int PHI_N_TYPES
     const int PHI_PAGE_TOKENS
     const int PHI_KV_PAGE_VERSION
@@ -110,7 +110,7 @@ cdef extern from "phi.h":
         float rope_attn_factor
         phi_norm_kind norm_kind
         float norm_eps
-        phi_ffn_activation activation
+        phi_ffn_activation ffn_activation
         c_bool parallel
         int n_experts
         int window
@@ -153,8 +153,8 @@ cdef extern from "phi.h":
         int n_tokens
         const int32_t *tokens
         const int32_t *positions
-        const int32_t *sequences
-        const phi_sequence *seqs
+        const int32_t *seq_ids
+        const phi_sequence *sequences
         int n_logit_rows
         const int32_t *logit_rows
         float *logits
@@ -163,7 +163,8 @@ cdef extern from "phi.h":
         void *poll_context
         const phi_observer *observer
     phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batch) nogil
-    phi_status phi_lm_head(const phi_model *model, phi_kv *kv, int n_rows, const float *rows, float *logits) nogil
+    phi_status phi_lm_head(const phi_model *model, phi_kv *kv, int n_rows, const float *hidden_states,
+                           float *logits) nogil
 
 cdef extern from "kernels.h":
     ctypedef struct phi_activations:
@@ -196,7 +197,7 @@ cdef extern from "kernels.h":
     const int PHI_TILED_BLOCK
     const int PHI_KV_GROUP
     const int PHI_ATTENTION_ROWS
-    size_t phi_page_head_bytes(phi_kv_type type, int head_dim)
+    size_t phi_kv_slice_bytes(phi_kv_type type, int head_dim)
     size_t phi_attention_scratch_floats(int head_dim)
     size_t phi_tiled_bytes(size_t n_tokens, size_t n_cols)
     size_t phi_tiled_n_scales(size_t n_tokens, size_t n_cols)

@@ -90,7 +90,7 @@ class ForkLock:
     def __exit__(self, *exception: object) -> None: ...
     def locked(self) -> bool: ...
     @property
-    def place(self) -> tuple[int, int]: ...
+    def order(self) -> tuple[int, int]: ...
 
 @disjoint_base
 class Matrix:
@@ -113,7 +113,7 @@ class Matrix:
 
 @disjoint_base
 class Model:
-    # config: model.config.ModelConfig, weights: model.weights.Weights; named loosely, for imports go down
+    # config: model.config.ModelConfig, weights: model.weights.Weights; Any, since this module imports nothing above it
     def __init__(
         self,
         config: Any,
@@ -177,7 +177,7 @@ def forward(
     kv: KvCache,
     tokens: npt.NDArray[np.int32],
     positions: npt.NDArray[np.int32],
-    sequences: npt.NDArray[np.int32],
+    seq_ids: npt.NDArray[np.int32],
     page_tables: list[npt.NDArray[np.int32]],
     long_rope: list[bool],
     logit_rows: npt.NDArray[np.int32],
@@ -185,4 +185,4 @@ def forward(
     observer: Observer | None = None,
     hidden_states: bool = False,
 ) -> npt.NDArray[np.float32]: ...
-def lm_head(model: Model, kv: KvCache, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]: ...
+def lm_head(model: Model, kv: KvCache, hidden_states: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]: ...

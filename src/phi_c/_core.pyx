@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, auto_pickle=False, freethreading_compatible=False
-"""The only boundary to C: buffers and sizes are checked here, then the engine in csrc/ trusts them."""
+"""Python bindings of the C API (csrc/phi.h). Arguments are validated here; the C code relies on it."""
 
 import itertools
 import os
@@ -24,7 +24,11 @@ from phi_c.errors import Cancelled, ModelClosedError, OptionError, PhiError
 
 
 class TensorType(NamedTuple):
-    """One row of csrc/tensor_types.def."""
+    """A GGUF tensor type: a row of csrc/tensor_types.def.
+
+    name: "Q4_K". type_id: its number in a GGUF file. block_elements: weights per block. block_bytes: bytes per block.
+    quantised_activations: whether products with it use int8 activations (else float32).
+    """
 
     name: str
     type_id: int
@@ -40,7 +44,7 @@ TENSOR_TYPES = {
         phi_types[i].gguf_id,
         phi_types[i].block_elements,
         phi_types[i].block_bytes,
-        phi_types[i].activation == PHI_ACTIVATION_Q8,
+        phi_types[i].activation_format == PHI_ACTIVATION_Q8,
     )
     for i in range(PHI_N_TYPES)
 }
@@ -51,17 +55,27 @@ PANEL_VERSION = PHI_PANEL_VERSION
 
 cdef int _type_index(int type_id) except -1:
     if type_id not in _index_of_id:
-        raise ValueError(f"type {type_id} is unknown, expected one of {list(_index_of_id)}")
+        raise ValueError(f"unknown tensor type {type_id}, expected one of {list(_index_of_id)}")
     return _index_of_id[type_id]
+
+
+cdef int _check_shape(int index, Py_ssize_t n_rows, Py_ssize_t n_cols) except -1:
+    cdef int block_elements = phi_types[index].block_elements
+    if n_rows < 1 or n_cols < 1 or n_cols % block_elements:
+        raise ValueError(
+            f"{n_rows} x {n_cols} is not a shape of type {phi_types[index].name.decode()}, expected at least 1 row and "
+            f"a multiple of {block_elements} columns"
+        )
+    return 0
 
 
 # ---- machine ----
 
 
 def tiers(*, known=False):
-    """Return the names of the instruction-set tiers that this machine runs, slowest first; default_tier is among them.
+    """Return the names of the instruction-set tiers that this machine can run, slowest first.
 
-    known: of all that this build has kernels for.
+    known: include tiers of this build that this machine cannot run.
     """
     names = []
     cdef const char *const *name = phi_tier_names()
@@ -73,17 +87,20 @@ def tiers(*, known=False):
 
 
 def default_tier():
-    """Return the tier that is chosen where none is named: the fastest that does not have to be asked for."""
+    """Return the tier used by default: the fastest available one that is not opt-in (amx, amxbf16)."""
     return _kernels(None).name.decode()
 
 
 def max_exact_batch(tier=None):
-    """Return up to how many tokens a tier's products round as those of one token do; None: always."""
+    """Return the largest batch, in tokens, whose products have the bits of single tokens; None: unlimited.
+
+    tier: default_tier if None. Raises OptionError if the machine cannot run it.
+    """
     return _kernels(tier).max_exact_batch or None
 
 
 def kernel_table():
-    """Return tier -> type name -> the tier whose product it runs: itself, or a slower one where inherited."""
+    """Return {tier: {type name: tier that implements the matrix product}}: itself, or a lower tier it inherits from."""
     return {
         tier: {
             traits.name: phi_matmul_tier(tier.encode(), _type_index(traits.type_id)).decode()
@@ -94,9 +111,9 @@ def kernel_table():
 
 
 def cpu_features():
-    """Return the instruction sets that were found and that the system lets programs use."""
-    text = phi_cpu_features().decode()
-    return text.split(",") if text else []
+    """Return the instruction sets that this CPU has and the operating system enables."""
+    names = phi_cpu_features().decode()
+    return names.split(",") if names else []
 
 
 cdef const phi_kernels *_kernels(tier) except NULL:
@@ -109,30 +126,34 @@ cdef const phi_kernels *_kernels(tier) except NULL:
         name = tier.encode()
         status = phi_select_kernels(name, &kernels)
     if status != PHI_OK:
-        raise OptionError(f"the tier {tier!r} is not available on this machine, expected one of {', '.join(tiers())}")
+        raise OptionError(f"tier {tier!r} is not available on this machine, expected one of {', '.join(tiers())}")
     return kernels
 
 
 def read_bandwidth(int n_threads, size_t n_bytes):
-    """Return the rate, in bytes per second, at which n_threads read a buffer of n_bytes: the best of five runs."""
+    """Measure memory read bandwidth: n_threads read a buffer of n_bytes, five times.
+
+    Returns the highest rate in bytes per second. Raises ValueError for n_threads below 1 or n_bytes below 4096,
+    MemoryError.
+    """
     cdef phi_pool *pool = NULL
     cdef double rate
     if n_threads < 1 or n_bytes < 4096:
-        raise ValueError("expected at least one thread and 4096 bytes")
+        raise ValueError(f"n_threads is {n_threads} and n_bytes {n_bytes}, expected at least 1 and 4096")
     if phi_pool_create(n_threads, &pool) != PHI_OK:
-        raise MemoryError("the threads could not be started")
+        raise MemoryError(f"cannot start {n_threads} threads")
     with nogil:
         rate = phi_read_bandwidth(pool, n_bytes, 5)
         phi_pool_free(pool)
     if rate == 0:
-        raise MemoryError(f"{n_bytes} bytes could not be had")
+        raise MemoryError(f"cannot allocate {n_bytes} bytes")
     return rate
 
 
 def prefault(const uint8_t[::1] buffer not None):
-    """Read a byte of every page, so that a mapped file is in the process's memory; returns their exclusive or.
+    """Read one byte of every 4 KiB page of a mapped file, so that it is loaded into memory; return their exclusive or.
 
-    The interpreter's lock is released: another thread can go on meanwhile.
+    The GIL is released.
     """
     cdef size_t i
     cdef uint8_t bits = 0
@@ -143,9 +164,9 @@ def prefault(const uint8_t[::1] buffer not None):
 
 
 def read_strings(const uint8_t[::1] buffer not None, size_t offset, size_t count):
-    """Read a GGUF string array: `count` times a length (uint64, little endian) and UTF-8 bytes.
+    """Read `count` strings of a GGUF array: each a length in bytes (uint64, little endian) and UTF-8 bytes.
 
-    Returns the strings and the offset behind them. Raises ValueError when they leave the buffer or are not UTF-8.
+    Returns the strings and the offset after them. Raises ValueError if one extends beyond the buffer or is not UTF-8.
     """
     cdef size_t size = buffer.shape[0]
     cdef uint64_t length
@@ -153,11 +174,11 @@ def read_strings(const uint8_t[::1] buffer not None, size_t offset, size_t count
     cdef list strings = []
     for i in range(count):
         if offset > size or size - offset < 8:
-            raise ValueError(f"string {i} begins at offset {offset}, the file ends at {size}")
+            raise ValueError(f"string {i} starts at offset {offset}, the file ends at {size}")
         memcpy(&length, &buffer[offset], 8)
         offset += 8
         if length > size - offset:
-            raise ValueError(f"string {i} takes {length} bytes at offset {offset}, the file ends at {size}")
+            raise ValueError(f"string {i} has {length} bytes at offset {offset}, the file ends at {size}")
         try:
             strings.append(
                 PyUnicode_DecodeUTF8(<const char *>&buffer[offset], <Py_ssize_t>length, NULL) if length else ""
@@ -176,10 +197,13 @@ include "_kernels.pxi"
 
 
 cdef class Matrix:
-    """A weight matrix [n_rows, n_cols] in a GGUF type: a view of its bytes, which it keeps alive.
+    """A weight matrix [n_rows, n_cols] of a GGUF tensor type: a view of its bytes, which it keeps alive.
 
-    bias: float32 [n_rows], which a forward pass adds to products. row_unit: a forward pass takes multiples of so many
-    rows, those of a head; 0: of as many as it likes.
+    data: uint8, n_rows rows of whole blocks.
+    bias: float32 [n_rows], added to products in a forward pass; None: no bias.
+    row_unit: a forward pass computes rows in multiples of row_unit (head_dim for q, k and v); 0: in any number.
+
+    Raises ValueError for an unknown type or sizes that do not match.
     """
 
     cdef phi_matrix matrix
@@ -189,11 +213,10 @@ cdef class Matrix:
     def __init__(self, int type_id, int n_rows, int n_cols, const uint8_t[::1] data not None, *,
                  const float[::1] bias=None, int row_unit=0):
         cdef int index = _type_index(type_id)
-        if n_rows < 1 or n_cols < 1 or n_cols % phi_types[index].block_elements:
-            raise ValueError(f"{n_rows} x {n_cols} is no shape for type {phi_types[index].name.decode()}")
+        _check_shape(index, n_rows, n_cols)
         if <size_t>data.shape[0] != <size_t>n_rows * phi_row_bytes(index, n_cols):
-            raise ValueError(f"{n_rows} x {n_cols} of type {phi_types[index].name.decode()} "
-                             f"take {n_rows * phi_row_bytes(index, n_cols)} bytes, found {data.shape[0]}")
+            raise ValueError(f"a {n_rows} x {n_cols} matrix of type {phi_types[index].name.decode()} has "
+                             f"{data.shape[0]} bytes, expected {n_rows * phi_row_bytes(index, n_cols)}")
         self.data = data
         self.matrix.type = index
         self.matrix.n_rows = n_rows
@@ -202,12 +225,12 @@ cdef class Matrix:
         self.matrix.row_unit = row_unit
         if bias is not None:
             if bias.shape[0] != n_rows:
-                raise ValueError(f"a bias of {bias.shape[0]} elements for {n_rows} rows")
+                raise ValueError(f"the bias has {bias.shape[0]} elements, expected {n_rows}: one per row")
             self.bias = bias
             self.matrix.bias = &bias[0]
 
     def packed(self, tier=None):
-        """Return the matrix in the layout that a tier likes best: packed, or itself where it stays as it is."""
+        """Return a copy packed for a tier's kernels, without the bias; the matrix itself if they use it unpacked."""
         cdef const phi_kernels *kernels = _kernels(tier)
         cdef size_t n_bytes = phi_packed_bytes(kernels, &self.matrix)
         cdef uint8_t[::1] panels
@@ -224,7 +247,7 @@ cdef class Matrix:
         return packed
 
     def packed_bytes(self, tier=None):
-        """Return the bytes that the matrix takes in a tier's packed layout; 0: it stays as it is."""
+        """Return the size in bytes of the matrix packed for a tier's kernels; 0 if they use it unpacked."""
         return phi_packed_bytes(_kernels(tier), &self.matrix)
 
     @property
@@ -237,25 +260,33 @@ cdef class Matrix:
 
 
 cdef enum:
-    WRITE_BYTES = 1 << 26
+    WRITE_BYTES = 1 << 26  # bytes per write of packed weights
 
 
 cdef class Model:
-    """A model ready to run: sizes from a ModelConfig, weights, a tier, a pool of threads.
+    """A model ready to run: sizes, weights, the kernels of a tier, and a thread pool.
 
-    layout="packed" copies matrices into the order that the tier's kernels like best and calls weights.release as
-    it goes, so that what was copied can leave memory; layout="mmap" borrows them all as they are in the file.
-    panels, uint8 [packed_bytes]: what `write_panels` of such a model wrote, borrowed in place of packing.
-    Raises OptionError for a tier that this machine lacks, ValueError for weights or panels that do not fit.
+    config: ModelConfig. weights: Weights, of the same sizes.
+    n_threads: threads of a forward pass, the calling one included.
+    tier: instruction-set tier; None: default_tier.
+    layout: "packed" copies matrices to the tier's packed layout and calls weights.release after each layer, so that the
+        mapped file's pages can leave memory; "mmap" uses all matrices in place.
+    panels: uint8 [packed_bytes], written by `write_panels` of a model with the same weights and packed layout; used in
+        place of packing.
+
+    packed_bytes: size of the packed weights in bytes; 0 for "mmap".
+
+    Raises OptionError for an invalid n_threads, layout or tier, ValueError for weights or panels of other sizes,
+    MemoryError.
     """
 
     cdef phi_model model
     cdef phi_layer *layers
     cdef phi_feed_forward *ffns  # [n_layers, n_ffns]
-    cdef int n_ffns  # feed-forwards of a layer
-    cdef uint8_t *panels  # our own; NULL where they are borrowed
+    cdef int n_ffns  # feed-forwards per layer
+    cdef uint8_t *panels  # packed weights that the model owns; NULL if there are none or they are borrowed
     cdef readonly size_t packed_bytes
-    cdef list keep  # what the C structs point into
+    cdef list keep_alive  # objects whose memory the C structs point to
     cdef ForkLock lock
     cdef readonly str tier
     cdef readonly int n_threads
@@ -265,9 +296,9 @@ cdef class Model:
         if n_threads < 1:
             raise OptionError(f"n_threads is {n_threads}, expected at least 1")
         if layout not in ("packed", "mmap"):
-            raise OptionError(f"layout is {layout!r}, expected 'packed' or 'file'")
+            raise OptionError(f"layout is {layout!r}, expected one of packed, mmap")
         self.lock = ForkLock(MODEL)
-        self.keep = []
+        self.keep_alive = []
         m.kernels = _kernels(tier)
         self.tier = m.kernels.name.decode()
         self.n_threads = n_threads
@@ -277,7 +308,7 @@ cdef class Model:
         m.rope_style = PHI_ROPE_NEOX if config.rope_style == "neox" else PHI_ROPE_INTERLEAVED
         m.rope_attn_factor, m.norm_eps = config.rope_attn_factor, config.norm_eps
         m.norm_kind = PHI_LAYER_NORM if config.norm == "layer" else PHI_RMS_NORM
-        m.activation = PHI_FFN_GELU if config.activation == "gelu" else PHI_FFN_SWIGLU
+        m.ffn_activation = PHI_FFN_GELU if config.activation == "gelu" else PHI_FFN_SWIGLU
         m.parallel, m.n_experts = config.parallel, config.n_experts
         self.n_ffns = max(1, m.n_experts)
         m.window = config.window or 0
@@ -287,7 +318,7 @@ cdef class Model:
         m.token_embd = self._matrix(weights.token_embd, m.n_vocab, m.n_embd)
         m.output = self._matrix(weights.output, m.n_vocab, m.n_embd)
         if len(weights.layers) != m.n_layers or m.n_layers < 1:
-            raise ValueError(f"{len(weights.layers)} layers, expected {m.n_layers}")
+            raise ValueError(f"the weights have {len(weights.layers)} layers, expected {m.n_layers}")
         self.layers = <phi_layer *>calloc(m.n_layers, sizeof(phi_layer))
         self.ffns = <phi_feed_forward *>calloc(m.n_layers * self.n_ffns, sizeof(phi_feed_forward))
         if self.layers == NULL or self.ffns == NULL:
@@ -309,15 +340,15 @@ cdef class Model:
             if m.n_experts:
                 layer.router = self._matrix(w.router, m.n_experts, m.n_embd)
             if len(w.ffn) != self.n_ffns:
-                raise ValueError(f"{len(w.ffn)} feed-forwards in a layer, expected {self.n_ffns}")
+                raise ValueError(f"layer {i} has {len(w.ffn)} feed-forwards, expected {self.n_ffns}")
             for k, f in enumerate(w.ffn):
                 ffn = layer.ffn + <int>k
-                if m.activation == PHI_FFN_SWIGLU:
+                if m.ffn_activation == PHI_FFN_SWIGLU:
                     ffn.gate = self._matrix(f.gate, m.n_ffn, m.n_embd)
                 ffn.up = self._matrix(f.up, m.n_ffn, m.n_embd)
                 ffn.down = self._matrix(f.down, m.n_embd, m.n_ffn)
         if phi_pool_create(n_threads, &m.pool) != PHI_OK:
-            raise MemoryError(f"{n_threads} threads could not be started")
+            raise MemoryError(f"cannot start {n_threads} threads")
         if layout == "packed":
             self._count_packed_bytes()
             if panels is None:
@@ -337,7 +368,7 @@ cdef class Model:
         return 4 + 3 * self.n_ffns
 
     cdef phi_matrix *_layer_matrix(self, int layer, int i) noexcept:
-        """The i-th matrix of a layer that may be packed, in the order of Weights.packed_sizes."""
+        """Return a layer's i-th matrix that can be packed, in the order of Weights.packed_sizes."""
         cdef phi_layer *l = &self.layers[layer]
         cdef phi_matrix *attention[4]
         attention[0], attention[1], attention[2], attention[3] = &l.wq, &l.wk, &l.wv, &l.wo
@@ -350,10 +381,10 @@ cdef class Model:
         cdef size_t used = 0
         cdef int i, k
         if <size_t>panels.shape[0] != self.packed_bytes:
-            raise ValueError(f"{panels.shape[0]} bytes of packed weights, expected {self.packed_bytes}")
+            raise ValueError(f"found {panels.shape[0]} bytes of packed weights, expected {self.packed_bytes}")
         if self.packed_bytes == 0:
             return 0
-        self.keep.append(panels)
+        self.keep_alive.append(panels)
         for i in range(self.model.n_layers):
             for k in range(self._n_matrices()):
                 self._borrow_matrix(self._layer_matrix(i, k), &panels[0], &used)
@@ -376,7 +407,7 @@ cdef class Model:
             return 0
         self.panels = <uint8_t *>phi_map(self.packed_bytes)
         if self.panels == NULL:
-            raise MemoryError(f"{self.packed_bytes} bytes for packed weights could not be had")
+            raise MemoryError(f"cannot allocate {self.packed_bytes} bytes for packed weights")
         for i in range(m.n_layers):
             for k in range(self._n_matrices()):
                 self._pack_matrix(self._layer_matrix(i, k), &used)
@@ -394,15 +425,15 @@ cdef class Model:
         with nogil:
             status = phi_pack(self.model.kernels, self.model.pool, matrix, self.panels + used[0])
         if status != PHI_OK:
-            raise MemoryError("the threads could not be started")
+            raise MemoryError(f"cannot start {self.n_threads} threads")
         used[0] += n_bytes
         return 0
 
     cdef const float *_floats(self, values, int n) except NULL:
-        array = np.array(values, np.float32)  # a copy: 4-byte aligned, whatever the file does
+        array = np.array(values, np.float32)  # a copy, aligned to 4 bytes; the file's may not be
         if array.shape != (n,):
-            raise ValueError(f"a vector of shape {array.shape}, expected ({n},)")
-        self.keep.append(array)
+            raise ValueError(f"a vector has shape {array.shape}, expected ({n},)")
+        self.keep_alive.append(array)
         cdef float[::1] view = array
         return &view[0]
 
@@ -415,26 +446,26 @@ cdef class Model:
 
     cdef phi_matrix _matrix(self, Matrix matrix, int n_rows, int n_cols) except *:
         if matrix.matrix.n_rows != n_rows or matrix.matrix.n_cols != n_cols:
-            raise ValueError(f"a matrix of shape {matrix.shape}, expected ({n_rows}, {n_cols})")
-        self.keep.append(matrix)
+            raise ValueError(f"a matrix has shape {matrix.shape}, expected ({n_rows}, {n_cols})")
+        self.keep_alive.append(matrix)
         return matrix.matrix
 
     def write_panels(self, file):
-        """Write the packed weights, packed_bytes in all, to a binary file; raises ValueError where none were packed."""
+        """Write the packed weights (packed_bytes) to a binary file. Raises ValueError if the model has packed none."""
         cdef size_t start, n_bytes
         with self.lock:
             if self.panels == NULL:
-                raise ValueError("the model holds no packed weights of its own")
+                raise ValueError("the model has no packed weights of its own")
             for start in range(0, self.packed_bytes, WRITE_BYTES):
                 n_bytes = min(<size_t>WRITE_BYTES, self.packed_bytes - start)
                 file.write(<uint8_t[:n_bytes]>(self.panels + start))
 
     def close(self):
-        """Stop the threads and free the packed weights; running the model afterwards raises ModelClosedError."""
+        """Stop the threads and free the packed weights. Later calls of `forward` raise ModelClosedError. Idempotent."""
         with self.lock:
             phi_pool_free(self.model.pool)
             self.model.pool = NULL
-            self.keep = []
+            self.keep_alive = []
             self._unmap()
 
     cdef void _unmap(self) noexcept:

@@ -1,4 +1,4 @@
-# ---- the KV cache, and a forward pass over it ----
+# ---- KV cache and forward pass ----
 
 
 KV_TYPES = ("f16", "q8")
@@ -11,15 +11,20 @@ cdef phi_kv_type _kv_type(kv_type) except *:
 
 
 def kv_page_bytes(config, kv_type="f16"):
-    """Return the bytes of PAGE_TOKENS positions of a model in a KV cache of a type. Raises OptionError for another."""
-    return config.n_layers * config.n_kv_heads * phi_page_head_bytes(_kv_type(kv_type), config.head_dim)
+    """Return the bytes per page (PAGE_TOKENS positions) of a model's KV cache.
+
+    config: ModelConfig. kv_type: one of KV_TYPES; raises OptionError for another.
+    """
+    return config.n_layers * config.n_kv_heads * phi_kv_slice_bytes(_kv_type(kv_type), config.head_dim)
 
 
 cdef class KvCache:
-    """Pages of keys and values for one model, PAGE_TOKENS positions each.
+    """The KV cache of a model: n_pages pages of PAGE_TOKENS positions, page_bytes each, initially zero.
 
-    kv_type: "f16", half precision, or "q8", int8 with a scale for each 32 dimensions of a position. Memory is taken from
-    the system as pages are first written. Raises MemoryError when it is refused, OptionError for another type.
+    kv_type: "f16" (half precision) or "q8" (int8 with a half-precision scale per position and 32 dimensions).
+
+    The operating system provides memory as pages are first written. Raises ValueError for n_pages below 1, OptionError
+    for another kv_type, MemoryError if the address space cannot be reserved.
     """
 
     cdef phi_kv *kv
@@ -30,18 +35,18 @@ cdef class KvCache:
     def __init__(self, Model model not None, int n_pages, kv_type="f16"):
         cdef phi_kv_type type = _kv_type(kv_type)
         if n_pages < 1:
-            raise ValueError(f"{n_pages} pages, expected at least 1")
+            raise ValueError(f"n_pages is {n_pages}, expected at least 1")
         self.model = model
         self.n_pages = n_pages
         self.page_bytes = phi_kv_page_bytes(&model.model, type)
         if phi_kv_create(&model.model, type, n_pages, &self.kv) != PHI_OK:
-            raise MemoryError(f"the KV cache of {n_pages * self.page_bytes} bytes could not be had")
+            raise MemoryError(f"cannot allocate {n_pages * self.page_bytes} bytes for the KV cache")
 
     def __dealloc__(self):
         phi_kv_free(self.kv)
 
     def read_page(self, int page):
-        """Return a copy of all that a page holds: uint8 [page_bytes]. Raises IndexError for one that is not there."""
+        """Return a copy of a page's content, uint8 [page_bytes]. Raises IndexError if there is no such page."""
         cdef const uint8_t *source = self._page(page)
         cdef uint8_t[::1] data = np.empty(self.page_bytes, np.uint8)
         with nogil:
@@ -49,44 +54,45 @@ cdef class KvCache:
         return np.asarray(data)
 
     def write_page(self, int page, const uint8_t[::1] data not None):
-        """Fill a page with what `read_page` gave, of this model, type and KV_PAGE_VERSION.
+        """Overwrite a page with content from `read_page` of the same model, kv_type and KV_PAGE_VERSION.
 
-        Raises IndexError, ValueError for data of another size. No `forward` may run meanwhile.
+        data: uint8 [page_bytes]. Raises IndexError if there is no such page, ValueError for data of another size. Must
+        not overlap with a `forward` call on this cache.
         """
         cdef uint8_t *target = self._page(page)
         if <size_t>data.shape[0] != self.page_bytes:
-            raise ValueError(f"{data.shape[0]} bytes, expected {self.page_bytes} of a page")
+            raise ValueError(f"a page has {data.shape[0]} bytes, expected {self.page_bytes}")
         with nogil:
             memcpy(target, &data[0], self.page_bytes)
 
     cdef uint8_t *_page(self, int page) except NULL:
         if not 0 <= page < self.n_pages:
-            raise IndexError(f"page {page}, expected 0 to {self.n_pages - 1}")
+            raise IndexError(f"page is {page}, expected 0 to {self.n_pages - 1}")
         return phi_kv_page(&self.model.model, self.kv, page)
 
 
 cdef class CancelFlag:
-    """Stops a running `forward` from another thread."""
+    """Cancels a running `forward`, which raises Cancelled after at most one layer. Can be set from any thread."""
 
     cdef volatile int flag
 
     def set(self):
-        """Ask the call that watches this flag to stop."""
+        """Cancel calls of `forward` with this flag, running or future, until `clear`."""
         self.flag = 1
 
     def clear(self):
-        """Make the flag usable again."""
+        """Reset the flag, so that it can be used again."""
         self.flag = 0
 
     def is_set(self):
-        """Return whether `set` was called."""
+        """Return whether the flag is set."""
         return self.flag != 0
 
 
-cdef struct _Watch:  # what a running forward pass asks between layers
+cdef struct _Watch:  # state of _poll, which a forward pass calls once per layer
     const volatile int *flag  # of a CancelFlag, or NULL
-    double asked  # phi_seconds() at the last look at Python's signals
-    void *errors  # the list that takes what a signal handler raised
+    double last_check  # phi_seconds() at the last check for Python signals
+    void *errors  # list of exceptions raised by signal handlers
 
 
 cdef c_bool _poll(void *context) noexcept nogil:
@@ -94,9 +100,9 @@ cdef c_bool _poll(void *context) noexcept nogil:
     cdef double now = phi_seconds()
     if watch.flag != NULL and watch.flag[0]:
         return True
-    if 0 <= now - watch.asked < 0.1:
+    if 0 <= now - watch.last_check < 0.1:
         return False
-    watch.asked = now
+    watch.last_check = now
     return _handle_signals(watch)
 
 
@@ -110,17 +116,23 @@ cdef c_bool _handle_signals(_Watch *watch) noexcept with gil:
 
 
 cdef class Observer:
-    """Adds up, while `forward` runs, the squares of what each matrix of a model is multiplied with.
+    """Collects activation statistics for an importance matrix while `forward` runs.
 
-    attn_in [n_layers, n_embd] is fed to wq, wk and wv, attn_out [n_layers, n_heads * head_dim] to wo, ffn_in
-    [n_layers, n_embd] to gate and up, or to a router of experts, ffn_inner [n_layers, n_ffn] to down, and output
-    [n_embd], None unless it is asked for, to the output matrix: float64, sums over n_tokens. expert_in [n_layers,
-    n_experts, n_embd] and expert_inner [n_layers, n_experts, n_ffn] are what experts are fed, summed over the
-    expert_tokens [n_layers, n_experts] that they ran for; without experts they are empty, with them ffn_inner is 0.
-    Inputs count as they are before they are rounded to int8.
+    For each input column of the model's weight matrices: the sum over tokens of the squared activation, before it is
+    quantised. Sums are float64, accumulated over all `forward` calls with this observer.
+
+    n_tokens: number of tokens observed.
+    attn_in: [n_layers, n_embd], input of wq, wk and wv.
+    attn_out: [n_layers, n_heads * head_dim], input of wo.
+    ffn_in: [n_layers, n_embd], input of gate and up, or of the router.
+    ffn_inner: [n_layers, n_ffn], input of down; 0 with experts.
+    expert_in: [n_layers, n_experts, n_embd], input of each expert's gate and up.
+    expert_inner: [n_layers, n_experts, n_ffn], input of each expert's down.
+    expert_tokens: int64 [n_layers, n_experts], tokens routed to each expert.
+    output: [n_embd], input of the output matrix; None unless requested with output=True.
     """
 
-    cdef phi_observer sums
+    cdef phi_observer sums  # pointers into the arrays
     cdef Model model
     cdef readonly object attn_in, attn_out, ffn_in, ffn_inner, output, expert_in, expert_inner, expert_tokens
     cdef readonly long long n_tokens
@@ -147,7 +159,7 @@ cdef class Observer:
             self.sums.expert_tokens = &tokens[0, 0]
 
     def clear(self):
-        """Begin anew: also after a pass that was interrupted, which has added a part of its tokens."""
+        """Reset all sums to 0. Required after a cancelled `forward`, which may have added part of its batch."""
         for sums in (self.attn_in, self.attn_out, self.ffn_in, self.ffn_inner, self.output,
                      self.expert_in, self.expert_inner, self.expert_tokens):
             if sums is not None:
@@ -168,60 +180,66 @@ cdef int _check(const int32_t[::1] values, int low, int high, what) except -1:
 
 
 def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens not None,
-            const int32_t[::1] positions not None, const int32_t[::1] sequences not None,
+            const int32_t[::1] positions not None, const int32_t[::1] seq_ids not None,
             list page_tables not None, list long_rope not None, const int32_t[::1] logit_rows not None,
             CancelFlag cancel=None, Observer observer=None, bint hidden_states=False):
-    """Run a batch of tokens and return the logits asked for: float32 [n_logit_rows, n_vocab].
+    """Run a batch of tokens of one or more sequences; return the logits of selected tokens.
 
-    With hidden_states=True: what the head takes instead, float32 [n_logit_rows, n_embd]: the rows after the final norm,
-    of which `head` makes the same logits.
+    tokens: int32 [n_tokens], token ids.
+    positions: int32 [n_tokens], ascending within a sequence; the cache holds all earlier positions.
+    seq_ids: int32 [n_tokens], indices into page_tables and long_rope.
+    page_tables: per sequence, int32 page numbers; position p is stored in page page_table[p // PAGE_TOKENS].
+    long_rope: per sequence, whether to rotate by the long LongRoPE factors.
+    logit_rows: int32 [n_logit_rows], indices of tokens in the batch, in any order.
+    cancel: flag that cancels the call.
+    observer: an Observer of this model, to which the batch is added.
+    hidden_states: return hidden states instead of logits: the input of the LM head, after the final norm.
 
-    tokens, positions, sequences: int32 [n_tokens]; token i is at a position of sequence sequences[i], whose position
-    p lies in KV page page_tables[s][p // PAGE_TOKENS] (int32) and which rotates by the long factors if long_rope[s].
-    logit_rows: int32, tokens of the batch. Positions ascend within a sequence, and the cache holds those before.
-    observer: one of this model, to which the batch is added.
+    Returns float32 [n_logit_rows, n_vocab], or [n_logit_rows, n_embd] with hidden_states.
 
-    Raises ValueError for indices out of range, ModelClosedError, Cancelled when the flag was set; an interrupt
-    (Ctrl-C) passes through within a layer's time.
+    Raises ValueError for lengths that differ and indices out of range, ModelClosedError, Cancelled, MemoryError. An
+    exception of a signal handler, such as KeyboardInterrupt, is raised within 0.1 s and one layer.
     """
     cdef int n_tokens = <int>tokens.shape[0], n_sequences = <int>len(page_tables), i
     cdef int n_logit_rows = <int>logit_rows.shape[0]
-    if n_tokens == 0 or positions.shape[0] != n_tokens or sequences.shape[0] != n_tokens or len(long_rope) != n_sequences:
-        raise ValueError("tokens, positions and sequences differ in length or are empty")
+    if n_tokens == 0 or positions.shape[0] != n_tokens or seq_ids.shape[0] != n_tokens:
+        raise ValueError("tokens, positions and seq_ids differ in length or are empty")
+    if len(long_rope) != n_sequences:
+        raise ValueError(f"long_rope has {len(long_rope)} elements, expected {n_sequences}: one per page table")
     if kv.model is not model:
         raise ValueError("the KV cache belongs to another model")
     if observer is not None and observer.model is not model:
         raise ValueError("the observer belongs to another model")
     _check(tokens, 0, model.model.n_vocab, "a token id")
-    _check(sequences, 0, n_sequences, "a sequence index")
+    _check(seq_ids, 0, n_sequences, "a sequence id")
     _check(logit_rows, 0, n_tokens, "a logit row")
     tables = [np.ascontiguousarray(table, np.int32) for table in page_tables]
     cdef const int32_t[::1] table
-    cdef phi_sequence *seqs = <phi_sequence *>calloc(n_sequences, sizeof(phi_sequence))
-    if seqs == NULL:
+    cdef phi_sequence *sequences = <phi_sequence *>calloc(n_sequences, sizeof(phi_sequence))
+    if sequences == NULL:
         raise MemoryError
     cdef phi_batch batch
     cdef phi_status status
     cdef list errors = []
     cdef _Watch watch
     watch.flag = &cancel.flag if cancel is not None else NULL
-    watch.asked = phi_seconds()
+    watch.last_check = phi_seconds()
     watch.errors = <void *>errors
     try:
         for i in range(n_sequences):
             table = tables[i]
-            _check(table, 0, kv.n_pages, "a page")
-            seqs[i].pages = &table[0] if table.shape[0] else NULL
-            seqs[i].long_rope = bool(long_rope[i])
+            _check(table, 0, kv.n_pages, "a page number")
+            sequences[i].pages = &table[0] if table.shape[0] else NULL
+            sequences[i].long_rope = bool(long_rope[i])
         for i in range(n_tokens):
-            if not 0 <= positions[i] < len(tables[sequences[i]]) * PHI_PAGE_TOKENS:
-                raise ValueError(f"position {positions[i]} is outside the pages of its sequence")
+            if not 0 <= positions[i] < len(tables[seq_ids[i]]) * PHI_PAGE_TOKENS:
+                raise ValueError(f"position {positions[i]} is outside the pages of sequence {seq_ids[i]}")
         out = np.empty((n_logit_rows, model.model.n_embd if hidden_states else model.model.n_vocab), np.float32)
         batch.n_tokens = n_tokens
         batch.tokens = &tokens[0]
         batch.positions = &positions[0]
-        batch.sequences = &sequences[0]
-        batch.seqs = seqs
+        batch.seq_ids = &seq_ids[0]
+        batch.sequences = sequences
         batch.n_logit_rows = n_logit_rows
         batch.logit_rows = &logit_rows[0] if n_logit_rows else NULL
         batch.logits = batch.hidden_states = NULL
@@ -232,36 +250,40 @@ def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens
         batch.poll = _poll
         batch.poll_context = &watch
         batch.observer = &observer.sums if observer is not None else NULL
-        with model.lock:  # one run at a time on a pool
+        with model.lock:  # a thread pool runs one call at a time
             if model.model.pool == NULL:
                 raise ModelClosedError("the model was closed")
             with nogil:
                 status = phi_forward(&model.model, kv.kv, &batch)
     finally:
-        free(seqs)
+        free(sequences)
     if errors:
         raise errors[0]
     if status == PHI_CANCELLED:
         raise Cancelled("the call was cancelled")
     if status != PHI_OK:
-        raise MemoryError("the working memory of a forward pass could not be had")
+        raise MemoryError("cannot allocate the working memory of a forward pass")
     if observer is not None:
         observer.n_tokens += n_tokens
     return out
 
 
-def lm_head(Model model not None, KvCache kv not None, const float[:, ::1] rows not None):
-    """Return the logits of rows that `forward` gave with hidden_states=True: float32 [n_rows, n_vocab].
+def lm_head(Model model not None, KvCache kv not None, const float[:, ::1] hidden_states not None):
+    """Return the logits of hidden states from `forward`, float32 [n_rows, n_vocab].
 
-    Raises ValueError for rows of another width, ModelClosedError.
+    hidden_states: float32 [n_rows, n_embd], after the final norm. kv: a KV cache of the model, whose working memory is
+    used. The logits have the bits that `forward` would return; on tiers with a `max_exact_batch`, if both calls have at
+    most that many rows, or both have more.
+
+    Raises ValueError for another shape or another model's cache, ModelClosedError, MemoryError.
     """
-    cdef int n_rows = <int>rows.shape[0]
+    cdef int n_rows = <int>hidden_states.shape[0]
     cdef phi_status status
     cdef float *out
     if kv.model is not model:
         raise ValueError("the KV cache belongs to another model")
-    if rows.shape[1] != model.model.n_embd:
-        raise ValueError(f"rows of {rows.shape[1]} values, expected {model.model.n_embd}")
+    if hidden_states.shape[1] != model.model.n_embd:
+        raise ValueError(f"hidden states have {hidden_states.shape[1]} columns, expected {model.model.n_embd}")
     logits = np.empty((n_rows, model.model.n_vocab), np.float32)
     if n_rows == 0:
         return logits
@@ -270,9 +292,9 @@ def lm_head(Model model not None, KvCache kv not None, const float[:, ::1] rows 
         if model.model.pool == NULL:
             raise ModelClosedError("the model was closed")
         with nogil:
-            status = phi_lm_head(&model.model, kv.kv, n_rows, &rows[0, 0], out)
+            status = phi_lm_head(&model.model, kv.kv, n_rows, &hidden_states[0, 0], out)
     if status != PHI_OK:
-        raise MemoryError("the working memory of the head could not be had")
+        raise MemoryError("cannot allocate the working memory of the LM head")
     return logits
 
 

@@ -1,12 +1,18 @@
-# ---- kernels, one by one: for tests, benchmarks and converters ----
+# ---- single kernels, for tests, benchmarks, conversion and quantisation ----
+#
+# tier: name of an instruction-set tier; None: the default tier. Raises OptionError if the machine cannot run it.
 
 
 def dequantize(int type_id, const uint8_t[::1] data not None, size_t n_elements, tier=None):
-    """Return float32 [n_elements] of a row of blocks. Raises ValueError when the sizes do not fit."""
+    """Dequantise n_elements weights.
+
+    type_id: GGUF tensor type. data: uint8, whole blocks. Returns float32 [n_elements]. Raises ValueError if data has
+    another size than n_elements weights.
+    """
     cdef int index = _type_index(type_id)
     cdef const phi_kernels *kernels = _kernels(tier)
     if n_elements % phi_types[index].block_elements or phi_row_bytes(index, n_elements) != <size_t>data.shape[0]:
-        raise ValueError(f"{n_elements} elements of type {type_id} do not take {data.shape[0]} bytes")
+        raise ValueError(f"{data.shape[0]} bytes are not {n_elements} weights of type {phi_types[index].name.decode()}")
     y = np.empty(n_elements, np.float32)
     cdef float[::1] view = y
     if n_elements:
@@ -16,17 +22,20 @@ def dequantize(int type_id, const uint8_t[::1] data not None, size_t n_elements,
 
 
 def quantize_rows(int type_id, const float[:, ::1] x not None, const float[::1] importance=None, int n_threads=1):
-    """Return uint8 [n_rows, row_bytes]: x, float32 [n_rows, n_cols] and finite, in a type.
+    """Quantise rows of weights.
 
-    importance [n_cols]: how much the square of an error in each column matters. Raises ValueError for sizes that do not
-    fit, MemoryError.
+    type_id: GGUF tensor type.
+    x: float32 [n_rows, n_cols], finite.
+    importance: float32 [n_cols], the weight of the squared error of each column; None: all columns alike.
+
+    Returns uint8 [n_rows, row_bytes], the same for any n_threads. Raises ValueError if sizes do not match, MemoryError
+    if the threads cannot be started.
     """
     cdef int index = _type_index(type_id)
     cdef size_t n_rows = x.shape[0], n_cols = x.shape[1]
     cdef phi_pool *pool = NULL
     cdef phi_status status
-    if n_rows == 0 or n_cols == 0 or n_cols % phi_types[index].block_elements:
-        raise ValueError(f"{n_rows} x {n_cols} is no shape for type {phi_types[index].name.decode()}")
+    _check_shape(index, n_rows, n_cols)
     if importance is not None and <size_t>importance.shape[0] != n_cols:
         raise ValueError(f"importance of {importance.shape[0]} columns, expected {n_cols}")
     if n_threads < 1:
@@ -34,19 +43,19 @@ def quantize_rows(int type_id, const float[:, ::1] x not None, const float[::1] 
     out = np.empty((n_rows, phi_row_bytes(index, n_cols)), np.uint8)
     cdef uint8_t[:, ::1] view = out
     if phi_pool_create(n_threads, &pool) != PHI_OK:
-        raise MemoryError("the threads could not be started")
+        raise MemoryError(f"cannot start {n_threads} threads")
     with nogil:
         status = phi_quantize_rows(
             pool, index, &x[0, 0], n_rows, n_cols, &importance[0] if importance is not None else NULL, &view[0, 0]
         )
         phi_pool_free(pool)
     if status != PHI_OK:
-        raise MemoryError("the threads could not be started")
+        raise MemoryError(f"cannot start {n_threads} threads")
     return out
 
 
 class Q8(NamedTuple):
-    """Activations as products take them, phi_q8 in csrc/kernels.h."""
+    """Quantised activations, phi_q8 in csrc/kernels.h: int8 with a float32 scale per 32, and sums of 16 and of 32."""
 
     quants: np.ndarray
     scales: np.ndarray
@@ -56,7 +65,7 @@ class Q8(NamedTuple):
     block_offsets: np.ndarray
 
 
-cdef phi_q8 _pointers(q8) except *:
+cdef phi_q8 _q8_pointers(q8) except *:
     cdef int8_t[::1] quants = q8.quants
     cdef float[::1] scales = q8.scales, sums = q8.sums, block_sums = q8.block_sums
     cdef int32_t[::1] offsets = q8.offsets, block_offsets = q8.block_offsets
@@ -64,7 +73,7 @@ cdef phi_q8 _pointers(q8) except *:
 
 
 def quantize_q8(const float[::1] x not None, tier=None):
-    """Return activations [n] as products take them, with a scale for each 32."""
+    """Quantise activations x, float32 [n], to int8 with a scale per 32. Raises ValueError if n % 32 is not 0."""
     cdef const phi_kernels *kernels = _kernels(tier)
     cdef size_t n = x.shape[0]
     if n == 0 or n % PHI_Q8_BLOCK:
@@ -78,28 +87,32 @@ def quantize_q8(const float[::1] x not None, tier=None):
         offsets=np.empty(n_sums, np.int32),
         block_offsets=np.empty(n_blocks, np.int32),
     )
-    kernels.quantize_q8(&x[0], n, _pointers(q8))
+    kernels.quantize_q8(&x[0], n, _q8_pointers(q8))
     return q8
 
 
 def matmul(Matrix weights not None, const float[:, ::1] x not None, tier=None):
-    """Return x @ weights.T, float32 [n_tokens, n_rows], on one thread; x is [n_tokens, n_cols]."""
+    """Multiply on one thread, quantising x as a forward pass does; a bias of the weights is not added.
+
+    x: float32 [n_tokens, n_cols]. Returns x @ weights.T, float32 [n_tokens, n_rows]. Raises ValueError for another
+    shape.
+    """
     cdef const phi_kernels *kernels = _kernels(tier)
     cdef int n_tokens = <int>x.shape[0], n_cols = weights.matrix.n_cols, n_rows = weights.matrix.n_rows
     if x.shape[1] != n_cols or n_tokens == 0:
-        raise ValueError(f"x is {n_tokens} x {x.shape[1]}, expected rows of {n_cols}")
+        raise ValueError(f"x has shape ({n_tokens}, {x.shape[1]}), expected at least 1 row of {n_cols}")
     cdef phi_activations a
     a.n_cols = n_cols
     a.f32 = <float *>&x[0, 0]
     if n_cols % PHI_Q8_BLOCK == 0:
         q8 = quantize_q8(np.asarray(x).reshape(-1), tier)
-        a.q8 = _pointers(q8)
+        a.q8 = _q8_pointers(q8)
     a.tiled.tiles = NULL
     cdef int8_t[::1] tiles
     cdef float[::1] tiled_scales
     cdef int t
     if kernels.quantize_tiled != NULL and n_cols % PHI_TILED_BLOCK == 0 and n_tokens > kernels.max_exact_batch:
-        tiles = np.full(phi_tiled_bytes(n_tokens, n_cols), 127, np.int8)  # tokens that fill up may hold anything
+        tiles = np.full(phi_tiled_bytes(n_tokens, n_cols), 127, np.int8)  # padding tokens may have any values
         tiled_scales = np.empty(phi_tiled_n_scales(n_tokens, n_cols), np.float32)
         a.tiled.tiles, a.tiled.scales, a.tiled.n_tokens = &tiles[0], &tiled_scales[0], phi_tiled_tokens(n_tokens)
         for t in range(n_tokens):
@@ -125,10 +138,10 @@ def matmul(Matrix weights not None, const float[:, ::1] x not None, tier=None):
 
 
 def rms_norm(const float[::1] x not None, const float[::1] weight not None, float eps, tier=None):
-    """Return x / sqrt(mean(x^2) + eps) * weight, float32 [n]."""
+    """Return x / sqrt(mean(x^2) + eps) * weight; all float32 [n]. Raises ValueError if lengths differ or are 0."""
     cdef const phi_kernels *kernels = _kernels(tier)
     if x.shape[0] != weight.shape[0] or x.shape[0] == 0:
-        raise ValueError("x and weight differ in length, or are empty")
+        raise ValueError("x and weight differ in length or are empty")
     y = np.empty(x.shape[0], np.float32)
     cdef float[::1] view = y
     kernels.rms_norm(&x[0], &weight[0], x.shape[0], eps, &view[0])
@@ -137,10 +150,13 @@ def rms_norm(const float[::1] x not None, const float[::1] weight not None, floa
 
 def layer_norm(const float[::1] x not None, const float[::1] weight not None, const float[::1] bias not None, float eps,
                tier=None):
-    """Return (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias, float32 [n]."""
+    """Return (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias; all float32 [n].
+
+    Raises ValueError if lengths differ or are 0.
+    """
     cdef const phi_kernels *kernels = _kernels(tier)
     if not 0 < x.shape[0] == weight.shape[0] == bias.shape[0]:
-        raise ValueError("x, weight and bias differ in length, or are empty")
+        raise ValueError("x, weight and bias differ in length or are empty")
     y = np.empty(x.shape[0], np.float32)
     cdef float[::1] view = y
     kernels.layer_norm(&x[0], &weight[0], &bias[0], x.shape[0], eps, &view[0])
@@ -148,7 +164,7 @@ def layer_norm(const float[::1] x not None, const float[::1] weight not None, co
 
 
 def gelu(const float[::1] x not None, tier=None):
-    """Return gelu(x) in the form with tanh, float32 [n]."""
+    """Return the tanh approximation of gelu(x); both float32 [n]. Raises ValueError if x is empty."""
     cdef const phi_kernels *kernels = _kernels(tier)
     if x.shape[0] == 0:
         raise ValueError("x is empty")
@@ -159,10 +175,10 @@ def gelu(const float[::1] x not None, tier=None):
 
 
 def silu_mul(const float[::1] gate not None, const float[::1] up not None, tier=None):
-    """Return silu(gate) * up, float32 [n]."""
+    """Return silu(gate) * up; all float32 [n]. Raises ValueError if lengths differ or are 0."""
     cdef const phi_kernels *kernels = _kernels(tier)
     if gate.shape[0] != up.shape[0] or gate.shape[0] == 0:
-        raise ValueError("gate and up differ in length, or are empty")
+        raise ValueError("gate and up differ in length or are empty")
     y = np.empty(gate.shape[0], np.float32)
     cdef float[::1] view = y
     kernels.silu_mul(&gate[0], &up[0], gate.shape[0], &view[0])
@@ -170,10 +186,10 @@ def silu_mul(const float[::1] gate not None, const float[::1] up not None, tier=
 
 
 def add(const float[::1] x not None, const float[::1] y not None, tier=None):
-    """Return x + y, float32 [n]."""
+    """Return x + y; all float32 [n]. Raises ValueError if lengths differ or are 0."""
     cdef const phi_kernels *kernels = _kernels(tier)
     if x.shape[0] != y.shape[0] or x.shape[0] == 0:
-        raise ValueError("x and y differ in length, or are empty")
+        raise ValueError("x and y differ in length or are empty")
     total = np.array(y)
     cdef float[::1] view = total
     kernels.add(&x[0], x.shape[0], &view[0])
@@ -181,25 +197,43 @@ def add(const float[::1] x not None, const float[::1] y not None, tier=None):
 
 
 def rope(const float[::1] x not None, const float[::1] cos not None, const float[::1] sin not None, style, tier=None):
-    """Return a head whose first 2 * len(cos) dimensions are rotated, float32 [head_dim]; style: "neox" or "interleaved"."""
+    """Apply rotary position embedding to one head.
+
+    x: float32 [head_dim]. cos, sin: float32 [rope_dims / 2], of the angles. style: "neox" rotates dimensions i and
+    i + rope_dims / 2, "interleaved" 2i and 2i + 1. Returns float32 [head_dim]; dimensions from rope_dims on are x.
+    Raises ValueError if the shapes do not match.
+    """
     cdef const phi_kernels *kernels = _kernels(tier)
     cdef int rope_dims = <int>(2 * cos.shape[0])
     if cos.shape[0] != sin.shape[0] or rope_dims == 0 or rope_dims > x.shape[0]:
-        raise ValueError("the shapes of x, cos and sin do not fit")
+        raise ValueError(
+            f"cos and sin have {cos.shape[0]} and {sin.shape[0]} elements, expected the same number from 1 to "
+            f"{x.shape[0] // 2}"
+        )
     y = np.array(x)
     cdef float[::1] view = y
-    kernels.rope[<int>(PHI_ROPE_NEOX if style == "neox" else PHI_ROPE_INTERLEAVED)](&view[0], rope_dims, &cos[0], &sin[0])
+    cdef phi_rope_style index = PHI_ROPE_NEOX if style == "neox" else PHI_ROPE_INTERLEAVED
+    kernels.rope[<int>index](&view[0], rope_dims, &cos[0], &sin[0])
     return y
 
 
 def store_kv(const float[::1] k not None, const float[::1] v not None, int slot, tier=None, kv_type="f16"):
-    """Return a head's part of a page, uint8, that holds one position's key and value in a slot, else bytes of 0xff."""
+    """Store one position's key and value in a new page.
+
+    k, v: float32 [head_dim] of one KV head. slot: position in the page. kv_type: "f16" or "q8".
+
+    Returns the head's slice of the page (phi_kv_slice in csrc/kernels.h), uint8, whose other bytes are 0xff. Raises
+    ValueError if k and v differ in length or are empty, or if there is no such slot; OptionError for another kv_type.
+    """
     cdef const phi_kernels *kernels = _kernels(tier)
     cdef int head_dim = <int>k.shape[0]
     if v.shape[0] != head_dim or head_dim == 0 or not 0 <= slot < PHI_PAGE_TOKENS:
-        raise ValueError("k and v differ in length, or are empty, or there is no such slot")
+        raise ValueError(
+            f"k and v have {head_dim} and {v.shape[0]} elements for slot {slot}, expected equal lengths and a slot "
+            f"from 0 to {PHI_PAGE_TOKENS - 1}"
+        )
     cdef phi_kv_type type = _kv_type(kv_type)
-    page = np.full(phi_page_head_bytes(type, head_dim), 0xff, np.uint8)
+    page = np.full(phi_kv_slice_bytes(type, head_dim), 0xff, np.uint8)
     cdef uint8_t[::1] view = page
     kernels.store_kv[<int>type](&k[0], &v[0], head_dim, slot, &view[0])
     return page
@@ -207,21 +241,27 @@ def store_kv(const float[::1] k not None, const float[::1] v not None, int slot,
 
 def attention(const float[:, :, ::1] q not None, const float[:, ::1] k not None, const float[:, ::1] v not None,
               int query_start, int window, float scale, tier=None, kv_type="f16"):
-    """Return the attention output softmax(scale * q @ k.T) @ v, causal: float32, shaped as q.
+    """Return softmax(scale * q @ k.T) @ v, causal: float32 [n_tokens, n_queries, head_dim].
 
-    q: [n_tokens, n_queries, head_dim], at positions query_start, query_start + 1, ...
-    k, v: [n_positions, head_dim] of one key/value head; stored in a KV cache in reverse page order, other slots NaN.
-    window: sliding window in positions, the token's own included; 0: no window.
-    kv_type: storage type of the KV cache, "f16" or "q8".
+    q: float32 [n_tokens, n_queries, head_dim], tokens at positions query_start, query_start + 1, ...
+    k, v: float32 [n_positions, head_dim] of one KV head. They are stored as kv_type ("f16" or "q8") in pages in reverse
+        order; unused slots are NaN.
+    window: positions that a token attends to, itself included; 0: unlimited.
+
+    Raises ValueError if the shapes do not match, OptionError for another kv_type.
     """
     cdef const phi_kernels *kernels = _kernels(tier)
     cdef int n = <int>k.shape[0], head_dim = <int>k.shape[1], n_pages = (n + PHI_PAGE_TOKENS - 1) // PHI_PAGE_TOKENS
     if not (0 < q.shape[0] <= PHI_ATTENTION_ROWS and 0 <= query_start and query_start + q.shape[0] <= n
             and q.shape[1] > 0 and q.shape[2] == v.shape[1] == head_dim and v.shape[0] == n
             and head_dim > 0 and head_dim % 2 == 0):
-        raise ValueError("the shapes of q, k and v do not fit")
+        raise ValueError(
+            f"q, k and v have shapes {np.shape(q)}, {np.shape(k)} and {np.shape(v)}, query_start is {query_start}: "
+            f"expected (n_tokens, n_queries, head_dim) and twice (n_positions, head_dim) with an even head_dim, and "
+            f"query_start + n_tokens of at most n_positions"
+        )
     cdef phi_kv_type type = _kv_type(kv_type)
-    cdef size_t page_bytes = phi_page_head_bytes(type, head_dim)
+    cdef size_t page_bytes = phi_kv_slice_bytes(type, head_dim)
     cdef uint8_t[::1] pages = np.full(n_pages * page_bytes, 0xff, np.uint8)
     cdef int32_t[::1] table = np.arange(n_pages - 1, -1, -1, dtype=np.int32)
     cdef int p

@@ -1,68 +1,70 @@
-# ---- locks that a fork waits for ----
+# ---- locks that os.fork acquires ----
 
 
-ENGINE, DISK_CACHE, MODEL = range(3)  # ranks of locks, in the order in which a thread takes them
+ENGINE, DISK_CACHE, MODEL = range(3)  # ranks of locks: a thread acquires them in ascending order
 
-_fork_locks = []  # weak references to them
+_fork_locks = []  # weak references to all ForkLocks
 _lock_numbers = itertools.count()
-_forking = threading.local()
+_forking = threading.local()  # acquired: the locks that this thread's running os.fork has acquired
 
 
 cdef class ForkLock:
-    """A lock that a fork waits for; a context manager. A thread that holds one takes others of a higher rank only.
+    """A lock that `os.fork` acquires before it forks and releases in the parent and in the child; a context manager.
 
-    A child of `os.fork` has the thread that forked and no other: a lock that another one held would never be released
-    there, and what it guards would be half changed. So a fork takes all of these locks first and gives them back on
-    both sides, which costs at most the step that a model is in. Those that the forking thread holds itself, since a
-    signal handler forks in the middle of a step, stay its own on both sides.
+    A forked child has only the thread that called `os.fork`. A lock held by another thread would never be released
+    there, and the data that it guards might be inconsistent. So a fork waits for all ForkLocks, at most as long as the
+    current step of a model. Locks that the forking thread itself holds (a signal handler can fork in the middle of a
+    step) stay held in parent and child.
 
-    Compiled, so that no interrupt comes between taking the lock and noting who holds it. Raises PhiError for a thread
-    that holds it already, and would wait for itself.
+    rank: ENGINE, DISK_CACHE or MODEL. A thread that holds a lock may acquire only locks of a higher rank.
+
+    Not reentrant: raises PhiError if the thread already holds it, instead of a deadlock. Compiled, so that no interrupt
+    can occur between acquiring the lock and recording its owner.
     """
 
     cdef object lock, __weakref__
-    cdef readonly tuple place
-    cdef long holder  # a thread, or 0
+    cdef readonly tuple order  # (rank, number of creation): the order in which a fork acquires locks
+    cdef long owner  # thread identifier; 0: unlocked
 
     def __init__(self, int rank):
         self.lock = threading.Lock()
-        self.place = rank, next(_lock_numbers)
+        self.order = rank, next(_lock_numbers)
         _fork_locks.append(weakref.ref(self, _fork_locks.remove))
 
     def __enter__(self):
         cdef long thread = PyThread_get_thread_ident()
-        if self.holder == thread:
-            raise PhiError("a model was called in the middle of a call by the same thread, from a signal handler maybe")
+        if self.owner == thread:
+            raise PhiError("the model is in use by this thread: a signal handler must not call it")
         self.lock.acquire()
-        self.holder = thread
+        self.owner = thread
 
     def __exit__(self, *exception):
-        self.holder = 0
+        self.owner = 0
         self.lock.release()
 
     def locked(self):
-        """Return whether a thread holds it, this one or another."""
+        """Return whether any thread holds the lock."""
         return self.lock.locked()
 
 
-def _take_fork_locks():
+def _acquire_fork_locks():
     cdef ForkLock each
     cdef long thread = PyThread_get_thread_ident()
-    _forking.taken = []
+    _forking.acquired = []
     locks = [lock for reference in list(_fork_locks) if (lock := reference()) is not None]
-    for each in sorted(locks, key=lambda lock: lock.place):
-        if each.holder != thread:
-            each.lock.acquire()  # an interrupt ends it, and the fork goes on with what was taken
-            _forking.taken.append(each.lock)
+    for each in sorted(locks, key=lambda lock: lock.order):
+        if each.owner != thread:
+            each.lock.acquire()  # if an interrupt ends the loop, os.fork continues with the locks acquired so far
+            _forking.acquired.append(each.lock)
 
 
 def _release_fork_locks():
-    for lock in reversed(getattr(_forking, "taken", ())):
+    for lock in reversed(getattr(_forking, "acquired", ())):
         lock.release()
-    _forking.taken = []
+    _forking.acquired = []
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=_take_fork_locks, after_in_parent=_release_fork_locks, after_in_child=_release_fork_locks
+        before=_acquire_fork_locks, after_in_parent=_release_fork_locks, after_in_child=_release_fork_locks
     )

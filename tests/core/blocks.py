@@ -1,4 +1,4 @@
-"""Rows of quantised blocks for kernel tests: every byte random, or every byte at an extreme."""
+"""Rows of quantised blocks for kernel tests: random bytes, or extreme values of every field."""
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ Floats = npt.NDArray[np.float32]
 TYPES = {t.name: t for t in TENSOR_TYPES.values()}
 QUANTISED = [t.name for t in TENSOR_TYPES.values() if t.quantised_activations]
 
-# Where the half precision scales of a block lie, in bytes from its start (GGUF specification).
+# Offsets of the half-precision scales in a block, in bytes (GGUF specification).
 SCALE_OFFSETS = {
     "Q4_0": (0,),
     "Q4_1": (0, 2),
@@ -25,7 +25,7 @@ SCALE_OFFSETS = {
     "Q6_K": (208,),
 }
 
-# Where quants lie in a block, and the bytes that make the least and the largest of them.
+# Byte range of the quants in a block, and the bytes of the smallest and of the largest quant.
 QUANT_BYTES = {
     "Q4_0": (slice(2, 18), 0x00, 0xFF),
     "Q4_1": (slice(4, 20), 0x00, 0xFF),
@@ -37,7 +37,7 @@ QUANT_BYTES = {
 
 
 def set_quants(rows: Bytes, kind: TensorType, *, largest: bool) -> Bytes:
-    """Return a copy of the rows whose quants are all the largest, or the least, of the type."""
+    """Return a copy of the rows whose quants all are the largest, or the smallest, of the type."""
     where, low, high = QUANT_BYTES[kind.name]
     blocks = rows.copy().reshape(rows.shape[0], -1, kind.block_bytes)
     blocks[:, :, where] = high if largest else low
@@ -54,7 +54,7 @@ def set_scales(rows: Bytes, kind: TensorType, scales: npt.NDArray[np.float16]) -
 
 
 def random_rows(name: str, n_rows: int, n_cols: int, rng: np.random.Generator) -> Bytes:
-    """Return uint8 [n_rows, row_bytes]: any quants and sub-block scales, block scales of a sane size."""
+    """Return uint8 [n_rows, row_bytes]: random quants and sub-block scales, moderate block scales."""
     kind = TYPES[name]
     if not kind.quantised_activations:
         values = rng.normal(size=(n_rows, n_cols)).astype(np.float32)
@@ -70,7 +70,7 @@ def random_rows(name: str, n_rows: int, n_cols: int, rng: np.random.Generator) -
 
 
 def extreme_rows(name: str, n_cols: int) -> Bytes:
-    """Return one row for each repeated byte that stretches a field to its end, with scales of both signs."""
+    """Return 8 rows, each of one repeated byte that gives fields extreme values, with scales of both signs."""
     kind = TYPES[name]
     row_bytes = n_cols // kind.block_elements * kind.block_bytes
     rows = np.repeat(np.array([0x00, 0xFF, 0x0F, 0xF0, 0x80, 0x7F, 0x55, 0xAA], np.uint8), row_bytes).reshape(8, -1)
@@ -79,7 +79,7 @@ def extreme_rows(name: str, n_cols: int) -> Bytes:
 
 
 def spiky(n_tokens: int, n_cols: int, rng: np.random.Generator) -> Floats:
-    """Return activations as models make them: mostly small, a few channels a hundred times larger."""
+    """Return activations with outlier channels, as models have them: 1 % of the columns are 100 times larger."""
     x = rng.normal(size=(n_tokens, n_cols)).astype(np.float32)
     x[:, rng.integers(0, n_cols, max(1, n_cols // 100))] *= 100
     return x

@@ -1,4 +1,4 @@
-"""A model ready for `_core.forward`, with one sequence on pages in any order."""
+"""A model ready for `_core.forward`, and a sequence on pages in random order."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class Runner:
-    """Runs tokens through a file's model; pages of a sequence are scattered over the cache."""
+    """Runs a sequence of tokens through a file's model."""
 
     def __init__(
         self, path: Path, *, tier: str | None = None, n_threads: int = 2, n_pages: int = 64, kv_type: str = "f16"
@@ -27,7 +27,7 @@ class Runner:
         self.kv = _core.KvCache(self.model, n_pages, kv_type)
 
     def table(self, seed: int = 0, start: int = 0, end: int | None = None) -> npt.NDArray[np.int32]:
-        """Return pages start..end-1 of the cache in random order."""
+        """Return a page table: pages start to end - 1 of the cache in random order."""
         pages = np.arange(start, self.kv.n_pages if end is None else end, dtype=np.int32)
         return np.random.default_rng(seed).permutation(pages).astype(np.int32)
 
@@ -41,7 +41,7 @@ class Runner:
         cancel: _core.CancelFlag | None = None,
         observer: _core.Observer | None = None,
     ) -> Floats:
-        """Return the logits of all the tokens, which are at positions start, start + 1, ..."""
+        """Return the logits of tokens at positions start, start + 1, ...: float32 [n_tokens, n_vocab]."""
         n = len(tokens)
         return _core.forward(
             self.model,

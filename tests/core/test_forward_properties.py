@@ -1,14 +1,14 @@
-"""What a token gets depends on its own past alone: the same bits alone, in a chunk, in a batch, after a rewind.
+"""A token's logits depend on its sequence only: the same bits token by token, in chunks, in a batch, after a rewind.
 
-A tier may round products of many tokens otherwise than those of one (`_core.max_exact_batch`): there chunks of at most as
-many have the same bits, and larger ones are as near as rounding lets them be.
+On tiers with a limit (`_core.max_exact_batch`) this holds for batches of at most as many tokens; larger ones are
+compared by NMSE.
 """
 
 from pathlib import Path
 
 import numpy as np
 import pytest
-from closeness import nmse, rounds_anew, typical_nmse
+from closeness import may_round_differently, median_nmse, nmse
 from forward_helper import Floats, Runner
 
 from phi_c import _core
@@ -40,31 +40,31 @@ def each(cases: list[object]) -> pytest.MarkDecorator:
 
 
 def in_chunks(runner: Runner, size: int, table_seed: int = 0) -> Floats:
-    """Return the logits of TOKENS, run so many at a time."""
+    """Return the logits of TOKENS, computed in chunks of `size` tokens."""
     table = runner.table(seed=table_seed)
     return np.concatenate([runner.run(TOKENS[i : i + size], i, table=table) for i in range(0, len(TOKENS), size)])
 
 
 def assert_same(runner: Runner, got: Floats, expected: Floats, largest_batch: int) -> None:
-    """Compare bit for bit unless one of the two was computed in batches whose products round otherwise."""
-    if rounds_anew(runner.model.tier, largest_batch):
-        # Of experts a near tie may be settled otherwise, in some rows.
-        error = typical_nmse if runner.config.n_experts else nmse
+    """Compare bit for bit, or by NMSE if one of the two was computed in batches that may round differently."""
+    if may_round_differently(runner.model.tier, largest_batch):
+        # A near tie between experts may be decided differently in some rows.
+        error = median_nmse if runner.config.n_experts else nmse
         assert error(got, expected) <= 1e-3
     else:
         assert np.array_equal(got, expected)
 
 
 @each(CASES)
-def test_prefill_is_token_by_token(runner: Runner) -> None:
+def test_prefill_equals_token_by_token(runner: Runner) -> None:
     single = in_chunks(runner, 1, table_seed=7)
-    few = _core.max_exact_batch(runner.model.tier) or len(TOKENS)
-    assert_same(runner, in_chunks(runner, few), single, few)
+    size = _core.max_exact_batch(runner.model.tier) or len(TOKENS)
+    assert_same(runner, in_chunks(runner, size), single, size)
     assert_same(runner, runner.run(TOKENS), single, len(TOKENS))
 
 
 @each(CASES)
-def test_chunked_is_whole(runner: Runner) -> None:
+def test_chunked_prefill_equals_whole_prefill(runner: Runner) -> None:
     single, whole = in_chunks(runner, 1), runner.run(TOKENS)
     for size in (2, 7, 16, 32, 33):
         parts = in_chunks(runner, size, table_seed=size)
@@ -73,21 +73,21 @@ def test_chunked_is_whole(runner: Runner) -> None:
 
 
 @each(CASES)
-def test_rewound_is_fresh(runner: Runner) -> None:
+def test_recomputing_positions_after_a_rewind(runner: Runner) -> None:
     whole = runner.run(TOKENS)
     runner.run([5, 6, 7, 8], 40)
-    # 75 and 35 tokens: both are many to a tier to which 16 are few.
+    # 75 and 35 tokens: both are above max_exact_batch (16) on tiers that have it.
     assert np.array_equal(runner.run(TOKENS[40:], 40), whole[40:])
 
 
 @each(CASES)
-def test_batched_is_alone(runner: Runner) -> None:
-    """Three sequences of different lengths, one of them in the middle of its text."""
-    texts = [TOKENS[:30], TOKENS[10:75], [9, 8, 7]]
+def test_batch_of_sequences_equals_each_alone(runner: Runner) -> None:
+    """Three sequences of different lengths; one continues after 50 cached positions."""
+    sequences = [TOKENS[:30], TOKENS[10:75], [9, 8, 7]]
     tables = [runner.table(seed=s, start=20 * s, end=20 * s + 20) for s in range(3)]
-    alone = [runner.run(text, table=table) for text, table in zip(texts, tables, strict=True)]
-    runner.run(texts[1][:50], table=tables[1])
-    parts = [(0, texts[0]), (50, texts[1][50:]), (0, texts[2])]
+    alone = [runner.run(tokens, table=table) for tokens, table in zip(sequences, tables, strict=True)]
+    runner.run(sequences[1][:50], table=tables[1])
+    parts = [(0, sequences[0]), (50, sequences[1][50:]), (0, sequences[2])]
     n = sum(len(part) for _, part in parts)
     together = _core.forward(
         runner.model,
@@ -103,13 +103,13 @@ def test_batched_is_alone(runner: Runner) -> None:
     assert_same(runner, together, np.concatenate(expected), max(n, 65))
 
 
-def test_threads_do_not_change_the_bits(tmp_path: Path) -> None:
+def test_number_of_threads_does_not_change_bits(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "m.gguf", weight_type="Q4_K")
     results = [Runner(path, n_threads=n).run(TOKENS) for n in (1, 2, 3, 5)]
     assert all(np.array_equal(result, results[0]) for result in results)
 
 
-def test_logit_rows_are_those_asked_for(tmp_path: Path) -> None:
+def test_logit_rows_select_tokens(tmp_path: Path) -> None:
     runner = Runner(write_tiny(tmp_path / "m.gguf"))
     whole = runner.run(TOKENS)
     n = len(TOKENS)
@@ -121,7 +121,7 @@ def test_logit_rows_are_those_asked_for(tmp_path: Path) -> None:
         assert np.array_equal(_core.forward(runner.model, runner.kv, *arguments), whole[rows])
 
 
-def test_cancelled_before_the_end(tmp_path: Path) -> None:
+def test_cancel(tmp_path: Path) -> None:
     runner = Runner(write_tiny(tmp_path / "m.gguf", n_layers=6))
     whole = runner.run(TOKENS)
     flag = _core.CancelFlag()
@@ -132,7 +132,7 @@ def test_cancelled_before_the_end(tmp_path: Path) -> None:
     assert np.array_equal(runner.run(TOKENS, cancel=flag), whole)
 
 
-def test_closed(tmp_path: Path) -> None:
+def test_closed_model_raises(tmp_path: Path) -> None:
     runner = Runner(write_tiny(tmp_path / "m.gguf"))
     runner.model.close()
     runner.model.close()
@@ -140,19 +140,19 @@ def test_closed(tmp_path: Path) -> None:
         runner.run(TOKENS)
 
 
-BAD = {
+OUT_OF_RANGE = {
     "a token id": ([350 * 350], [0], [0], [0]),
-    "a sequence index": ([1], [0], [1], [0]),
+    "a sequence id": ([1], [0], [1], [0]),
     "a logit row": ([1], [0], [0], [1]),
     "position": ([1], [32 * 64], [0], [0]),
 }
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_indices_are_checked(tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("what", OUT_OF_RANGE)
+def test_indices_out_of_range_raise(tmp_path: Path, what: str) -> None:
     runner = Runner(write_tiny(tmp_path / "m.gguf"))
-    tokens, positions, sequences, rows = (np.asarray(values, np.int32) for values in BAD[what])
+    tokens, positions, sequences, rows = (np.asarray(values, np.int32) for values in OUT_OF_RANGE[what])
     with pytest.raises(ValueError, match=what):
         _core.forward(runner.model, runner.kv, tokens, positions, sequences, [runner.table()], [False], rows)
-    with pytest.raises(ValueError, match="a page"):
+    with pytest.raises(ValueError, match="a page number"):
         runner.run([1], table=np.asarray([64], np.int32))

@@ -1,4 +1,4 @@
-"""Pages of the KV cache as bytes, what lies behind the window, and positions at the far end of a long context."""
+"""Content of KV pages, pages behind the sliding window, and positions at the end of a long context."""
 
 from pathlib import Path
 
@@ -16,8 +16,8 @@ TOKENS = [int(t) for t in np.random.default_rng(3).integers(3, 300, 330)]
 
 
 @pytest.mark.parametrize("kv_type", KV_TYPES)
-def test_pages_move_from_cache_to_cache(tmp_path: Path, kv_type: str) -> None:
-    """What was computed in one cache goes on in another, on other pages, with the same bits."""
+def test_pages_can_be_copied_to_another_cache(tmp_path: Path, kv_type: str) -> None:
+    """A sequence continues in another cache, on other pages, with the same bits."""
     runner = Runner(write_tiny(tmp_path / "m.gguf", weight_type="Q8_0"), kv_type=kv_type)
     table = runner.table()
     expected = runner.run(TOKENS[:100], table=table)[96:]
@@ -31,7 +31,7 @@ def test_pages_move_from_cache_to_cache(tmp_path: Path, kv_type: str) -> None:
     assert np.array_equal(got, expected)
 
 
-def test_pages_that_are_not_there(tmp_path: Path) -> None:
+def test_invalid_page_numbers_and_sizes_raise(tmp_path: Path) -> None:
     kv = Runner(write_tiny(tmp_path / "m.gguf"), n_pages=4).kv
     data = kv.read_page(3)
     assert not data.any()
@@ -41,15 +41,15 @@ def test_pages_that_are_not_there(tmp_path: Path) -> None:
         with pytest.raises(IndexError, match="expected 0 to 3"):
             kv.write_page(page, data)
     for wrong in (data[:-1], np.append(data, data[:1]), data[:0]):
-        with pytest.raises(ValueError, match=f"expected {kv.page_bytes} of a page"):
+        with pytest.raises(ValueError, match=f"expected {kv.page_bytes}"):
             kv.write_page(0, wrong)
 
 
 @pytest.mark.parametrize("kv_type", KV_TYPES)
 @pytest.mark.parametrize("tier", _core.tiers())
 @pytest.mark.parametrize("window", [1, 31, 32, 33, 64, 100])
-def test_nothing_behind_the_window_is_read(tmp_path: Path, tier: str, kv_type: str, window: int) -> None:
-    """Pages that every token has left may hold anything: here not-a-number in all places."""
+def test_pages_behind_the_window_are_not_read(tmp_path: Path, tier: str, kv_type: str, window: int) -> None:
+    """Pages behind the window of every token may have any content; here they are NaN."""
     path = write_tiny(tmp_path / "m.gguf", weight_type="Q8_0", window=window)
     runner = Runner(path, tier=tier, n_pages=16, kv_type=kv_type)
     table = runner.table(end=15)
@@ -63,15 +63,15 @@ def test_nothing_behind_the_window_is_read(tmp_path: Path, tier: str, kv_type: s
             got = runner.run(TOKENS[start : start + n], start, table=behind)
             assert np.isfinite(expected).all()
             assert np.array_equal(got, expected)
-    # The test can fail: the first page that is seen counts.
-    seen = table.copy()
-    seen[: first_needed(300, window) + 1] = 15
+    # Counter-check: NaN in the first page within the window changes the logits.
+    within = table.copy()
+    within[: first_needed(300, window) + 1] = 15
     expected = runner.run(TOKENS[300:301], 300, table=table)
-    assert np.array_equal(runner.run(TOKENS[300:301], 300, table=seen), expected) is (window == 1)
+    assert np.array_equal(runner.run(TOKENS[300:301], 300, table=within), expected) is (window == 1)
 
 
-class Far(Reference):
-    """The reference with its first token at a position of its own."""
+class OffsetReference(Reference):
+    """The NumPy reference with its first token at position `start`."""
 
     start = 0
 
@@ -81,11 +81,13 @@ class Far(Reference):
 
 
 @pytest.mark.parametrize("long_rope", [False, True])
-def test_the_far_end_of_a_long_context(tmp_path: Path, long_rope: bool) -> None:
-    """The last of 131072 positions against the reference's float32. With two layers and a window of 60 they depend on
-    the 118 tokens before them alone."""
+def test_last_positions_of_a_long_context(tmp_path: Path, long_rope: bool) -> None:
+    """The last of 131072 positions against the float32 reference.
+
+    With two layers and a window of 60, a position depends on the 118 tokens before it only.
+    """
     path = write_tiny(tmp_path / "m.gguf", weight_type="F32", n_ctx=131072, window=60, n_ctx_orig=4096)
-    reference = Far(path)
+    reference = OffsetReference(path)
     reference.start = 131072 - 320
     runner = Runner(path, n_pages=16)
     table = np.zeros(131072 // PAGE_TOKENS, np.int32)
@@ -100,7 +102,7 @@ def test_the_far_end_of_a_long_context(tmp_path: Path, long_rope: bool) -> None:
 
 
 def test_attention_over_131072_positions(tmp_path: Path) -> None:
-    """A token that sees them all, against float64."""
+    """A token that attends to all of them, against float64."""
     rng = np.random.default_rng(0)
     head_dim, n = 64, 131072
     k, v = (rng.normal(size=(n, head_dim)).astype(np.float16).astype(np.float32) for _ in "kv")
@@ -113,8 +115,8 @@ def test_attention_over_131072_positions(tmp_path: Path) -> None:
         assert np.abs(got[0, 0] - expected).max() < 1e-4 * np.abs(v).max()
 
 
-def test_the_last_token_of_a_full_context_reads_the_right_pages(tmp_path: Path) -> None:
-    """Without a window, position 131071 sees the first page and the last: either changes its logits."""
+def test_last_token_of_a_full_context_attends_to_all_pages(tmp_path: Path) -> None:
+    """Without a window, position 131071 attends to every page: changing any page changes its logits."""
     path = write_tiny(tmp_path / "m.gguf", weight_type="F32", n_ctx=131072)
     runner = Runner(path, n_pages=40)
     page = runner.run(TOKENS[:32], table=np.asarray([0], np.int32))
@@ -122,29 +124,29 @@ def test_the_last_token_of_a_full_context_reads_the_right_pages(tmp_path: Path) 
     table[-1] = 1
     blank = runner.kv.read_page(1)
 
-    def last() -> np.ndarray:
+    def last_logits() -> np.ndarray:
         runner.kv.write_page(1, blank)
         return runner.run(TOKENS[:32], n_last, table=table)[-1]
 
     n_last = 131072 - 32
-    same = last()
-    assert np.isfinite(same).all()
-    assert np.array_equal(same, last())
+    expected = last_logits()
+    assert np.isfinite(expected).all()
+    assert np.array_equal(expected, last_logits())
     for index in (0, 1, 2047, 4094):
-        # One page of 4095 in which all keys are the query's way: it must outweigh the rest.
-        loud = runner.kv.read_page(0).view(np.float16).copy() * np.float16(50)
-        runner.kv.write_page(2, loud.view(np.uint8))
+        # Keys and values of one page of 4095 are 50 times larger, so that it has a visible effect.
+        larger = runner.kv.read_page(0).view(np.float16).copy() * np.float16(50)
+        runner.kv.write_page(2, larger.view(np.uint8))
         table[index] = 2
-        assert not np.array_equal(last(), same)
+        assert not np.array_equal(last_logits(), expected)
         table[index] = 0
     assert page.shape == (32, runner.config.n_vocab)
 
 
-def test_memory_is_taken_as_pages_are_written(tmp_path: Path) -> None:
-    """128k positions may be had where there is memory for a few: 1 GiB of address space, a page at a time."""
+def test_memory_is_committed_as_pages_are_written(tmp_path: Path) -> None:
+    """A cache of 131072 positions reserves 1 GiB of address space but uses memory for written pages only."""
     status = Path("/proc/self/status")
     if not status.exists():
-        pytest.skip("this system does not tell what a process has in memory through /proc")
+        pytest.skip("this system has no /proc/self/status to read the resident memory from")
 
     def resident() -> int:
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())

@@ -1,4 +1,4 @@
-"""Models side by side: two in a process, several threads, a process that forks, an interpreter without its lock."""
+"""Two models in a process, calls from several threads, forks, and free-threaded Python."""
 
 import os
 import subprocess
@@ -45,9 +45,9 @@ def test_calls_from_several_threads(tmp_path: Path) -> None:
     assert wrong == []
 
 
-@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this interpreter has its lock always")
-def test_free_threaded_python_turns_its_lock_on() -> None:
-    """Nothing in _core was checked without it; the kernels run without it anyway."""
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this interpreter always has the GIL")
+def test_import_enables_the_gil_in_free_threaded_python() -> None:
+    """_core is not declared safe without the GIL; forward passes release it anyway."""
     code = "import sys, phi_c._core; print(sys._is_gil_enabled())"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHON_GIL"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
@@ -57,7 +57,7 @@ def test_free_threaded_python_turns_its_lock_on() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-def test_fork_after_the_pool_has_run(tmp_path: Path) -> None:
+def test_fork_after_a_forward_pass(tmp_path: Path) -> None:
     runner = Runner(write_tiny(tmp_path / "m.gguf"))
     expected = runner.run(TOKENS)
     child = os.fork()

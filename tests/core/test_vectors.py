@@ -1,4 +1,4 @@
-"""What runs over a row of floats: norms, activations, sums. Every tier against float64."""
+"""Element-wise kernels of every tier against float64: norms, SiLU, GELU, addition."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_silu_mul(n: int, tier: str) -> None:
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_silu_mul_of_extremes(tier: str) -> None:
+def test_silu_mul_of_extreme_values(tier: str) -> None:
     gate = np.array([0, -0.0, 1e-42, 200, -200, 3e38, np.inf, np.nan, *range(12)], np.float32)
     got = _core.silu_mul(gate, np.ones(len(gate), np.float32), tier)
     assert np.array_equal(got[[0, 3, 5, 6]], np.array([0, 200, 3e38, np.inf], np.float32))
@@ -52,19 +52,19 @@ def test_add(n: int, tier: str) -> None:
 def test_layer_norm(n: int, tier: str) -> None:
     rng = np.random.default_rng(n)
     x, weight, bias = spiky(1, n, rng)[0] + np.float32(3), *rng.normal(size=(2, n)).astype(np.float32)
-    apart = x - x.astype(np.float64).mean()
-    exact = apart / np.sqrt((apart**2).mean() + 1e-5) * weight + bias
+    centred = x - x.astype(np.float64).mean()
+    exact = centred / np.sqrt((centred**2).mean() + 1e-5) * weight + bias
     np.testing.assert_allclose(_core.layer_norm(x, weight, bias, 1e-5, tier), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_layer_norm_of_what_hardly_varies(tier: str) -> None:
-    """A large mean takes no digits from the deviation."""
+def test_layer_norm_with_a_large_mean(tier: str) -> None:
+    """A large mean does not reduce the precision of the result."""
     x = (1000 + np.random.default_rng(0).normal(size=256) / 64).astype(np.float32)
-    apart = x - x.astype(np.float64).mean()
+    centred = x - x.astype(np.float64).mean()
     ones = np.ones(256, np.float32)
     got = _core.layer_norm(x, ones, ones * 0, 1e-12, tier)
-    np.testing.assert_allclose(got, apart / np.sqrt((apart**2).mean() + 1e-12), atol=5e-3)
+    np.testing.assert_allclose(got, centred / np.sqrt((centred**2).mean() + 1e-12), atol=5e-3)
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -77,7 +77,7 @@ def test_gelu(n: int, tier: str) -> None:
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_gelu_of_extremes(tier: str) -> None:
+def test_gelu_of_extreme_values(tier: str) -> None:
     x = np.array([0, -0.0, 1e-42, 200, -200, 3e38, -3e38, np.inf, np.nan, *range(12)], np.float32)
     got = _core.gelu(x, tier)
     assert np.array_equal(got[[0, 3, 5, 7]], np.array([0, 200, 3e38, np.inf], np.float32))

@@ -1,31 +1,31 @@
-/* A whole model of any sizes that the loader lets through, and of any bytes: weights, norms and biases that are
- * infinite or NaN among them. Two forward passes on one tier: the tokens of a text one by one, and all at once, on one
- * thread or two.
+/* Fuzzes the forward pass. A model of arbitrary sizes and bytes, infinite and NaN weights, norms and biases included,
+ * runs a sequence twice on one tier: token by token on one thread, and in one batch on one or two threads.
  *
- * Held: both give the same bits (kernels.h says up to how many tokens). The sizes are those that config.py accepts:
- * n_kv_heads divides n_heads, head_dim and rope_dims are even, rows fill whole blocks of their type; there are finite
- * rotary frequencies. */
+ * Checked: both have the same logits, bit for bit, up to max_exact_batch tokens.
+ *
+ * The sizes are those that config.py accepts: n_kv_heads divides n_heads, head_dim and rope_dims are even, and rows are
+ * whole blocks of their type. RoPE frequencies are finite. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "input.h"
 
-enum { MOST_LAYERS = 2, MOST_EXPERTS = 4, MOST_TOKENS = 40, N_PAGES = 2, MOST_OWNED = 256 };
+enum { MAX_LAYERS = 2, MAX_EXPERTS = 4, MAX_TOKENS = 40, N_PAGES = 2, MAX_BUFFERS = 256 };
 
 typedef struct {
     phi_model model;
-    phi_layer layers[MOST_LAYERS];
-    phi_feed_forward ffn[MOST_LAYERS][MOST_EXPERTS];
-    void *owned[MOST_OWNED];
+    phi_layer layers[MAX_LAYERS];
+    phi_feed_forward ffn[MAX_LAYERS][MAX_EXPERTS];
+    void *owned[MAX_BUFFERS];
     int n_owned;
     input *in;
-    size_t first; /* where the bytes that fill begin */
-    bool packed;  /* what the tier packs */
+    size_t first; /* offset in the input of the bytes that fill the weights */
+    bool packed;  /* pack the matrices that the tier can pack */
     bool biases;
 } any_model;
 
 static void *own(any_model *m, size_t n_bytes) {
-    CHECK(m->n_owned < MOST_OWNED, "the model has more than %d parts", MOST_OWNED);
+    CHECK(m->n_owned < MAX_BUFFERS, "the model has more than %d buffers", MAX_BUFFERS);
     return m->owned[m->n_owned++] = memory(n_bytes);
 }
 
@@ -41,7 +41,7 @@ static phi_norm any_norm(any_model *m) {
 }
 
 static phi_matrix any_matrix(any_model *m, phi_type type, int n_rows, int n_cols, int row_unit, bool has_bias) {
-    if (n_cols % phi_types[type].block_elements != 0) type = (phi_type)(type % 3); /* floats */
+    if (n_cols % phi_types[type].block_elements != 0) type = (phi_type)(type % 3); /* F32, F16 or BF16 */
     const size_t n_bytes = (size_t)n_rows * phi_row_bytes(type, (size_t)n_cols);
     uint8_t *data = own(m, n_bytes);
     fill(m->in, m->first, n_bytes, data);
@@ -57,7 +57,7 @@ static phi_matrix any_packed(any_model *m, phi_type type, int n_rows, int n_cols
     return matrix;
 }
 
-/* A number of columns: any, or one that quantised types allow. */
+/* A number of columns: any, or a multiple of a quantised type's block. */
 static int pick_width(input *in) {
     const int unit = (const int[]){1, 2, 32, 256}[pick(in, 0, 3)];
     return unit * pick(in, 1, unit == 256 ? 1 : unit == 32 ? 5 : 40);
@@ -67,7 +67,7 @@ static void make_layer(any_model *m, int l, const phi_type types[8]) {
     const phi_model *model = &m->model;
     const int n_embd = model->n_embd, n_ffn = model->n_ffn, head_dim = model->head_dim;
     const int q_dim = model->n_heads * head_dim, kv_dim = model->n_kv_heads * head_dim;
-    const bool biases = m->biases, gelu = model->activation == PHI_FFN_GELU;
+    const bool biases = m->biases, gelu = model->ffn_activation == PHI_FFN_GELU;
     phi_layer *layer = &m->layers[l];
     layer->attn_norm = any_norm(m);
     layer->wq = any_packed(m, types[0], q_dim, n_embd, head_dim, biases);
@@ -86,8 +86,8 @@ static void make_layer(any_model *m, int l, const phi_type types[8]) {
 }
 
 static void make_sizes(input *in, phi_model *model) {
-    const int kind = pick(in, 0, 2); /* gated, gelu, experts: as the rows of config.py */
-    model->n_layers = pick(in, 1, MOST_LAYERS);
+    const int kind = pick(in, 0, 2); /* 0: SwiGLU, 1: GELU, 2: experts */
+    model->n_layers = pick(in, 1, MAX_LAYERS);
     model->n_embd = pick_width(in);
     model->n_ffn = pick_width(in);
     model->n_kv_heads = pick(in, 1, 2);
@@ -98,8 +98,8 @@ static void make_sizes(input *in, phi_model *model) {
     model->rope_style = pick(in, 0, 1) ? PHI_ROPE_INTERLEAVED : PHI_ROPE_NEOX;
     model->norm_kind = pick(in, 0, 1) ? PHI_LAYER_NORM : PHI_RMS_NORM;
     model->parallel = pick(in, 0, 1);
-    model->activation = kind == 1 ? PHI_FFN_GELU : PHI_FFN_SWIGLU;
-    model->n_experts = kind == 2 ? pick(in, PHI_EXPERTS_USED, MOST_EXPERTS) : 0;
+    model->ffn_activation = kind == 1 ? PHI_FFN_GELU : PHI_FFN_SWIGLU;
+    model->n_experts = kind == 2 ? pick(in, PHI_EXPERTS_USED, MAX_EXPERTS) : 0;
     model->window = pick(in, 0, 50);
     model->norm_eps = 1e-5f;
     model->rope_attn_factor = 1.0f;
@@ -142,26 +142,26 @@ static double *sums(any_model *m, int n) {
 static phi_observer make_observer(any_model *m) {
     const phi_model *model = &m->model;
     const int n_layers = model->n_layers, n_experts = n_layers * model->n_experts;
-    phi_observer seen = {.attn_in = sums(m, n_layers * model->n_embd),
-                         .attn_out = sums(m, n_layers * model->n_heads * model->head_dim),
-                         .ffn_in = sums(m, n_layers * model->n_embd),
-                         .ffn_inner = sums(m, n_layers * model->n_ffn),
-                         .expert_in = sums(m, n_experts * model->n_embd),
-                         .expert_inner = sums(m, n_experts * model->n_ffn),
-                         .expert_tokens = own(m, (size_t)n_experts * sizeof(int64_t)),
-                         .output = sums(m, model->n_embd)};
-    for (int i = 0; i < n_experts; i++) seen.expert_tokens[i] = 0;
-    return seen;
+    phi_observer observer = {.attn_in = sums(m, n_layers * model->n_embd),
+                             .attn_out = sums(m, n_layers * model->n_heads * model->head_dim),
+                             .ffn_in = sums(m, n_layers * model->n_embd),
+                             .ffn_inner = sums(m, n_layers * model->n_ffn),
+                             .expert_in = sums(m, n_experts * model->n_embd),
+                             .expert_inner = sums(m, n_experts * model->n_ffn),
+                             .expert_tokens = own(m, (size_t)n_experts * sizeof(int64_t)),
+                             .output = sums(m, model->n_embd)};
+    for (int i = 0; i < n_experts; i++) observer.expert_tokens[i] = 0;
+    return observer;
 }
 
-/* Logits [n_tokens, n_vocab] of a text, run in chunks of so many tokens. */
-static void run(const phi_model *model, phi_kv_type type, int n_tokens, int chunk, const phi_observer *seen,
+/* Logits [n_tokens, n_vocab] of a sequence, computed in chunks of `chunk` tokens. */
+static void run(const phi_model *model, phi_kv_type type, int n_tokens, int chunk, const phi_observer *observer,
                 float *logits) {
     phi_kv *kv;
-    CHECK(phi_kv_create(model, type, N_PAGES, &kv) == PHI_OK, "no cache");
-    const int32_t pages[N_PAGES] = {1, 0}, sequences[MOST_TOKENS] = {0};
-    const phi_sequence seq = {.pages = pages};
-    int32_t tokens[MOST_TOKENS], positions[MOST_TOKENS], rows[MOST_TOKENS];
+    CHECK(phi_kv_create(model, type, N_PAGES, &kv) == PHI_OK, "phi_kv_create failed");
+    const int32_t pages[N_PAGES] = {1, 0}, seq_ids[MAX_TOKENS] = {0};
+    const phi_sequence sequence = {.pages = pages};
+    int32_t tokens[MAX_TOKENS], positions[MAX_TOKENS], rows[MAX_TOKENS];
     for (int i = 0; i < n_tokens; i++) {
         tokens[i] = i * 31 % model->n_vocab;
         positions[i] = i;
@@ -173,14 +173,14 @@ static void run(const phi_model *model, phi_kv_type type, int n_tokens, int chun
             .n_tokens = n,
             .tokens = tokens + first,
             .positions = positions + first,
-            .sequences = sequences,
-            .seqs = &seq,
+            .seq_ids = seq_ids,
+            .sequences = &sequence,
             .n_logit_rows = n,
             .logit_rows = rows,
             .logits = logits + (size_t)first * (size_t)model->n_vocab,
-            .observer = seen,
+            .observer = observer,
         };
-        CHECK(phi_forward(model, kv, &batch) == PHI_OK, "%s: a forward pass failed", model->kernels->name);
+        CHECK(phi_forward(model, kv, &batch) == PHI_OK, "%s: phi_forward failed", model->kernels->name);
     }
     phi_kv_free(kv);
 }
@@ -197,22 +197,22 @@ static const phi_kernels *pick_tier(input *in) {
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n_bytes) {
     static phi_pool *pools[2];
     for (int i = 0; i < 2; i++) {
-        if (!pools[i]) CHECK(phi_pool_create(i + 1, &pools[i]) == PHI_OK, "no pool");
+        if (!pools[i]) CHECK(phi_pool_create(i + 1, &pools[i]) == PHI_OK, "phi_pool_create failed");
     }
     input in = {bytes, n_bytes, 0};
     const phi_kernels *k = pick_tier(&in);
     const phi_kv_type type = (phi_kv_type)pick(&in, 0, PHI_N_KV_TYPES - 1);
-    const int n_tokens = pick(&in, 1, MOST_TOKENS), n_threads = pick(&in, 1, 2);
+    const int n_tokens = pick(&in, 1, MAX_TOKENS), n_threads = pick(&in, 1, 2);
     any_model *m = make_model(&in, k, pools[0]);
     const size_t n_logits = (size_t)n_tokens * (size_t)m->model.n_vocab;
     float *alone = floats(n_logits), *together = floats(n_logits);
-    const phi_observer seen = make_observer(m);
-    run(&m->model, type, n_tokens, 1, &seen, alone);
+    const phi_observer observer = make_observer(m);
+    run(&m->model, type, n_tokens, 1, &observer, alone);
     m->model.pool = pools[n_threads - 1];
     run(&m->model, type, n_tokens, n_tokens, NULL, together);
     if (!k->max_exact_batch || n_tokens <= k->max_exact_batch) {
         const size_t at = first_difference(alone, together, n_logits), n_vocab = (size_t)m->model.n_vocab;
-        CHECK(at == n_logits, "%s: logit %zu of token %zu is %.9g in a batch of %d, and alone %.9g", k->name,
+        CHECK(at == n_logits, "%s: logit %zu of token %zu is %.9g in a batch of %d tokens, %.9g alone", k->name,
               at % n_vocab, at / n_vocab, (double)together[at], n_tokens, (double)alone[at]);
     }
     free(alone);

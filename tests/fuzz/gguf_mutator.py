@@ -1,6 +1,6 @@
-"""Changes a GGUF file so that lengths and counts still hold: what a blind mutation of bytes seldom gets past.
+"""Mutates a GGUF file while keeping its lengths and counts consistent, which a mutation of bytes rarely does.
 
-Half of the copies are left to the fuzzer's own mutation of bytes.
+Half of the mutations are left to the fuzzer's own, of bytes.
 """
 
 import random
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from raw_gguf import gguf, string, tensor
 
-Mutate = Callable[[bytes, int], bytes]  # the fuzzer's own: data, most bytes
+Mutate = Callable[[bytes, int], bytes]  # the fuzzer's own mutation: (data, maximum size in bytes)
 
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = 8, 9
 _ARCHITECTURES = ("phi3", "llama", "phi2", "phimoe")
-# Keys and tensors that the loader asks for, and some that it refuses.
+# Keys and tensors that the loader reads, and some that it rejects.
 _KEYS = (
     *("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count"),
     *("attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.sliding_window"),
@@ -33,7 +33,7 @@ _TENSORS = (
     *("blk.0.attn_output.bias", "blk.0.attn_qkv.weight", "blk.0.attn_qkv.bias", "blk.1.ffn_up.weight"),
 )
 _TYPE_IDS = (0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 15, 30, 99)
-_TEXTS = ("phi3", "llama", "phi2", "phimoe", "gpt2", "default", "llama-bpe", "gpt-4o", "smollm", "longrope", "linear")
+_STRINGS = ("phi3", "llama", "phi2", "phimoe", "gpt2", "default", "llama-bpe", "gpt-4o", "smollm", "longrope", "linear")
 _NUMBERS = (0, 1, 2, 3, 4, 6, 8, 16, 32, 33, 256, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
 _FLOATS = (0.0, -0.0, 1.0, 1e-5, 1e-30, 1e30, 3e38, -1.0, float("inf"), float("nan"))
 
@@ -52,20 +52,20 @@ class _Reader:
 
     def take(self, n: int) -> bytes:
         if not 0 <= n <= len(self.data) - self.at:
-            raise ValueError("the file ends")
+            raise ValueError("the data is truncated")
         self.at += n
         return self.data[self.at - n : self.at]
 
     def number(self, n_bytes: int) -> int:
         return int.from_bytes(self.take(n_bytes), "little")
 
-    def text(self) -> bytes:
+    def string(self) -> bytes:
         return self.take(self.number(8))
 
     def value(self, type_id: int) -> bytes:
         start = self.at
         if type_id == _STRING:
-            self.text()
+            self.string()
         elif type_id == _ARRAY:
             element_type, n = self.number(4), self.number(8)
             if element_type in _SIZES:
@@ -76,12 +76,12 @@ class _Reader:
         elif type_id in _SIZES:
             self.take(_SIZES[type_id])
         else:
-            raise ValueError("no such type")
+            raise ValueError(f"unknown value type {type_id}")
         return self.data[start : self.at]
 
 
 def mutate(data: bytes, max_size: int, seed: int, fuzz: Mutate) -> bytes:
-    """Return a changed copy of at most max_size bytes, the same for the same seed as far as `fuzz` is."""
+    """Return a mutated copy of at most max_size bytes; deterministic for a seed if `fuzz` is."""
     rng = random.Random(seed)
     if rng.random() < 0.5:
         return fuzz(data, max_size)
@@ -108,18 +108,18 @@ def _parse(data: bytes) -> tuple[list[tuple[bytes, int, bytes]], list[_Entry], b
     n_tensors, n_keys = reader.number(8), reader.number(8)
     keys = []
     for _ in range(n_keys):
-        name, type_id = reader.text(), reader.number(4)
+        name, type_id = reader.string(), reader.number(4)
         keys.append((name, type_id, reader.value(type_id)))
     entries = []
     for _ in range(n_tensors):
-        name, n_dims = reader.text(), reader.number(4)
+        name, n_dims = reader.string(), reader.number(4)
         entries.append(_Entry(name, [reader.number(8) for _ in range(n_dims)], reader.number(4), reader.number(8)))
     return keys, entries, data[-(-reader.at // 32) * 32 :]
 
 
 def _change_keys(rng: random.Random, keys: list[tuple[bytes, int, bytes]], fuzz: Mutate) -> None:
     kind = rng.randrange(6) if keys else 0
-    if kind == 0:  # a key of a known name
+    if kind == 0:  # insert a key with a known name
         keys.insert(rng.randrange(len(keys) + 1), (_key_name(rng), *_scalar(rng)))
         return
     i = rng.randrange(len(keys))
@@ -143,7 +143,7 @@ def _key_name(rng: random.Random) -> bytes:
 def _scalar(rng: random.Random) -> tuple[int, bytes]:
     kind = rng.choice((4, 4, 4, 5, 6, 7, 8, 10, 11, 12))
     if kind == _STRING:
-        return kind, string(rng.choice(_TEXTS))
+        return kind, string(rng.choice(_STRINGS))
     if kind in (6, 12):
         return kind, struct.pack("<f" if kind == 6 else "<d", rng.choice(_FLOATS))
     n_bytes = _SIZES[kind]
@@ -159,9 +159,9 @@ def _changed_value(rng: random.Random, type_id: int, raw: bytes, fuzz: Mutate) -
     if element_type in _SIZES:
         size = _SIZES[element_type]
         if rng.random() < 0.3:
-            return _as_other_numbers(rng, raw, size)
+            return _with_other_type(rng, raw, size)
         body = fuzz(raw[12:] or bytes(size), len(raw) + size)
-        if rng.random() < 0.5:  # as many as before
+        if rng.random() < 0.5:  # keep the number of elements
             body = body[: len(raw) - 12].ljust(len(raw) - 12, b"\0")
         body = body[: len(body) // size * size]
         return raw[:4] + struct.pack("<Q", len(body) // size) + body
@@ -179,8 +179,8 @@ def _changed_value(rng: random.Random, type_id: int, raw: bytes, fuzz: Mutate) -
     return raw[:4] + struct.pack("<Q", len(items)) + b"".join(items)
 
 
-def _as_other_numbers(rng: random.Random, raw: bytes, size: int) -> bytes:
-    """As many elements as before, of another type, most of them the same number."""
+def _with_other_type(rng: random.Random, raw: bytes, size: int) -> bytes:
+    """Return an array of the same length and another type, whose elements are 0 or the same number."""
     kind, element = _scalar(rng)
     while kind == _STRING:
         kind, element = _scalar(rng)

@@ -1,4 +1,4 @@
-"""Everything that reads a model file, on any bytes: what the loader's fuzzer calls, and the tests on its corpus."""
+"""Loads arbitrary bytes as a model file: the target of the loader's fuzzer and of the tests on its corpus."""
 
 from pathlib import Path
 
@@ -11,22 +11,26 @@ TEXT = "ab a<|end|>\n<|so|> b\u00e9"
 
 
 def load_any(path: Path) -> tuple[str, str]:
-    """Run the model and the tokenizer of a file; return how far each went: the error's kind, or `ran`."""
+    """Run the model and the tokenizer of a file; return for each the name of the PhiError it raised, or "ran"."""
     return run_one_token(path), run_tokenizer(path)
 
 
 def run_tokenizer(path: Path) -> str:
-    """Build the tokenizer of a file, encode and decode with it; raises all but a PhiError of one line that names it."""
+    """Load the tokenizer of a file, encode and decode with it.
+
+    Returns the name of the PhiError, or "ran". Raises AssertionError if the PhiError has more than one line or does not
+    name the file, and any other exception.
+    """
     try:
         with GGUFFile(path) as file:
             tokenizer = load_tokenizer(file.metadata, path=path)
     except PhiError as error:
-        assert "\n" not in str(error), f"more than one line: {error!r}"
-        assert str(path) in str(error), f"the file is not named: {error!r}"
+        assert "\n" not in str(error), f"the message has more than one line: {error!r}"
+        assert str(path) in str(error), f"the message does not name the file: {error!r}"
         return type(error).__name__
     for parse_special in (False, True):
         ids = tokenizer.encode(TEXT, parse_special=parse_special)
-        assert all(0 <= i < tokenizer.n_vocab for i in ids), f"ids outside the vocabulary: {ids}"
+        assert all(0 <= i < tokenizer.n_vocab for i in ids), f"token ids outside the vocabulary: {ids}"
         tokenizer.decode(ids)
     tokenizer.decode(range(tokenizer.n_vocab), special=True)
     return "ran"

@@ -1,4 +1,4 @@
-"""The fuzzer's first inputs, and every one that it ever broke the loader with, without a fuzzer."""
+"""The seed corpus of the loader's fuzzer and all inputs that exposed a bug, without a fuzzer."""
 
 import shutil
 from pathlib import Path
@@ -7,21 +7,21 @@ import pytest
 from load_any import load_any
 
 CORPUS = Path(__file__).with_name("corpus")
-# How far model and tokenizer of each get. The first inputs run.
+# Inputs that exposed a bug, and the expected results of the model and of the tokenizer.
 FOUND = {
-    "score-is-not-a-number": ("ModelFileError", "ModelFileError"),  # a header alone
+    "score-is-not-a-number": ("ModelFileError", "ModelFileError"),  # a header only
     "token-id-is-an-array": ("ModelFileError", "ModelFileError"),
     "token-type-is-infinite": ("ran", "ModelFileError"),
 }
 
 
 @pytest.mark.parametrize("path", sorted((CORPUS / "loader").iterdir()), ids=lambda path: path.name)
-def test_first_inputs_run(path: Path) -> None:
+def test_seed_corpus_runs(path: Path) -> None:
     assert load_any(path) == ("ran", "ran")
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_what_was_found_stays_fixed(tmp_path: Path, name: str) -> None:
+def test_found_bugs_stay_fixed(tmp_path: Path, name: str) -> None:
     path = tmp_path / "found.gguf"
     shutil.copy(CORPUS / "loader-found" / name, path)
     assert load_any(path) == FOUND[name]

@@ -1,8 +1,12 @@
-/* One matrix of any bytes, on one tier or all that this machine has: dequantised, packed, multiplied, quantised anew.
+/* Fuzzes weights. A matrix of arbitrary bytes, infinite and NaN scales included, is dequantised, packed, multiplied and
+ * requantised, on one tier or on all available ones.
  *
- * Held: dequantised values have the scalar tier's bits; a product of many tokens has the bits of one at a time; where
- * weights are finite a product is the exact one within float's rounding, and where the exact one is no number it is
- * none; what is quantised from finite numbers is finite. Infinite and NaN scales are part of the input. */
+ * Checked:
+ * - Dequantised values have the scalar tier's bits.
+ * - A batch has the bits of its tokens one by one.
+ * - With finite weights, a product is exact within float rounding. If the exact product is infinite or NaN, the result
+ * is infinite or NaN.
+ * - Quantising finite numbers gives finite weights. */
 #include <float.h>
 #include <math.h>
 #include <stdlib.h>
@@ -12,21 +16,21 @@
 #include "input.h"
 #include "kernels/generic/unpack.h"
 
-enum { MOST_TOKENS = 20 };
+enum { MAX_TOKENS = 20 };
 
 typedef struct {
     phi_type type;
     int n_rows, n_cols, n_tokens;
     size_t row_bytes;
-    uint8_t *memory, *rows; /* rows [n_rows, row_bytes], at any even address */
+    uint8_t *memory, *rows; /* rows [n_rows, row_bytes], in memory, at any even address */
     float *x;               /* [n_tokens, n_cols], finite */
-    float *values;          /* [n_rows, n_cols]: dequantised */
-    double *sizes;          /* [n_rows, n_cols]: how large what a weight is computed from is */
+    float *values;          /* [n_rows, n_cols]: the dequantised weights */
+    double *magnitudes;     /* [n_rows, n_cols]: of the terms that a weight is computed from */
 } matrix;
 
 typedef void (*unpack_fn)(const void *block, phi_unpacked *u);
 
-/* With the range of the quants before an offset is taken off. */
+/* range: the number of values of a quant before its offset is subtracted. */
 static const struct {
     unpack_fn unpack;
     double range;
@@ -38,17 +42,17 @@ static const struct {
     [PHI_TYPE_Q5_K] = {phi_unpack_q5_k, 32},  [PHI_TYPE_Q6_K] = {phi_unpack_q6_k, 64},
 };
 
-static void measure(const matrix *m) {
+static void compute_magnitudes(const matrix *m) {
     const size_t n = (size_t)m->n_rows * (size_t)m->n_cols, block = (size_t)phi_types[m->type].block_elements;
     phi_unpacked u;
     for (size_t i = 0; i < n; i++) {
         if (!unpackers[m->type].unpack) {
-            m->sizes[i] = fabs((double)m->values[i]);
+            m->magnitudes[i] = fabs((double)m->values[i]);
             continue;
         }
         if (i % block == 0) unpackers[m->type].unpack(m->rows + i / block * (size_t)phi_types[m->type].block_bytes, &u);
         const size_t group = i % block / PHI_SUM_BLOCK;
-        m->sizes[i] = unpackers[m->type].range * fabs((double)u.scale[group]) + fabs((double)u.min[group]);
+        m->magnitudes[i] = unpackers[m->type].range * fabs((double)u.scale[group]) + fabs((double)u.min[group]);
     }
 }
 
@@ -58,7 +62,7 @@ static matrix read_matrix(input *in, const phi_kernels *scalar) {
     const int block = phi_types[m.type].block_elements;
     m.n_rows = pick(in, 1, 33);
     m.n_cols = block * pick(in, 1, block == 1 ? 256 : block == 32 ? 9 : 3);
-    m.n_tokens = pick(in, 1, MOST_TOKENS);
+    m.n_tokens = pick(in, 1, MAX_TOKENS);
     const size_t offset = 2 * (size_t)pick(in, 0, 3), first = in->at;
     const size_t n_rows = (size_t)m.n_rows, n_cols = (size_t)m.n_cols, n_tokens = (size_t)m.n_tokens;
     m.row_bytes = phi_row_bytes(m.type, n_cols);
@@ -74,10 +78,10 @@ static matrix read_matrix(input *in, const phi_kernels *scalar) {
         if (byte < 128) m.x[i] *= steps[byte % 8];
     }
     m.values = floats(n_rows * n_cols);
-    m.sizes = memory(n_rows * n_cols * sizeof *m.sizes);
+    m.magnitudes = memory(n_rows * n_cols * sizeof *m.magnitudes);
     for (size_t r = 0; r < n_rows; r++)
         scalar->dequantize[m.type](m.rows + r * m.row_bytes, n_cols, m.values + r * n_cols);
-    measure(&m);
+    compute_magnitudes(&m);
     return m;
 }
 
@@ -86,32 +90,32 @@ static void check_dequantized(const phi_kernels *k, const matrix *m) {
     for (size_t r = 0; r < (size_t)m->n_rows; r++) {
         k->dequantize[m->type](m->rows + r * m->row_bytes, (size_t)m->n_cols, y);
         const size_t at = first_difference(y, m->values + r * (size_t)m->n_cols, (size_t)m->n_cols);
-        CHECK(at == (size_t)m->n_cols, "%s: dequantised %s: row %zu, column %zu is not the scalar tier's", k->name,
+        CHECK(at == (size_t)m->n_cols, "%s: dequantised %s: row %zu, column %zu differs from scalar", k->name,
               phi_types[m->type].name, r, at);
     }
     free(y);
 }
 
-/* What a product may be: the exact one, and how far from it float's rounding may lead. */
+/* Compares a product with the exact one, computed in double precision. */
 static void check_product(const phi_kernels *k, const matrix *m, const phi_activations *x, bool packed, size_t r,
                           size_t t, float got) {
-    const bool quantised = phi_types[m->type].activation == PHI_ACTIVATION_Q8;
-    double sum = 0.0, size = 0.0;
+    const bool quantised = phi_types[m->type].activation_format == PHI_ACTIVATION_Q8;
+    double sum = 0.0, magnitude = 0.0;
     for (size_t i = 0; i < (size_t)m->n_cols; i++) {
         const size_t at = t * (size_t)m->n_cols + i, w = r * (size_t)m->n_cols + i;
         const double value =
             quantised ? (double)x->q8.scales[at / PHI_Q8_BLOCK] * x->q8.quants[at] : (double)x->f32[at];
         sum += (double)m->values[w] * value;
-        /* Sums of quants, which minima and offsets are multiplied with, are rounded as wholes. */
-        size += m->sizes[w] * (quantised ? 127.0 * (double)x->q8.scales[at / PHI_Q8_BLOCK] : fabs(value));
+        /* Sums of quants, which minima and offsets are multiplied with, are rounded too. */
+        magnitude += m->magnitudes[w] * (quantised ? 127.0 * (double)x->q8.scales[at / PHI_Q8_BLOCK] : fabs(value));
     }
-    if (!(size <= DBL_MAX)) { /* isfinite warns of doubles in MinGW's header */
+    if (!(magnitude <= DBL_MAX)) { /* not isfinite: MinGW's header warns about it */
         CHECK(fabs(sum) <= DBL_MAX || !isfinite(got), "%s: %s %s: row %zu, token %zu is %g, expected %g", k->name,
-              packed ? "packed" : "file", phi_types[m->type].name, r, t, (double)got, sum);
-    } else if (size < 1e37) { /* else a part of the sum may be infinite */
-        CHECK(fabs((double)got - sum) <= 2e-6 * size + 1e-12,
-              "%s: %s %s: row %zu, token %zu is %.9g, expected %.9g within %.3g", k->name, packed ? "packed" : "file",
-              phi_types[m->type].name, r, t, (double)got, sum, 2e-6 * size + 1e-12);
+              packed ? "packed" : "row-major", phi_types[m->type].name, r, t, (double)got, sum);
+    } else if (magnitude < 1e37) { /* else a partial sum may be infinite */
+        CHECK(fabs((double)got - sum) <= 2e-6 * magnitude + 1e-12,
+              "%s: %s %s: row %zu, token %zu is %.9g, expected %.9g +- %.3g", k->name, packed ? "packed" : "row-major",
+              phi_types[m->type].name, r, t, (double)got, sum, 2e-6 * magnitude + 1e-12);
     }
 }
 
@@ -138,11 +142,11 @@ static void check_products(const phi_kernels *k, const matrix *m, const phi_acti
         multiply(&product);
         for (size_t r = 0; r < n_rows; r++) {
             check_product(k, m, x, packed, r, t, alone[r]);
-            if (is_tiled) continue; /* rounds anew */
+            if (is_tiled) continue; /* rounds differently in a batch */
             CHECK(same_float(together[t * n_rows + r], alone[r]),
-                  "%s: %s %s: row %zu, token %zu is %.9g among %zu, and alone %.9g", k->name,
-                  packed ? "packed" : "file", phi_types[m->type].name, r, t, (double)together[t * n_rows + r], n_tokens,
-                  (double)alone[r]);
+                  "%s: %s %s: row %zu, token %zu is %.9g in a batch of %zu, %.9g alone", k->name,
+                  packed ? "packed" : "row-major", phi_types[m->type].name, r, t, (double)together[t * n_rows + r],
+                  n_tokens, (double)alone[r]);
         }
     }
     free(together);
@@ -153,7 +157,7 @@ static void check_tier(const phi_kernels *k, const matrix *m) {
     const size_t n_tokens = (size_t)m->n_tokens, n_cols = (size_t)m->n_cols, n = n_tokens * n_cols;
     phi_activations x = {.n_cols = m->n_cols, .f32 = m->x};
     if (n_cols % PHI_Q8_BLOCK == 0) {
-        x.q8 = allot_q8(n);
+        x.q8 = make_q8(n);
         k->quantize_q8(m->x, n, x.q8);
     }
     if (k->quantize_tiled && n_cols % PHI_TILED_BLOCK == 0 && m->n_tokens > k->max_exact_batch) {
@@ -179,7 +183,7 @@ static void check_tier(const phi_kernels *k, const matrix *m) {
     free(x.tiled.scales);
 }
 
-/* As `phi-c quantize` does with a file: rows that are not finite are refused before. Two rows: it takes long. */
+/* Requantises rows, finite ones only, as `phi-c quantize` does. At most two, since it is slow. */
 static void check_quantized(const phi_kernels *scalar, const matrix *m, phi_pool *pool, phi_type target) {
     const size_t n_rows = m->n_rows < 2 ? 1 : 2, n_cols = (size_t)m->n_cols;
     if (n_cols % (size_t)phi_types[target].block_elements != 0) return;
@@ -191,11 +195,11 @@ static void check_quantized(const phi_kernels *scalar, const matrix *m, phi_pool
     for (size_t i = 0; i < n_cols; i++) importance[i] = fabsf(m->x[i]);
     for (int weighted = 0; weighted < 2; weighted++) {
         CHECK(phi_quantize_rows(pool, target, m->values, n_rows, n_cols, weighted ? importance : NULL, rows) == PHI_OK,
-              "quantising failed");
+              "phi_quantize_rows failed");
         for (size_t r = 0; r < n_rows; r++) {
             scalar->dequantize[target](rows + r * phi_row_bytes(target, n_cols), n_cols, y);
             for (size_t i = 0; i < n_cols; i++)
-                CHECK(isfinite(y[i]), "%g of %s is %g as %s", (double)m->values[r * n_cols + i],
+                CHECK(isfinite(y[i]), "%g in %s became %g in %s", (double)m->values[r * n_cols + i],
                       phi_types[m->type].name, (double)y[i], phi_types[target].name);
         }
     }
@@ -207,10 +211,10 @@ static void check_quantized(const phi_kernels *scalar, const matrix *m, phi_pool
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n_bytes) {
     static phi_pool *pool;
     const phi_kernels *scalar, *k;
-    if (!pool) CHECK(phi_pool_create(1, &pool) == PHI_OK, "no pool");
+    if (!pool) CHECK(phi_pool_create(1, &pool) == PHI_OK, "phi_pool_create failed");
     CHECK(phi_select_kernels("scalar", &scalar) == PHI_OK, "the scalar tier is missing");
     input in = {bytes, n_bytes, 0};
-    const int only = pick(&in, 0, 11); /* of the tiers; 0, or one that is not there: all */
+    const int only = pick(&in, 0, 11); /* tier number, from 1; 0 or too large: all tiers */
     const bool quantises = pick(&in, 0, 3) == 0;
     const phi_type target = (phi_type)pick(&in, 0, PHI_N_TYPES - 1);
     matrix m = read_matrix(&in, scalar);
@@ -224,6 +228,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n_bytes) {
     free(m.memory);
     free(m.x);
     free(m.values);
-    free(m.sizes);
+    free(m.magnitudes);
     return 0;
 }

@@ -16,7 +16,7 @@ static const char *const kv_names[PHI_N_KV_TYPES] = {"f16", "q8"};
 static void check_store(const phi_kernels *k, phi_kv_type type, int head_dim, int slot, int special) {
     static const float specials[] = {0.0f,     1e-42f, 6e-8f, -2.9e-8f, 6.1e-5f,   65504.0f, 65519.9f,
                                      65520.0f, -1e30f, 1e-9f, INFINITY, -INFINITY, NAN};
-    const size_t n = (size_t)head_dim, page_bytes = phi_page_head_bytes(type, head_dim);
+    const size_t n = (size_t)head_dim, page_bytes = phi_kv_slice_bytes(type, head_dim);
     const phi_kernels *scalar;
     CHECK(phi_select_kernels("scalar", &scalar) == PHI_OK, "the scalar tier is missing");
     generator g = {(uint64_t)(head_dim * 100 + slot)};
@@ -63,9 +63,9 @@ typedef struct {
 
 static void read_back(cache *c, int position) {
     const size_t n = (size_t)c->head_dim, slot = (size_t)(position % PHI_PAGE_TOKENS), at = (size_t)position * n;
-    const size_t page_bytes = phi_page_head_bytes(c->type, c->head_dim), n_blocks = phi_kv_blocks(c->head_dim);
+    const size_t page_bytes = phi_kv_slice_bytes(c->type, c->head_dim), n_blocks = phi_kv_blocks(c->head_dim);
     uint8_t *bytes = c->pages + (size_t)c->page_table[position / PHI_PAGE_TOKENS] * page_bytes;
-    const phi_page_head page = phi_page_head_of(c->type, c->head_dim, bytes);
+    const phi_kv_slice page = phi_kv_slice_of(c->type, c->head_dim, bytes);
     for (size_t d = 0; d < n; d++) {
         const size_t key = (slot / PHI_KV_GROUP * n + d) * PHI_KV_GROUP + slot % PHI_KV_GROUP, value = slot * n + d;
         if (c->type == PHI_KV_F16) {
@@ -84,7 +84,7 @@ static void read_back(cache *c, int position) {
 static cache make_cache(const phi_kernels *k, generator *g, phi_kv_type type, int head_dim, int n_positions) {
     const size_t n = (size_t)head_dim, n_floats = (size_t)n_positions * n;
     const int n_pages = (n_positions + PHI_PAGE_TOKENS - 1) / PHI_PAGE_TOKENS;
-    const size_t page_bytes = phi_page_head_bytes(type, head_dim);
+    const size_t page_bytes = phi_kv_slice_bytes(type, head_dim);
     cache c = {
         .type = type,
         .head_dim = head_dim,
@@ -121,8 +121,8 @@ static void make_value_infinite(cache *c, int position) {
     const size_t n = (size_t)c->head_dim, slot = (size_t)(position % PHI_PAGE_TOKENS),
                  n_blocks = phi_kv_blocks(c->head_dim);
     uint8_t *bytes =
-        c->pages + (size_t)c->page_table[position / PHI_PAGE_TOKENS] * phi_page_head_bytes(c->type, c->head_dim);
-    const phi_page_head page = phi_page_head_of(c->type, c->head_dim, bytes);
+        c->pages + (size_t)c->page_table[position / PHI_PAGE_TOKENS] * phi_kv_slice_bytes(c->type, c->head_dim);
+    const phi_kv_slice page = phi_kv_slice_of(c->type, c->head_dim, bytes);
     uint16_t *halves =
         c->type == PHI_KV_F16 ? (uint16_t *)(void *)page.values + slot * n : page.value_scales + slot * n_blocks;
     for (size_t i = 0; i < (c->type == PHI_KV_F16 ? n : n_blocks); i++) halves[i] = 0x7c00;
@@ -138,7 +138,7 @@ static void free_cache(cache *c) {
 /* The output for one query at a position. */
 static void attend_exactly(const cache *c, const float *q, int position, int window, double scale, double *out) {
     const size_t n = (size_t)c->head_dim;
-    const int first = phi_first_seen(position, window);
+    const int first = phi_first_visible(position, window);
     double *scores = memory((size_t)(position + 1) * sizeof *scores), row_max = -INFINITY, row_sum = 0.0;
     for (int p = first; p <= position; p++) {
         scores[p] = 0.0;
@@ -175,7 +175,7 @@ static void check_attention(const phi_kernels *k, phi_kv_type type, int head_dim
         .head_dim = head_dim,
         .token_stride = stride,
         .pages = c.pages,
-        .page_bytes = phi_page_head_bytes(type, head_dim),
+        .page_bytes = phi_kv_slice_bytes(type, head_dim),
         .page_table = c.page_table,
         .query_start = query_start,
         .window = window,

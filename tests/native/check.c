@@ -23,7 +23,7 @@ _Noreturn void fail_at(const char *file, int line, const char *format, ...) {
 
 void *memory(size_t n_bytes) {
     void *p = malloc(n_bytes ? n_bytes : 1);
-    if (!p) fail_at(__FILE__, __LINE__, "no memory for %zu bytes", n_bytes);
+    if (!p) fail_at(__FILE__, __LINE__, "malloc of %zu bytes failed", n_bytes);
     return p;
 }
 
@@ -71,7 +71,7 @@ bool near(float got, double expected, double relative, double absolute) {
     return fabs((double)got - expected) <= relative * fabs(expected) + absolute;
 }
 
-phi_q8 allot_q8(size_t n) {
+phi_q8 make_q8(size_t n) {
     return (phi_q8){
         .quants = memory(n),
         .scales = floats(n / PHI_Q8_BLOCK),

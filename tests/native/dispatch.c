@@ -1,4 +1,4 @@
-/* Which tiers there are: what is available can be had, what is not is refused, and tables are complete. */
+/* Tier selection: available tiers can be selected, others cannot, and kernel tables are complete. */
 #include "dispatch.h"
 
 #include <string.h>
@@ -7,15 +7,15 @@
 
 static void check_table(const char *tier) {
     const phi_kernels *k = NULL;
-    CHECK(phi_select_kernels(tier, &k) == PHI_OK && k, "%s is available and refused", tier);
-    CHECK(strcmp(k->name, tier) == 0, "the table of %s is called %s", tier, k->name);
+    CHECK(phi_select_kernels(tier, &k) == PHI_OK && k, "tier %s is available but cannot be selected", tier);
+    CHECK(strcmp(k->name, tier) == 0, "tier %s has a table named %s", tier, k->name);
     for (phi_type type = 0; type < PHI_N_TYPES; type++) {
         const char *provider = phi_matmul_tier(tier, type);
-        CHECK(k->dequantize[type] && k->matmul[type], "%s lacks a kernel for %s", tier, phi_types[type].name);
-        CHECK(!k->pack[type] || k->matmul_packed[type], "%s packs %s, and cannot multiply it", tier,
+        CHECK(k->dequantize[type] && k->matmul[type], "tier %s has no kernel for %s", tier, phi_types[type].name);
+        CHECK(!k->pack[type] || k->matmul_packed[type], "tier %s packs %s but cannot multiply it packed", tier,
               phi_types[type].name);
-        CHECK(provider && phi_tier_available(provider), "%s has %s from %s", tier, phi_types[type].name,
-              provider ? provider : "nowhere");
+        CHECK(provider && phi_tier_available(provider), "tier %s inherits %s from %s", tier, phi_types[type].name,
+              provider ? provider : "no tier");
     }
 }
 
@@ -23,9 +23,12 @@ static void check_prefetch(void) {
     const phi_prefetch zen4 = phi_prefetch_for(&(phi_cpu){.amd_family = 0x19});
     const phi_prefetch zen5 = phi_prefetch_for(&(phi_cpu){.amd_family = 0x1a});
     const phi_prefetch other = phi_prefetch_for(&(phi_cpu){.amd_family = 0});
-    CHECK(zen4.decode_l2_bytes == 0 && zen4.l2_bytes == 16384 && zen4.l1_bytes == 0, "prefetch of Zen 4");
-    CHECK(zen5.decode_l2_bytes == 16384 && zen5.l2_bytes == 16384 && zen5.l1_bytes == 0, "prefetch of Zen 5");
-    CHECK(other.decode_l2_bytes == 4096 && other.l2_bytes == 4096 && other.l1_bytes == 2048, "prefetch elsewhere");
+    CHECK(zen4.decode_l2_bytes == 0 && zen4.l2_bytes == 16384 && zen4.l1_bytes == 0,
+          "wrong prefetch distances for Zen 4");
+    CHECK(zen5.decode_l2_bytes == 16384 && zen5.l2_bytes == 16384 && zen5.l1_bytes == 0,
+          "wrong prefetch distances for Zen 5");
+    CHECK(other.decode_l2_bytes == 4096 && other.l2_bytes == 4096 && other.l1_bytes == 2048,
+          "wrong prefetch distances for other CPUs");
 }
 
 void test_dispatch(const phi_kernels *k) {
@@ -38,15 +41,15 @@ void test_dispatch(const phi_kernels *k) {
         if (phi_tier_available(names[i]))
             check_table(names[i]);
         else
-            CHECK(phi_select_kernels(names[i], &none) == PHI_NO_SUCH_TIER && !none, "%s is missing and given",
-                  names[i]);
+            CHECK(phi_select_kernels(names[i], &none) == PHI_TIER_UNAVAILABLE && !none,
+                  "tier %s is unavailable but was selected", names[i]);
     }
-    CHECK(phi_select_kernels("avx9", &none) == PHI_NO_SUCH_TIER && !none, "a tier that nobody knows is given");
-    CHECK(!phi_tier_available("avx9") && !phi_matmul_tier("avx9", PHI_TYPE_F32), "a tier that nobody knows is there");
-    CHECK(phi_select_kernels(NULL, &chosen) == PHI_OK && phi_tier_available(chosen->name), "no tier is chosen");
+    CHECK(phi_select_kernels("avx9", &none) == PHI_TIER_UNAVAILABLE && !none, "the unknown tier avx9 was selected");
+    CHECK(!phi_tier_available("avx9") && !phi_matmul_tier("avx9", PHI_TYPE_F32), "the unknown tier avx9 is available");
+    CHECK(phi_select_kernels(NULL, &chosen) == PHI_OK && phi_tier_available(chosen->name), "no default tier");
     for (phi_type type = 0; type < PHI_N_TYPES; type++) {
         CHECK(phi_row_bytes(type, 256) ==
                   256 / (size_t)phi_types[type].block_elements * (size_t)phi_types[type].block_bytes,
-              "row bytes of %s", phi_types[type].name);
+              "phi_row_bytes of %s is wrong", phi_types[type].name);
     }
 }

@@ -1,5 +1,5 @@
-/* Whole forward passes of a tiny model of random weights: what a token gets does not depend on what runs with it, on
- * threads, or on the layout of weights that no tier packs; and every tier comes near the scalar one. */
+/* Forward passes of a tiny model with random weights: a token's logits have the same bits in any batch and with any
+ * number of threads, and those of every tier are close to the scalar tier's. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,10 +14,10 @@ enum {
     N_KV_HEADS = 2,
     HEAD_DIM = 64,
     ROPE_DIMS = 48,
-    N_VOCAB = 100, /* rows that fill no panel: the output stays in the file layout */
+    N_VOCAB = 100, /* not a multiple of PHI_PANEL_ROWS: the output matrix is not packed */
     N_TOKENS = 45,
     WINDOW = 37,
-    BROKEN = 5, /* the token whose embedding check_broken breaks */
+    NAN_TOKEN = 5, /* the token whose embedding check_nan makes NaN */
     N_PAGES = 2 * ((N_TOKENS + PHI_PAGE_TOKENS - 1) / PHI_PAGE_TOKENS),
     N_MATRICES = 7 * N_LAYERS + 2,
 };
@@ -27,7 +27,7 @@ typedef struct {
     phi_layer layers[N_LAYERS];
     phi_feed_forward ffn[N_LAYERS];
     float norm[N_EMBD], inv_freq[ROPE_DIMS / 2];
-    uint16_t *embeddings; /* [N_VOCAB, N_EMBD] in half precision */
+    uint16_t *embeddings; /* [N_VOCAB, N_EMBD], half precision */
     void *owned[2 * N_MATRICES];
     int n_owned;
 } tiny;
@@ -45,10 +45,10 @@ static void pack(tiny *m, phi_matrix *matrix) {
     const size_t n_bytes = phi_packed_bytes(m->model.kernels, matrix);
     if (n_bytes == 0) return;
     CHECK(phi_pack(m->model.kernels, m->model.pool, matrix, own(m, memory(n_bytes))) == PHI_OK, "packing failed");
-    CHECK(matrix->layout == PHI_LAYOUT_PANELS, "a packed matrix has the layout %d", (int)matrix->layout);
+    CHECK(matrix->layout == PHI_LAYOUT_PANELS, "a packed matrix has layout %d", (int)matrix->layout);
 }
 
-/* The same weights whatever the tier. */
+/* The weights are the same for every tier. */
 static tiny *make_tiny(const phi_kernels *k, phi_pool *pool, phi_rope_style style, bool packed) {
     generator g = {7};
     tiny *m = memory(sizeof *m);
@@ -109,64 +109,65 @@ static void free_tiny(tiny *m) {
     free(m);
 }
 
-static bool always(void *context) {
+static bool always_true(void *context) {
     (void)context;
     return true;
 }
 
-/* Logits [N_TOKENS, N_VOCAB] of a text, run in chunks of so many tokens; beside it, where `company`, another one. */
-static void run(const tiny *m, phi_kv_type type, int chunk, bool company, float *logits) {
+/* Logits [N_TOKENS, N_VOCAB] of a sequence, computed in chunks of `chunk` tokens. two_sequences: batches contain the
+ * tokens of another sequence too. */
+static void run(const tiny *m, phi_kv_type type, int chunk, bool two_sequences, float *logits) {
     phi_kv *kv;
-    CHECK(phi_kv_create(&m->model, type, N_PAGES, &kv) == PHI_OK, "no cache");
+    CHECK(phi_kv_create(&m->model, type, N_PAGES, &kv) == PHI_OK, "phi_kv_create failed");
     const int32_t pages[2][2] = {{3, 0}, {2, 1}};
-    const phi_sequence seqs[2] = {{.pages = pages[0]}, {.pages = pages[1]}};
+    const phi_sequence sequences[2] = {{.pages = pages[0]}, {.pages = pages[1]}};
     for (int first = 0; first < N_TOKENS; first += chunk) {
-        int32_t tokens[2 * N_TOKENS], positions[2 * N_TOKENS], sequences[2 * N_TOKENS], rows[N_TOKENS];
+        int32_t tokens[2 * N_TOKENS], positions[2 * N_TOKENS], seq_ids[2 * N_TOKENS], rows[N_TOKENS];
         const int n = N_TOKENS - first < chunk ? N_TOKENS - first : chunk;
         int n_tokens = 0;
         for (int i = 0; i < n; i++) {
-            for (int s = company ? 1 : 0; s >= 0; s--) {
+            for (int s = two_sequences ? 1 : 0; s >= 0; s--) {
                 if (s == 0) rows[i] = n_tokens;
                 tokens[n_tokens] = ((first + i) * 31 + 7 * s) % N_VOCAB;
                 positions[n_tokens] = first + i;
-                sequences[n_tokens++] = s;
+                seq_ids[n_tokens++] = s;
             }
         }
         const phi_batch batch = {
             .n_tokens = n_tokens,
             .tokens = tokens,
             .positions = positions,
+            .seq_ids = seq_ids,
             .sequences = sequences,
-            .seqs = seqs,
             .n_logit_rows = n,
             .logit_rows = rows,
             .logits = logits + first * N_VOCAB,
         };
-        CHECK(phi_forward(&m->model, kv, &batch) == PHI_OK, "%s: a forward pass failed", m->model.kernels->name);
+        CHECK(phi_forward(&m->model, kv, &batch) == PHI_OK, "%s: phi_forward failed", m->model.kernels->name);
     }
     phi_kv_free(kv);
 }
 
-static void check_cancelling(const tiny *m) {
+static void check_cancel(const tiny *m) {
     phi_kv *kv;
     float logits[N_VOCAB];
     const int32_t zero = 0;
-    CHECK(phi_kv_create(&m->model, PHI_KV_F16, 1, &kv) == PHI_OK, "no cache");
-    const phi_sequence seq = {.pages = &zero};
+    CHECK(phi_kv_create(&m->model, PHI_KV_F16, 1, &kv) == PHI_OK, "phi_kv_create failed");
+    const phi_sequence sequence = {.pages = &zero};
     const phi_batch batch = {.n_tokens = 1,
                              .tokens = &zero,
                              .positions = &zero,
-                             .sequences = &zero,
-                             .seqs = &seq,
+                             .seq_ids = &zero,
+                             .sequences = &sequence,
                              .n_logit_rows = 1,
                              .logit_rows = &zero,
                              .logits = logits,
-                             .poll = always};
-    CHECK(phi_forward(&m->model, kv, &batch) == PHI_CANCELLED, "a cancelled pass went on");
+                             .poll = always_true};
+    CHECK(phi_forward(&m->model, kv, &batch) == PHI_CANCELLED, "phi_forward was not cancelled");
     phi_kv_free(kv);
 }
 
-/* The squared error as a share of the squared signal. */
+/* Normalised mean squared error: sum((got - expected)^2) / sum(expected^2). */
 static double nmse(const float *got, const float *expected) {
     double error = 0.0, signal = 0.0;
     for (int i = 0; i < N_TOKENS * N_VOCAB; i++) {
@@ -177,44 +178,47 @@ static double nmse(const float *got, const float *expected) {
     return error / signal;
 }
 
-/* One number of a token's embedding is NaN: every logit from that token on has to show it, and none before it. */
-static void check_broken(const tiny *m, phi_kv_type type, int chunk, bool company) {
+/* One element of a token's embedding is NaN: all logits from that token on must be NaN, and none before it. */
+static void check_nan(const tiny *m, phi_kv_type type, int chunk, bool two_sequences) {
     float *logits = floats(N_TOKENS * N_VOCAB);
-    const int row = BROKEN * 31 % N_VOCAB;
+    const int row = NAN_TOKEN * 31 % N_VOCAB;
     uint16_t *embedding = m->embeddings + row * N_EMBD;
     embedding[9] = 0x7e00;
-    run(m, type, chunk, company, logits);
+    run(m, type, chunk, two_sequences, logits);
     for (int i = 0; i < N_TOKENS * N_VOCAB; i++)
-        CHECK(isfinite(logits[i]) == (i / N_VOCAB < BROKEN), "%s: token %d is NaN: logit %d of token %d is %g",
-              m->model.kernels->name, BROKEN, i % N_VOCAB, i / N_VOCAB, (double)logits[i]);
+        CHECK(isfinite(logits[i]) == (i / N_VOCAB < NAN_TOKEN), "%s: token %d is NaN, and logit %d of token %d is %g",
+              m->model.kernels->name, NAN_TOKEN, i % N_VOCAB, i / N_VOCAB, (double)logits[i]);
     free(logits);
 }
 
-static void check_ways(const phi_kernels *k, phi_kv_type type, phi_rope_style style, bool packed,
-                       const float *expected) {
+static void check_batches(const phi_kernels *k, phi_kv_type type, phi_rope_style style, bool packed,
+                          const float *expected) {
     enum { N_LOGITS = N_TOKENS * N_VOCAB };
     static const struct {
         int n_threads, chunk;
-        bool company;
-    } ways[] = {{1, 1, false}, {1, N_TOKENS, false}, {3, N_TOKENS, true}, {2, 7, true}, {3, 1, false}};
+        bool two_sequences;
+    } cases[] = {{1, 1, false}, {1, N_TOKENS, false}, {3, N_TOKENS, true}, {2, 7, true}, {3, 1, false}};
     float *first = floats(N_LOGITS), *logits = floats(N_LOGITS);
-    for (int i = 0; i < (int)(sizeof ways / sizeof *ways); i++) {
+    for (int i = 0; i < (int)(sizeof cases / sizeof *cases); i++) {
         phi_pool *pool;
-        CHECK(phi_pool_create(ways[i].n_threads, &pool) == PHI_OK, "no pool");
+        CHECK(phi_pool_create(cases[i].n_threads, &pool) == PHI_OK, "phi_pool_create failed");
         tiny *m = make_tiny(k, pool, style, packed);
-        const bool rounds_anew = k->max_exact_batch && ways[i].chunk * (ways[i].company ? 2 : 1) > k->max_exact_batch;
-        run(m, type, ways[i].chunk, ways[i].company, i ? logits : first);
-        if (i == 0) check_cancelling(m);
-        if (i && !rounds_anew) {
+        const bool rounds_differently =
+            k->max_exact_batch && cases[i].chunk * (cases[i].two_sequences ? 2 : 1) > k->max_exact_batch;
+        run(m, type, cases[i].chunk, cases[i].two_sequences, i ? logits : first);
+        if (i == 0) check_cancel(m);
+        if (i && !rounds_differently) {
             const size_t at = first_difference(logits, first, N_LOGITS);
-            CHECK(at == N_LOGITS, "%s: %d threads, chunks of %d%s: logit %zu of token %zu differs from token by token",
-                  k->name, ways[i].n_threads, ways[i].chunk, ways[i].company ? " in company" : "", at % N_VOCAB,
-                  at / N_VOCAB);
+            CHECK(at == N_LOGITS,
+                  "%s: %d threads, chunks of %d tokens%s: logit %zu of token %zu differs from one thread, one token at "
+                  "a time",
+                  k->name, cases[i].n_threads, cases[i].chunk, cases[i].two_sequences ? ", two sequences" : "",
+                  at % N_VOCAB, at / N_VOCAB);
         }
         const double error = nmse(i ? logits : first, expected);
-        CHECK(error <= (rounds_anew ? 1e-2 : 2e-3), "%s: logits are off by %g of those of the scalar tier", k->name,
-              error);
-        check_broken(m, type, ways[i].chunk, ways[i].company);
+        CHECK(error <= (rounds_differently ? 1e-2 : 2e-3), "%s: the NMSE of the logits against the scalar tier is %g",
+              k->name, error);
+        check_nan(m, type, cases[i].chunk, cases[i].two_sequences);
         free_tiny(m);
         phi_pool_free(pool);
     }
@@ -226,14 +230,15 @@ void test_forward(const phi_kernels *k) {
     const phi_kernels *scalar;
     float *expected = floats(N_TOKENS * N_VOCAB);
     phi_pool *pool;
-    CHECK(phi_select_kernels("scalar", &scalar) == PHI_OK && phi_pool_create(1, &pool) == PHI_OK, "no scalar tier");
+    CHECK(phi_select_kernels("scalar", &scalar) == PHI_OK && phi_pool_create(1, &pool) == PHI_OK,
+          "the scalar tier or a thread pool is unavailable");
     for (phi_kv_type type = 0; type < PHI_N_KV_TYPES; type++) {
         const phi_rope_style style = type == PHI_KV_F16 ? PHI_ROPE_NEOX : PHI_ROPE_INTERLEAVED;
         tiny *m = make_tiny(scalar, pool, style, false);
         run(m, type, N_TOKENS, false, expected);
         free_tiny(m);
-        check_ways(k, type, style, false, expected);
-        check_ways(k, type, style, true, expected);
+        check_batches(k, type, style, false, expected);
+        check_batches(k, type, style, true, expected);
     }
     phi_pool_free(pool);
     free(expected);

@@ -1,5 +1,5 @@
-/* Dequantisation and products: every type, in the file layout and in panels, for numbers of rows and tokens around
- * those that kernels take at a time. */
+/* Dequantisation and matrix products of every type, in rows and in panels, with numbers of rows and tokens around the
+ * block sizes of the kernels. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -7,7 +7,7 @@
 #include "dispatch.h"
 #include "weights.h"
 
-enum { MOST_ROWS = 48, MOST_TOKENS = 33, COLS = 768, FIRST_TOKEN = 3, OUT_STRIDE = MOST_ROWS + 5 };
+enum { MAX_ROWS = 48, MAX_TOKENS = 33, COLS = 768, FIRST_TOKEN = 3, OUT_STRIDE = MAX_ROWS + 5 };
 
 static const int row_counts[] = {1, 2, 15, 16, 17, 33}, panel_row_counts[] = {16, 48};
 static const int token_counts[] = {1, 2, 5, 16, 17, 33};
@@ -16,7 +16,7 @@ static const int token_counts[] = {1, 2, 5, 16, 17, 33};
 
 /* ---- dequantisation ---- */
 
-/* FNV-1a of the bits of 32 rows of 512 random weights, and as many extreme ones: the same on every platform. */
+/* FNV-1a hashes of 32 dequantised rows of 512 weights, random ones and extreme ones; the same on every platform. */
 static const uint64_t dequantized_hashes[PHI_N_TYPES] = {
     [PHI_TYPE_F32] = 0x79c6b133e5a35891,  [PHI_TYPE_F16] = 0xdf85cb17328bdfa0,  [PHI_TYPE_BF16] = 0x6dd4e26912d96e35,
     [PHI_TYPE_Q4_0] = 0x625b8b04046605fe, [PHI_TYPE_Q4_1] = 0x39bcee2378ca694f, [PHI_TYPE_Q5_0] = 0x7b99b0a9a310dda3,
@@ -34,13 +34,13 @@ void test_dequantize(const phi_kernels *k) {
         float *y = floats(N);
         uint64_t hash = 0xcbf29ce484222325u;
         for (int r = 0; r < ROWS; r++) {
-            uint8_t *at = row + r % 2 * 2; /* rows of a file lie at any even address */
+            uint8_t *at = row + r % 2 * 2; /* rows in a file have any even address */
             fill_rows(&g, type, r % 4 ? WEIGHTS_RANDOM : WEIGHTS_ANY_SIZE, 1, N, at);
             k->dequantize[type](at, N, y);
             for (size_t i = 0; i < N * sizeof *y; i++) hash = (hash ^ ((const uint8_t *)y)[i]) * 0x100000001b3u;
         }
-        CHECK(hash == dequantized_hashes[type], "%s: dequantised %s has the hash 0x%016llx, expected 0x%016llx",
-              k->name, phi_types[type].name, (unsigned long long)hash, (unsigned long long)dequantized_hashes[type]);
+        CHECK(hash == dequantized_hashes[type], "%s: dequantised %s has hash 0x%016llx, expected 0x%016llx", k->name,
+              phi_types[type].name, (unsigned long long)hash, (unsigned long long)dequantized_hashes[type]);
         free(row);
         free(y);
     }
@@ -48,17 +48,17 @@ void test_dequantize(const phi_kernels *k) {
 
 /* ---- products ---- */
 
-/* Weights and activations of a type, and what their product is. */
+/* Weights and activations of a type, and their exact product. */
 typedef struct {
     phi_type type;
     weight_kind kind;
-    uint8_t *rows, *panels;    /* [MOST_ROWS, row_bytes] */
-    phi_activations x;         /* of FIRST_TOKEN + MOST_TOKENS tokens */
-    double *exact, *tolerance; /* [MOST_TOKENS, MOST_ROWS] */
+    uint8_t *rows, *panels;    /* [MAX_ROWS, row_bytes] */
+    phi_activations x;         /* [FIRST_TOKEN + MAX_TOKENS, COLS] */
+    double *exact, *tolerance; /* [MAX_TOKENS, MAX_ROWS] */
 } product;
 
-/* Activations that products of many tokens take in another form. */
-static void make_wide(const phi_kernels *k, phi_activations *x, size_t n_tokens) {
+/* The activations in the AMX layout, which prefill products read; padding tokens are 127. */
+static void make_tiled(const phi_kernels *k, phi_activations *x, size_t n_tokens) {
     x->tiled = (phi_tiled){
         .tiles = memory(phi_tiled_bytes(n_tokens, COLS)),
         .scales = floats(phi_tiled_n_scales(n_tokens, COLS)),
@@ -68,19 +68,19 @@ static void make_wide(const phi_kernels *k, phi_activations *x, size_t n_tokens)
     for (size_t t = 0; t < n_tokens; t++) k->quantize_tiled(x->f32 + t * COLS, COLS, &x->tiled, t);
 }
 
-/* The product in double on the activations that the kernel gets: what is left is the summation in float. The limit is
- * relative to the sum of magnitudes, since a product that cancels has no digits of its own; a minimum or an offset is
- * subtracted whole, so its size counts with the weights' own. */
+/* The product in double precision with the quantised activations, so that the kernel's error is that of summation in
+ * float. The tolerance is relative to the sum of magnitudes, since terms can cancel. Minima and offsets are subtracted
+ * as products of their own, so their magnitude is included. */
 static void make_exact(product *p) {
-    const bool quantised = phi_types[p->type].activation == PHI_ACTIVATION_Q8;
+    const bool quantised = phi_types[p->type].activation_format == PHI_ACTIVATION_Q8;
     const phi_kernels *scalar;
     CHECK(phi_select_kernels("scalar", &scalar) == PHI_OK, "the scalar tier is missing");
     float *w = floats(COLS);
-    for (size_t r = 0; r < MOST_ROWS; r++) {
+    for (size_t r = 0; r < MAX_ROWS; r++) {
         double largest = 0.0;
         scalar->dequantize[p->type](p->rows + r * phi_row_bytes(p->type, COLS), COLS, w);
         for (size_t i = 0; i < COLS; i++) largest = fmax(largest, fabs((double)w[i]));
-        for (size_t t = 0; t < MOST_TOKENS; t++) {
+        for (size_t t = 0; t < MAX_TOKENS; t++) {
             double sum = 0.0, magnitude = 0.0, x_magnitude = 0.0;
             for (size_t i = 0; i < COLS; i++) {
                 const size_t at = (FIRST_TOKEN + t) * COLS + i;
@@ -90,38 +90,38 @@ static void make_exact(product *p) {
                 magnitude += fabs((double)w[i] * x);
                 x_magnitude += fabs(x);
             }
-            p->exact[t * MOST_ROWS + r] = sum;
-            p->tolerance[t * MOST_ROWS + r] = 2e-6 * (magnitude + (quantised ? x_magnitude * largest : 0.0)) + 1e-12;
+            p->exact[t * MAX_ROWS + r] = sum;
+            p->tolerance[t * MAX_ROWS + r] = 2e-6 * (magnitude + (quantised ? x_magnitude * largest : 0.0)) + 1e-12;
         }
     }
     free(w);
 }
 
 static void make_activations(const phi_kernels *k, generator *g, weight_kind kind, phi_activations *x) {
-    const size_t n_tokens = FIRST_TOKEN + MOST_TOKENS, n = n_tokens * COLS;
-    *x = (phi_activations){.n_cols = COLS, .f32 = floats(n), .q8 = allot_q8(n)};
+    const size_t n_tokens = FIRST_TOKEN + MAX_TOKENS, n = n_tokens * COLS;
+    *x = (phi_activations){.n_cols = COLS, .f32 = floats(n), .q8 = make_q8(n)};
     fill_spiky(g, n_tokens, COLS, x->f32);
-    /* Quants of +-127 alone: sums of pairs must not saturate. */
+    /* All quants are +-127: sums of pairs must not saturate. */
     for (size_t i = 0; kind == WEIGHTS_EXTREME && i < n; i++)
         x->f32[i] =
             (i / COLS % 4 == 1 || (i / COLS % 4 == 2 && i % 2) ? -1.0f : 1.0f) * (i / COLS % 4 == 3 ? 1e-30f : 1.0f);
     k->quantize_q8(x->f32, n, x->q8);
-    if (k->quantize_tiled) make_wide(k, x, n_tokens);
+    if (k->quantize_tiled) make_tiled(k, x, n_tokens);
 }
 
 static product make_product(const phi_kernels *k, phi_type type, weight_kind kind) {
     generator g = {100 * (uint64_t)kind + (uint64_t)type};
-    const size_t row_bytes = phi_row_bytes(type, COLS), n_bytes = MOST_ROWS * row_bytes;
+    const size_t row_bytes = phi_row_bytes(type, COLS), n_bytes = MAX_ROWS * row_bytes;
     product p = {.type = type, .kind = kind, .rows = memory(n_bytes)};
-    fill_rows(&g, type, kind, MOST_ROWS, COLS, p.rows);
+    fill_rows(&g, type, kind, MAX_ROWS, COLS, p.rows);
     if (k->pack[type]) {
         p.panels = memory(n_bytes);
-        for (size_t r = 0; r < MOST_ROWS; r += PHI_PANEL_ROWS)
+        for (size_t r = 0; r < MAX_ROWS; r += PHI_PANEL_ROWS)
             k->pack[type](p.rows + r * row_bytes, row_bytes, p.panels + r * row_bytes);
     }
     make_activations(k, &g, kind, &p.x);
-    p.exact = memory(MOST_TOKENS * MOST_ROWS * sizeof *p.exact);
-    p.tolerance = memory(MOST_TOKENS * MOST_ROWS * sizeof *p.tolerance);
+    p.exact = memory(MAX_TOKENS * MAX_ROWS * sizeof *p.exact);
+    p.tolerance = memory(MAX_TOKENS * MAX_ROWS * sizeof *p.tolerance);
     make_exact(&p);
     return p;
 }
@@ -151,59 +151,60 @@ static void multiply(const phi_kernels *k, const product *p, bool packed, int fi
         .out_stride = OUT_STRIDE,
         .prefetch = k->prefetch,
     };
-    for (int i = 0; i < MOST_TOKENS * OUT_STRIDE; i++) out[i] = 12345.0f;
+    for (int i = 0; i < MAX_TOKENS * OUT_STRIDE; i++) out[i] = 12345.0f;
     (packed ? k->matmul_packed : k->matmul)[p->type](&m);
 }
 
-/* Products of many tokens that round weights and activations anew: the squared error is a small share of the signal. */
-static void check_rounded_anew(const phi_kernels *k, const product *p, int n_rows, int n_tokens, const float *out) {
+/* Tiled products, which round weights and activations differently: only their NMSE is checked. */
+static void check_tiled(const phi_kernels *k, const product *p, int n_rows, int n_tokens, const float *out) {
     double error = 0.0, signal = 0.0;
     for (int t = 0; t < n_tokens; t++) {
         for (int r = 0; r < n_rows; r++) {
-            const double exact = p->exact[t * MOST_ROWS + r], difference = (double)out[t * OUT_STRIDE + r] - exact;
+            const double exact = p->exact[t * MAX_ROWS + r], difference = (double)out[t * OUT_STRIDE + r] - exact;
             error += difference * difference;
             signal += exact * exact;
         }
     }
-    CHECK(error <= 1e-3 * signal, "%s: packed %s of %s size, %d rows, %d tokens: the squared error is %g of %g",
-          k->name, phi_types[p->type].name, weight_kind_names[p->kind], n_rows, n_tokens, error, signal);
+    CHECK(error <= 1e-3 * signal,
+          "%s: packed %s, %s weights, %d rows, %d tokens: the squared error is %g, the squared signal %g", k->name,
+          phi_types[p->type].name, weight_kind_names[p->kind], n_rows, n_tokens, error, signal);
 }
 
-/* alone: [MOST_TOKENS, OUT_STRIDE], token by token with all rows. */
+/* alone [MAX_TOKENS, OUT_STRIDE]: products of single tokens with all rows. */
 static void check_shape(const phi_kernels *k, const product *p, bool packed, int n_rows, int n_tokens,
                         const float *alone) {
-    const char *layout = packed ? "packed" : "mmap", *type = phi_types[p->type].name,
+    const char *layout = packed ? "packed" : "row-major", *type = phi_types[p->type].name,
                *kind = weight_kind_names[p->kind];
     const bool is_tiled = packed && k->max_exact_batch && n_tokens > k->max_exact_batch && k->quantize_tiled &&
-                      strcmp(phi_matmul_tier(k->name, p->type), k->name) == 0;
-    float *out = floats(MOST_TOKENS * OUT_STRIDE);
+                          strcmp(phi_matmul_tier(k->name, p->type), k->name) == 0;
+    float *out = floats(MAX_TOKENS * OUT_STRIDE);
     multiply(k, p, packed, FIRST_TOKEN, n_rows, n_tokens, out);
-    for (int t = 0; t < MOST_TOKENS; t++) {
+    for (int t = 0; t < MAX_TOKENS; t++) {
         for (int r = 0; r < OUT_STRIDE; r++) {
             const float got = out[t * OUT_STRIDE + r];
             if (t >= n_tokens || r >= n_rows) {
-                CHECK(got == 12345.0f, "%s: %s %s wrote beyond its %d rows and %d tokens: row %d, token %d", k->name,
+                CHECK(got == 12345.0f, "%s: %s %s wrote outside its %d rows and %d tokens: row %d, token %d", k->name,
                       layout, type, n_rows, n_tokens, r, t);
                 continue;
             }
             if (is_tiled) continue;
-            const double exact = p->exact[t * MOST_ROWS + r], tolerance = p->tolerance[t * MOST_ROWS + r];
+            const double exact = p->exact[t * MAX_ROWS + r], tolerance = p->tolerance[t * MAX_ROWS + r];
             CHECK(fabs((double)got - exact) <= tolerance,
-                  "%s: %s %s, %s, %d rows, %d tokens: row %d, token %d is %.9g, expected %.9g within %.3g", k->name,
+                  "%s: %s %s, %s weights, %d rows, %d tokens: row %d, token %d is %.9g, expected %.9g +- %.3g", k->name,
                   layout, type, kind, n_rows, n_tokens, r, t, (double)got, exact, tolerance);
             CHECK(same_float(got, alone[t * OUT_STRIDE + r]),
-                  "%s: %s %s, %s, %d rows, %d tokens: row %d, token %d is %.9g, and alone %.9g", k->name, layout, type,
-                  kind, n_rows, n_tokens, r, t, (double)got, (double)alone[t * OUT_STRIDE + r]);
+                  "%s: %s %s, %s weights, %d rows, %d tokens: row %d, token %d is %.9g in the batch, %.9g alone",
+                  k->name, layout, type, kind, n_rows, n_tokens, r, t, (double)got, (double)alone[t * OUT_STRIDE + r]);
         }
     }
-    if (is_tiled) check_rounded_anew(k, p, n_rows, n_tokens, out);
+    if (is_tiled) check_tiled(k, p, n_rows, n_tokens, out);
     free(out);
 }
 
 static void check_layout(const phi_kernels *k, const product *p, bool packed) {
-    float *alone = floats(MOST_TOKENS * OUT_STRIDE), *one = floats(MOST_TOKENS * OUT_STRIDE);
-    for (int t = 0; t < MOST_TOKENS; t++) {
-        multiply(k, p, packed, FIRST_TOKEN + t, MOST_ROWS, 1, one);
+    float *alone = floats(MAX_TOKENS * OUT_STRIDE), *one = floats(MAX_TOKENS * OUT_STRIDE);
+    for (int t = 0; t < MAX_TOKENS; t++) {
+        multiply(k, p, packed, FIRST_TOKEN + t, MAX_ROWS, 1, one);
         memcpy(alone + t * OUT_STRIDE, one, OUT_STRIDE * sizeof *one);
     }
     FOR_EACH(n_tokens, token_counts) {

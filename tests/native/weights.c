@@ -4,13 +4,13 @@
 
 #include "half.h"
 
-const char *const weight_kind_names[N_WEIGHT_KINDS] = {"random", "extreme", "of any size", "as trained"};
+const char *const weight_kind_names[N_WEIGHT_KINDS] = {"random", "extreme", "any-scale", "trained-like"};
 
-/* Where the half precision scales of a block lie, in bytes from its start; -1: there is no second one. usual: the size
- * of a random quant, times that of its sub-block's scale. */
+/* Offsets of the half-precision scales in a block, in bytes; second is -1 if there is one scale. typical: the magnitude
+ * of a random quant times its sub-block's scale. */
 static const struct {
     int first, second;
-    float usual;
+    float typical;
 } scales[PHI_N_TYPES] = {
     [PHI_TYPE_Q4_0] = {0, -1, 5},      [PHI_TYPE_Q4_1] = {0, 2, 9},   [PHI_TYPE_Q5_0] = {0, -1, 9},
     [PHI_TYPE_Q5_1] = {0, 2, 18},      [PHI_TYPE_Q8_0] = {0, -1, 74}, [PHI_TYPE_Q2_K] = {80, 82, 15},
@@ -31,7 +31,7 @@ static float block_scale(generator *g, phi_type type, weight_kind kind, size_t r
     case WEIGHTS_ANY_SIZE:
         return sizes[next_below(g, sizeof sizes / sizeof *sizes)];
     case WEIGHTS_TRAINED:
-        return next_normal(g) / scales[type].usual / 16.0f;
+        return next_normal(g) / scales[type].typical / 16.0f;
     default:
         return 0.01f * next_normal(g);
     }
@@ -49,7 +49,7 @@ static void fill_quantised_row(generator *g, phi_type type, weight_kind kind, si
     }
 }
 
-/* Floats as they come, or of any exponent that leaves sums finite. */
+/* Normally distributed floats, or floats of any exponent for which sums stay finite. */
 static void fill_float_row(generator *g, phi_type type, weight_kind kind, size_t n_cols, uint8_t *row) {
     for (size_t i = 0; i < n_cols; i++) {
         const float size = kind == WEIGHTS_RANDOM ? 1.0f : block_scale(g, type, WEIGHTS_ANY_SIZE, 0) / 8.0f;
@@ -65,7 +65,7 @@ void fill_rows(generator *g, phi_type type, weight_kind kind, size_t n_rows, siz
     const size_t row_bytes = phi_row_bytes(type, n_cols), n_blocks = n_cols / (size_t)phi_types[type].block_elements;
     for (size_t r = 0; r < n_rows; r++) {
         uint8_t *row = rows + r * row_bytes;
-        if (phi_types[type].activation == PHI_ACTIVATION_Q8)
+        if (phi_types[type].activation_format == PHI_ACTIVATION_Q8)
             fill_quantised_row(g, type, kind, r, n_blocks, row);
         else
             fill_float_row(g, type, kind, n_cols, row);

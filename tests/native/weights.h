@@ -1,14 +1,14 @@
-/* Rows of weights of every type: random ones, and such as stretch a field to its end. */
+/* Rows of weights of every type: random ones, and extreme values of every field. */
 #ifndef PHI_TESTS_WEIGHTS_H
 #define PHI_TESTS_WEIGHTS_H
 
 #include "check.h"
 
 typedef enum {
-    WEIGHTS_RANDOM,   /* any quants and sub-block scales, block scales of a sane size */
-    WEIGHTS_EXTREME,  /* every byte of a row the same, scales of both signs */
-    WEIGHTS_ANY_SIZE, /* block scales from the smallest subnormal number to the largest half */
-    WEIGHTS_TRAINED,  /* about 1/16 each: a product with 256 columns gives about what it is given */
+    WEIGHTS_RANDOM,   /* random quants and sub-block scales, moderate block scales */
+    WEIGHTS_EXTREME,  /* all bytes of a row equal, scales of both signs */
+    WEIGHTS_ANY_SIZE, /* block scales from the smallest subnormal half to the largest half */
+    WEIGHTS_TRAINED,  /* about 1/16 each: a product over 256 columns keeps the magnitude of its input */
     N_WEIGHT_KINDS
 } weight_kind;
 

@@ -234,7 +234,7 @@ def test_bad_arguments() -> None:
     rows = np.zeros((2, 256), np.float32)
     with pytest.raises(ValueError, match="importance of 255 columns, expected 256"):
         _core.quantize_rows(12, rows, np.zeros(255, np.float32))
-    with pytest.raises(ValueError, match="2 x 128 is no shape for type Q4_K"):
+    with pytest.raises(ValueError, match="2 x 128 is not a shape of type Q4_K"):
         _core.quantize_rows(12, np.zeros((2, 128), np.float32))
     with pytest.raises(ValueError, match="n_threads"):
         _core.quantize_rows(12, rows, None, 0)

@@ -120,7 +120,7 @@ INLINE void add_to_output(const pending_output *p, int token) {
         const __m512 total = _mm512_maskz_loadu_ps(p->accumulate, out + i * ROWS);
         const __m512 high = _mm512_cvtepi32_ps(p->sums[i * PHI_TILE_TOKENS + token]);
         const __m512 low = _mm512_cvtepi32_ps(p->sums[(2 + i) * PHI_TILE_TOKENS + token]);
-        const __m512 sum = _mm512_fmadd_ps(low, _mm512_set1_ps(1.0f / (float)PHI_TILED_STEPS), high);
+        const __m512 sum = _mm512_fmadd_ps(low, _mm512_set1_ps(1.0f / (float)PHI_TILED_LOW_STEPS), high);
         _mm512_storeu_ps(out + i * ROWS, _mm512_fmadd_ps(sum, scale, total));
     }
 }
@@ -220,8 +220,8 @@ static void matmul(requantise_fn requantise_block, void (*small_batch)(const phi
     }
     /* Configured in every call: other libraries in the process may configure tiles too. */
     phi_tiles_configure();
-    for (int row = 0; row < m->n_rows; row += PHI_TILED_ROWS) {
-        const int end = row + PHI_TILED_ROWS;
+    for (int row = 0; row < m->n_rows; row += PHI_TILED_TASK_ROWS) {
+        const int end = row + PHI_TILED_TASK_ROWS;
         multiply_rows(requantise_block, m, row, end < m->n_rows ? end : m->n_rows);
     }
     phi_tiles_release();

@@ -1,6 +1,6 @@
 /* Quantises activations to the tiled int8 layout of AMX: a high and a low int8 part, one scale per 256 activations.
  * Layout: 64 columns of a token are one row of a tile (phi_tiled); four tiles of high parts, then four of low parts.
- * Idea: the low part holds the rounding error of the high part in 1/PHI_TILED_STEPS steps. On a model with outlier
+ * Idea: the low part holds the rounding error of the high part in 1/PHI_TILED_LOW_STEPS steps. On a model with outlier
  * channels, int8 with one scale per 256 has five times the KL divergence of one scale per 32; with the low part the
  * divergence is below that of one scale per 32 (docs/performance.md).
  * Bound: reading the floats. A block is read twice, the second time from L1. */
@@ -35,7 +35,7 @@ void phi_quantize_tiled_amx(const float *x, size_t n_cols, const phi_tiled *tile
             const __m512 error = _mm512_sub_ps(clamped, _mm512_cvtepi32_ps(high)); /* exact, at most 1/2 */
             store_16_int8(high_part, high);
             store_16_int8(high_part + PHI_TILE_TOKENS * PHI_TILED_BLOCK,
-                          _mm512_cvtps_epi32(_mm512_mul_ps(error, _mm512_set1_ps((float)PHI_TILED_STEPS))));
+                          _mm512_cvtps_epi32(_mm512_mul_ps(error, _mm512_set1_ps((float)PHI_TILED_LOW_STEPS))));
         }
         tiled->scales[b * tiled->n_tokens + token] = scale;
     }

@@ -163,7 +163,7 @@ static void multiply_tokens(const phi_matmul *m, const block *w, size_t b, int r
 static void multiply_rows(unpack_fn unpack_block, const phi_matmul *m, int first, int end) {
     const size_t n_blocks = (size_t)m->n_cols / PHI_TILED_BLOCK, panel_bytes = ROWS * m->row_bytes;
     const size_t block_bytes = panel_bytes / n_blocks;
-    float remainder[PHI_TILE_TOKENS][PHI_TILED_ROWS];
+    float remainder[PHI_TILE_TOKENS][PHI_TILED_TASK_ROWS];
     block w[PANELS];
     for (size_t b = 0; b < n_blocks; b++) {
         for (int row = first; row < end; row += PANELS * ROWS) {
@@ -190,8 +190,8 @@ static void matmul(unpack_fn unpack_block, void (*small_batch)(const phi_matmul 
     }
     /* Configured in every call: other libraries in the process may configure tiles too. */
     phi_tiles_configure();
-    for (int row = 0; row < m->n_rows; row += PHI_TILED_ROWS) {
-        const int end = row + PHI_TILED_ROWS;
+    for (int row = 0; row < m->n_rows; row += PHI_TILED_TASK_ROWS) {
+        const int end = row + PHI_TILED_TASK_ROWS;
         multiply_rows(unpack_block, m, row, end < m->n_rows ? end : m->n_rows);
     }
     phi_tiles_release();

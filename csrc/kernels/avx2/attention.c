@@ -1,5 +1,5 @@
 /* Attention over pages of the KV cache in half precision or int8: the steps that generic/attention_tile.h calls.
- * Layout: phi_page_head: keys [2 groups][head_dim][16 positions], values [position][head_dim].
+ * Layout: phi_kv_slice: keys [2 groups][head_dim][16 positions], values [position][head_dim].
  * Idea: a tile keeps the sums of 4 rows x 2 vectors in registers, over converted keys (16 positions at a time) and
  * values (16 dimensions). A single row reads the pages directly and prefetches what it reads next.
  * Bound: one row: reading the pages, 4 bytes (int8: 2.1) per position and dimension; more rows: the FMAs. */
@@ -15,7 +15,7 @@ enum { ROWS = 4, BLOCK = PHI_ATTENTION_BLOCK };
 
 /* Scales of the eight keys in slots first .. first + 7, for the block of PHI_KV_BLOCK dimensions that holds d. Unused
  * with F16. */
-PHI_INLINE __m256 key_scales(phi_kv_type type, const phi_page_head *page, size_t d, size_t first) {
+PHI_INLINE __m256 key_scales(phi_kv_type type, const phi_kv_slice *page, size_t d, size_t first) {
     if (type == PHI_KV_F16) return _mm256_setzero_ps();
     return phi_load_half(page->key_scales + d / PHI_KV_BLOCK * PHI_PAGE_TOKENS + first);
 }
@@ -23,7 +23,7 @@ PHI_INLINE __m256 key_scales(phi_kv_type type, const phi_page_head *page, size_t
 PHI_INLINE __m256 floats_from_int8(__m128i q) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q)); }
 
 /* Dimension d of the eight keys in slots first .. first + 7. */
-PHI_INLINE __m256 load_keys(phi_kv_type type, const phi_page_head *page, size_t head_dim, size_t d, size_t first,
+PHI_INLINE __m256 load_keys(phi_kv_type type, const phi_kv_slice *page, size_t head_dim, size_t d, size_t first,
                             __m256 scales) {
     const size_t at = (first / PHI_KV_GROUP * head_dim + d) * PHI_KV_GROUP + first % PHI_KV_GROUP;
     if (type == PHI_KV_F16) return phi_load_half((const uint16_t *)(const void *)page->keys + at);
@@ -31,7 +31,7 @@ PHI_INLINE __m256 load_keys(phi_kv_type type, const phi_page_head *page, size_t 
 }
 
 /* n <= 8 dimensions from d on of the value in a slot, then zeros. */
-PHI_INLINE __m256 load_values(phi_kv_type type, const phi_page_head *page, size_t head_dim, size_t slot, size_t d,
+PHI_INLINE __m256 load_values(phi_kv_type type, const phi_kv_slice *page, size_t head_dim, size_t slot, size_t d,
                               size_t n) {
     const size_t at = slot * head_dim + d, element = type == PHI_KV_F16 ? 2 : 1;
     const uint8_t *values = page->values + at * element;
@@ -49,7 +49,7 @@ PHI_INLINE __m256 load_values(phi_kv_type type, const phi_page_head *page, size_
 
 PHI_INLINE void convert_keys(const phi_attention *a, phi_kv_type type, int page, float *keys) {
     const size_t head_dim = (size_t)a->head_dim;
-    const phi_page_head p = phi_page_head_at(a, type, page);
+    const phi_kv_slice p = phi_kv_slice_at(a, type, page);
     for (size_t b = 0; b < head_dim; b += PHI_KV_BLOCK) {
         for (size_t first = 0; first < PHI_PAGE_TOKENS; first += 8) {
             const __m256 scales = key_scales(type, &p, b, first);
@@ -65,7 +65,7 @@ PHI_INLINE void convert_values(const phi_attention *a, phi_kv_type type, int fir
                                float *values) {
     const size_t head_dim = (size_t)a->head_dim, left = head_dim - first_dim;
     for (int p = first; p < end; p++, values += PHI_VALUE_DIMS) {
-        const phi_page_head page = phi_page_head_at(a, type, p);
+        const phi_kv_slice page = phi_kv_slice_at(a, type, p);
         const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
         for (size_t d = 0; d < PHI_VALUE_DIMS; d += 8) {
             const size_t n = left <= d ? 0 : left - d < 8 ? left - d : 8;
@@ -118,7 +118,7 @@ static void compute_scores(const phi_attention *a, const phi_query_tile *t, int 
 PHI_INLINE void compute_scores_one(const phi_attention *a, phi_kv_type type, const phi_query_tile *t, int page,
                                    float *scores) {
     const size_t head_dim = (size_t)a->head_dim, line = PHI_KV_GROUP * phi_kv_element_bytes(type);
-    const phi_page_head p = phi_page_head_at(a, type, page);
+    const phi_kv_slice p = phi_kv_slice_at(a, type, page);
     for (size_t i = 0; i < PHI_PAGE_TOKENS; i += PHI_KV_GROUP) {
         __m256 s[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
         for (size_t b = 0; b < head_dim; b += PHI_KV_BLOCK) {
@@ -195,7 +195,7 @@ PHI_INLINE void accumulate_pv_dims(const phi_attention *a, phi_kv_type type, con
     UNROLL for (int i = 0; i < n_vectors; i++) sum[i] =
         _mm256_mul_ps(_mm256_loadu_ps(acc + 8 * i), _mm256_set1_ps(t->rescale[0]));
     for (int p = first; p < end;) {
-        const phi_page_head page = phi_page_head_at(a, type, p);
+        const phi_kv_slice page = phi_kv_slice_at(a, type, p);
         const uint8_t *next_keys = p + BLOCK < t->any_end ? phi_page_of(a, p + BLOCK) : NULL; /* of the next block */
         const int page_end = phi_min(end, (p / PHI_PAGE_TOKENS + 1) * PHI_PAGE_TOKENS);
         for (; p < page_end; p++, weights++) {

@@ -37,8 +37,8 @@ void phi_rope_interleaved_avx2(float *x, int rope_dims, const float *cos, const 
 void phi_silu_mul_avx2(const float *gate, const float *up, size_t n, float *y);
 void phi_gelu_avx2(const float *x, size_t n, float *y);
 void phi_add_avx2(const float *x, size_t n, float *y);
-void phi_store_kv_f16_avx2(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head);
-void phi_store_kv_q8_avx2(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head);
+void phi_store_kv_f16_avx2(const float *k, const float *v, int head_dim, int slot, uint8_t *slice);
+void phi_store_kv_q8_avx2(const float *k, const float *v, int head_dim, int slot, uint8_t *slice);
 void phi_attention_f16_avx2(const phi_attention *a);
 void phi_attention_q8_avx2(const phi_attention *a);
 

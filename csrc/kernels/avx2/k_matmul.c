@@ -149,7 +149,7 @@ PHI_INLINE void unpack_q6_k(const uint8_t *block, unpacked *u) {
 PHI_INLINE void dot(unpack_fn unpack, size_t block_bytes, const phi_matmul *m, const uint8_t *row, int token,
                     int n_tokens, float *out) {
     const size_t n = (size_t)m->n_cols, first = (size_t)(m->first_token + token) * n;
-    const phi_q8 q8 = phi_q8_from(m->x->q8, first);
+    const phi_q8 q8 = phi_q8_at(m->x->q8, first);
     const int8_t *x = q8.quants;
     const float *scales = q8.scales, *sums = q8.sums;
     __m256 total[MAX_TOKENS], min_total[MAX_TOKENS];

@@ -187,7 +187,7 @@ typedef struct {
 
 PHI_INLINE activations activations_from(const format f, const phi_matmul *m, int token) {
     const size_t n = (size_t)m->n_cols, n_blocks = n / PHI_Q8_BLOCK;
-    const phi_q8 x = phi_q8_from(m->x->q8, (size_t)(m->first_token + token) * n);
+    const phi_q8 x = phi_q8_at(m->x->q8, (size_t)(m->first_token + token) * n);
     return (activations){
         .x = x.quants,
         .scales = x.scales,

@@ -1,5 +1,5 @@
 /* Attention over pages of the KV cache in half precision or int8: the steps that generic/attention_tile.h calls.
- * Layout: phi_page_head: keys [2 groups][head_dim][16 positions], values [position][head_dim].
+ * Layout: phi_kv_slice: keys [2 groups][head_dim][16 positions], values [position][head_dim].
  * Idea: a tile keeps the sums of 8 rows x 2 vectors in registers, over converted keys (the 32 positions of a page) and
  * values (32 dimensions). A single row reads the pages directly and prefetches what it reads next.
  * Bound: one row: reading the pages, 4 bytes (int8: 2.1) per position and dimension; more rows: the FMAs. */
@@ -18,13 +18,13 @@ PHI_INLINE __m512 load_halves(const uint16_t *h) {
 }
 
 /* Scales of the 16 keys of a group, for the block of PHI_KV_BLOCK dimensions that holds d. Unused with F16. */
-PHI_INLINE __m512 key_scales(phi_kv_type type, const phi_page_head *page, size_t d, size_t group) {
+PHI_INLINE __m512 key_scales(phi_kv_type type, const phi_kv_slice *page, size_t d, size_t group) {
     if (type == PHI_KV_F16) return _mm512_setzero_ps();
     return load_halves(page->key_scales + d / PHI_KV_BLOCK * PHI_PAGE_TOKENS + group * PHI_KV_GROUP);
 }
 
 /* Dimension d of the 16 keys of a group. */
-PHI_INLINE __m512 load_keys(phi_kv_type type, const phi_page_head *page, size_t head_dim, size_t d, size_t group,
+PHI_INLINE __m512 load_keys(phi_kv_type type, const phi_kv_slice *page, size_t head_dim, size_t d, size_t group,
                             __m512 scales) {
     const size_t at = (group * head_dim + d) * PHI_KV_GROUP;
     if (type == PHI_KV_F16) return load_halves((const uint16_t *)(const void *)page->keys + at);
@@ -33,7 +33,7 @@ PHI_INLINE __m512 load_keys(phi_kv_type type, const phi_page_head *page, size_t 
 }
 
 /* Dimensions d .. d + 15 of the value in a slot; 0 in lanes that are not set. */
-PHI_INLINE __m512 load_values(phi_kv_type type, const phi_page_head *page, size_t head_dim, size_t slot, size_t d,
+PHI_INLINE __m512 load_values(phi_kv_type type, const phi_kv_slice *page, size_t head_dim, size_t slot, size_t d,
                               __mmask16 lanes) {
     const size_t at = slot * head_dim + d;
     if (type == PHI_KV_F16) {
@@ -48,7 +48,7 @@ PHI_INLINE __m512 load_values(phi_kv_type type, const phi_page_head *page, size_
 
 PHI_INLINE void convert_keys(const phi_attention *a, phi_kv_type type, int page, float *keys) {
     const size_t head_dim = (size_t)a->head_dim;
-    const phi_page_head p = phi_page_head_at(a, type, page);
+    const phi_kv_slice p = phi_kv_slice_at(a, type, page);
     for (size_t b = 0; b < head_dim; b += PHI_KV_BLOCK) {
         const __m512 low = key_scales(type, &p, b, 0), high = key_scales(type, &p, b, 1);
         for (size_t d = b; d < head_dim && d < b + PHI_KV_BLOCK; d++) {
@@ -64,7 +64,7 @@ PHI_INLINE void convert_values(const phi_attention *a, phi_kv_type type, int fir
     const size_t head_dim = (size_t)a->head_dim, left = head_dim - first_dim;
     const __mmask16 low = phi_lanes(left), high = left > 16 ? phi_lanes(left - 16) : 0;
     for (int p = first; p < end; p++, values += PHI_VALUE_DIMS) {
-        const phi_page_head page = phi_page_head_at(a, type, p);
+        const phi_kv_slice page = phi_kv_slice_at(a, type, p);
         const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
         _mm512_storeu_ps(values, load_values(type, &page, head_dim, slot, first_dim, low));
         _mm512_storeu_ps(values + 16, load_values(type, &page, head_dim, slot, first_dim + 16, high));
@@ -121,7 +121,7 @@ static void compute_scores(const phi_attention *a, const phi_query_tile *t, int 
 PHI_INLINE void compute_scores_one(const phi_attention *a, phi_kv_type type, const phi_query_tile *t, int page,
                                    float *scores) {
     const size_t head_dim = (size_t)a->head_dim, line = PHI_PAGE_TOKENS * phi_kv_element_bytes(type);
-    const phi_page_head p = phi_page_head_at(a, type, page);
+    const phi_kv_slice p = phi_kv_slice_at(a, type, page);
     __m512 even[2], odd[2];
     even[0] = even[1] = odd[0] = odd[1] = _mm512_setzero_ps();
     for (size_t b = 0; b < head_dim; b += PHI_KV_BLOCK) {
@@ -197,7 +197,7 @@ PHI_INLINE void accumulate_pv_dims(const phi_attention *a, phi_kv_type type, con
     UNROLL for (int i = 0; i < n_vectors; i++) sum[i] =
         _mm512_mul_ps(_mm512_loadu_ps(acc + 16 * i), _mm512_set1_ps(t->rescale[0]));
     for (int p = first; p < end;) {
-        const phi_page_head page = phi_page_head_at(a, type, p);
+        const phi_kv_slice page = phi_kv_slice_at(a, type, p);
         const uint8_t *next_keys = p + BLOCK < t->any_end ? phi_page_of(a, p + BLOCK) : NULL; /* of the next block */
         const int page_end = phi_min(end, (p / PHI_PAGE_TOKENS + 1) * PHI_PAGE_TOKENS);
         for (; p < page_end; p++, weights++) {

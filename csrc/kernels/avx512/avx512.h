@@ -19,8 +19,8 @@ void phi_layer_norm_avx512(const float *x, const float *weight, const float *bia
 void phi_silu_mul_avx512(const float *gate, const float *up, size_t n, float *y);
 void phi_gelu_avx512(const float *x, size_t n, float *y);
 void phi_add_avx512(const float *x, size_t n, float *y);
-void phi_store_kv_f16_avx512(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head);
-void phi_store_kv_q8_avx512(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head);
+void phi_store_kv_f16_avx512(const float *k, const float *v, int head_dim, int slot, uint8_t *slice);
+void phi_store_kv_q8_avx512(const float *k, const float *v, int head_dim, int slot, uint8_t *slice);
 void phi_attention_f16_avx512(const phi_attention *a);
 void phi_attention_q8_avx512(const phi_attention *a);
 

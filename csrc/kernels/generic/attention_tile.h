@@ -62,8 +62,8 @@ static inline int phi_max(int a, int b) { return a > b ? a : b; }
 static inline const uint8_t *phi_page_of(const phi_attention *a, int position) {
     return a->pages + (size_t)a->page_table[position / PHI_PAGE_TOKENS] * a->page_bytes;
 }
-PHI_INLINE phi_page_head phi_page_head_at(const phi_attention *a, phi_kv_type type, int position) {
-    return phi_page_head_of(type, a->head_dim, (uint8_t *)phi_page_of(a, position));
+PHI_INLINE phi_kv_slice phi_kv_slice_at(const phi_attention *a, phi_kv_type type, int position) {
+    return phi_kv_slice_of(type, a->head_dim, (uint8_t *)phi_page_of(a, position));
 }
 
 PHI_INLINE size_t phi_kv_element_bytes(phi_kv_type type) { return type == PHI_KV_F16 ? 2 : 1; }
@@ -89,7 +89,7 @@ static inline void phi_init_tile(const phi_attention *a, int first_row, int n_va
         t->out[r] = a->out + at;
         t->row_max[r] = -FLT_MAX; /* not -INFINITY: score - row_max would be NaN at masked positions */
         t->row_last[r] = a->query_start + token;
-        t->row_first[r] = phi_first_seen(t->row_last[r], a->window);
+        t->row_first[r] = phi_first_visible(t->row_last[r], a->window);
         t->any_first = phi_min(t->any_first, t->row_first[r]);
         t->any_end = phi_max(t->any_end, t->row_last[r] + 1);
         t->all_first = phi_max(t->all_first, t->row_first[r]);

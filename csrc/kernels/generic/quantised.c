@@ -37,7 +37,7 @@ static inline void matmul(unpack_fn unpack, size_t block_bytes, size_t block, co
             unpack(row + i / block * block_bytes, &u);
             for (int t = 0; t < m->n_tokens; t++) {
                 const size_t x = (size_t)(m->first_token + t) * n_cols + i;
-                m->out[(size_t)t * m->out_stride + (size_t)r] += dot_block(&u, block, phi_q8_from(m->x->q8, x));
+                m->out[(size_t)t * m->out_stride + (size_t)r] += dot_block(&u, block, phi_q8_at(m->x->q8, x));
             }
         }
     }

@@ -91,8 +91,8 @@ static void phi_add_scalar(const float *x, size_t n, float *y) {
     for (size_t i = 0; i < n; i++) y[i] += x[i];
 }
 
-static void phi_store_kv_f16_scalar(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head) {
-    const phi_page_head page = phi_page_head_of(PHI_KV_F16, head_dim, page_head);
+static void phi_store_kv_f16_scalar(const float *k, const float *v, int head_dim, int slot, uint8_t *slice) {
+    const phi_kv_slice page = phi_kv_slice_of(PHI_KV_F16, head_dim, slice);
     const size_t n = (size_t)head_dim;
     uint16_t *keys = (uint16_t *)(void *)page.keys + (size_t)(slot / PHI_KV_GROUP) * n * PHI_KV_GROUP;
     uint16_t *values = (uint16_t *)(void *)page.values + (size_t)slot * n;
@@ -115,8 +115,8 @@ static uint16_t quantize_kv(const float *x, size_t n, int8_t *q) {
     return half;
 }
 
-static void phi_store_kv_q8_scalar(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head) {
-    const phi_page_head page = phi_page_head_of(PHI_KV_Q8, head_dim, page_head);
+static void phi_store_kv_q8_scalar(const float *k, const float *v, int head_dim, int slot, uint8_t *slice) {
+    const phi_kv_slice page = phi_kv_slice_of(PHI_KV_Q8, head_dim, slice);
     const size_t head = (size_t)head_dim, n_blocks = phi_kv_blocks(head_dim), s = (size_t)slot;
     int8_t *keys = (int8_t *)page.keys + s / PHI_KV_GROUP * head * PHI_KV_GROUP + s % PHI_KV_GROUP;
     int8_t *values = (int8_t *)page.values + s * head, q[PHI_KV_BLOCK];
@@ -133,7 +133,7 @@ static void load_kv(const phi_attention *a, phi_kv_type type, int position, size
     const size_t head = (size_t)a->head_dim, n_blocks = phi_kv_blocks(a->head_dim);
     const size_t slot = (size_t)(position % PHI_PAGE_TOKENS);
     uint8_t *in_page = (uint8_t *)a->pages + (size_t)a->page_table[position / PHI_PAGE_TOKENS] * a->page_bytes;
-    const phi_page_head page = phi_page_head_of(type, a->head_dim, in_page);
+    const phi_kv_slice page = phi_kv_slice_of(type, a->head_dim, in_page);
     const size_t k = (slot / PHI_KV_GROUP * head + d) * PHI_KV_GROUP + slot % PHI_KV_GROUP, v = slot * head + d;
     if (type == PHI_KV_F16) {
         *key = phi_half_to_float(((const uint16_t *)(const void *)page.keys)[k]);
@@ -179,7 +179,7 @@ static void attend_all(const phi_attention *a, phi_kv_type type) {
         for (int i = 0; i < a->n_queries; i++) {
             const size_t at = (size_t)t * a->token_stride + (size_t)i * (size_t)a->head_dim;
             const int position = a->query_start + t;
-            attend(a, type, a->q + at, phi_first_seen(position, a->window), position, a->out + at);
+            attend(a, type, a->q + at, phi_first_visible(position, a->window), position, a->out + at);
         }
     }
 }

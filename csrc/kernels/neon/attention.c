@@ -1,5 +1,5 @@
 /* Attention over pages of the KV cache in half precision or int8: the steps that generic/attention_tile.h calls.
- * Layout: phi_page_head: keys [2 groups][head_dim][16 positions], values [position][head_dim].
+ * Layout: phi_kv_slice: keys [2 groups][head_dim][16 positions], values [position][head_dim].
  * Idea: a tile keeps the sums of 4 rows x 4 vectors in registers, over converted keys (16 positions at a time) and
  * values (16 dimensions). A single row reads the pages directly, 32 keys at once.
  * Bound: one row: reading the pages, 4 bytes (int8: 2.1) per position and dimension; more rows: the FMAs. */
@@ -20,7 +20,7 @@ PHI_INLINE void floats_from_int8(int8x8_t q, float32x4_t f[2]) {
 }
 
 /* Scales of a page's keys, for the block of PHI_KV_BLOCK dimensions that holds d. Unused with F16. */
-PHI_INLINE void load_key_scales(phi_kv_type type, const phi_page_head *page, size_t d, float32x4_t *scales) {
+PHI_INLINE void load_key_scales(phi_kv_type type, const phi_kv_slice *page, size_t d, float32x4_t *scales) {
     for (size_t i = 0; i < PAGE_VECTORS; i++) {
         scales[i] = type == PHI_KV_F16 ? vdupq_n_f32(0.0f)
                                        : phi_load_half(page->key_scales + d / PHI_KV_BLOCK * PHI_PAGE_TOKENS + 4 * i);
@@ -28,7 +28,7 @@ PHI_INLINE void load_key_scales(phi_kv_type type, const phi_page_head *page, siz
 }
 
 /* Dimension d of a page's keys. */
-PHI_INLINE void load_keys(phi_kv_type type, const phi_page_head *page, size_t head_dim, size_t d,
+PHI_INLINE void load_keys(phi_kv_type type, const phi_kv_slice *page, size_t head_dim, size_t d,
                           const float32x4_t *scales, float32x4_t *keys) {
     UNROLL for (size_t i = 0; i < PAGE_VECTORS; i += 2) {
         const size_t at = (i / GROUP_VECTORS * head_dim + d) * PHI_KV_GROUP + i % GROUP_VECTORS * 4;
@@ -44,7 +44,7 @@ PHI_INLINE void load_keys(phi_kv_type type, const phi_page_head *page, size_t he
 }
 
 /* n <= 8 dimensions from d on of the value in a slot, then zeros. */
-PHI_INLINE void load_values(phi_kv_type type, const phi_page_head *page, size_t head_dim, size_t slot, size_t d,
+PHI_INLINE void load_values(phi_kv_type type, const phi_kv_slice *page, size_t head_dim, size_t slot, size_t d,
                             size_t n, float32x4_t v[2]) {
     const size_t at = slot * head_dim + d, element = type == PHI_KV_F16 ? 2 : 1;
     const uint8_t *values = page->values + at * element;
@@ -67,7 +67,7 @@ PHI_INLINE void load_values(phi_kv_type type, const phi_page_head *page, size_t 
 
 PHI_INLINE void convert_keys(const phi_attention *a, phi_kv_type type, int page, float *keys) {
     const size_t head_dim = (size_t)a->head_dim;
-    const phi_page_head p = phi_page_head_at(a, type, page);
+    const phi_kv_slice p = phi_kv_slice_at(a, type, page);
     for (size_t b = 0; b < head_dim; b += PHI_KV_BLOCK) {
         float32x4_t scales[PAGE_VECTORS], k[PAGE_VECTORS];
         load_key_scales(type, &p, b, scales);
@@ -82,7 +82,7 @@ PHI_INLINE void convert_values(const phi_attention *a, phi_kv_type type, int fir
                                float *values) {
     const size_t head_dim = (size_t)a->head_dim, left = head_dim - first_dim;
     for (int p = first; p < end; p++, values += PHI_VALUE_DIMS) {
-        const phi_page_head page = phi_page_head_at(a, type, p);
+        const phi_kv_slice page = phi_kv_slice_at(a, type, p);
         const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
         for (size_t d = 0; d < PHI_VALUE_DIMS; d += 8) {
             const size_t n = left <= d ? 0 : left - d < 8 ? left - d : 8;
@@ -131,7 +131,7 @@ static void compute_scores(const phi_attention *a, const phi_query_tile *t, int 
 PHI_INLINE void compute_scores_one(const phi_attention *a, phi_kv_type type, const phi_query_tile *t, int page,
                                    float *scores) {
     const size_t head_dim = (size_t)a->head_dim;
-    const phi_page_head p = phi_page_head_at(a, type, page);
+    const phi_kv_slice p = phi_kv_slice_at(a, type, page);
     float32x4_t s[PAGE_VECTORS];
     UNROLL for (int i = 0; i < PAGE_VECTORS; i++) s[i] = vdupq_n_f32(0.0f);
     for (size_t b = 0; b < head_dim; b += PHI_KV_BLOCK) {
@@ -203,7 +203,7 @@ PHI_INLINE void accumulate_pv_dims(const phi_attention *a, phi_kv_type type, con
         sum[i][1] = vmulq_n_f32(vld1q_f32(acc + 8 * i + 4), t->rescale[0]);
     }
     for (int p = first; p < end; p++, weights++) {
-        const phi_page_head page = phi_page_head_at(a, type, p);
+        const phi_kv_slice page = phi_kv_slice_at(a, type, p);
         const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
         UNROLL for (int i = 0; i < n_pairs; i++) {
             float32x4_t v[2];

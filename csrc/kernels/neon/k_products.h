@@ -148,7 +148,7 @@ PHI_INLINE void multiply_row(const format f, const phi_matmul *m, const uint8_t 
     phi_q8 x[MAX_TOKENS];
     float32x4_t total[MAX_TOKENS], min_total[MAX_TOKENS];
     UNROLL for (int t = 0; t < n_tokens; t++) {
-        x[t] = phi_q8_from(m->x->q8, (size_t)(m->first_token + token + t) * n);
+        x[t] = phi_q8_at(m->x->q8, (size_t)(m->first_token + token + t) * n);
         total[t] = min_total[t] = vdupq_n_f32(0.0f);
     }
     for (size_t i = 0; i < n; i += BLOCK, block += f.block_bytes) {

@@ -79,7 +79,7 @@ PHI_INLINE void multiply_row(const format f, const phi_matmul *m, const uint8_t 
     float32x4_t total[MAX_TOKENS];
     float min_total[MAX_TOKENS];
     UNROLL for (int t = 0; t < n_tokens; t++) {
-        x[t] = phi_q8_from(m->x->q8, (size_t)(m->first_token + token + t) * (size_t)m->n_cols);
+        x[t] = phi_q8_at(m->x->q8, (size_t)(m->first_token + token + t) * (size_t)m->n_cols);
         total[t] = vdupq_n_f32(0.0f);
         min_total[t] = 0.0f;
     }

@@ -27,8 +27,8 @@ void phi_layer_norm_neon(const float *x, const float *weight, const float *bias,
 void phi_silu_mul_neon(const float *gate, const float *up, size_t n, float *y);
 void phi_gelu_neon(const float *x, size_t n, float *y);
 void phi_add_neon(const float *x, size_t n, float *y);
-void phi_store_kv_f16_neon(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head);
-void phi_store_kv_q8_neon(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head);
+void phi_store_kv_f16_neon(const float *k, const float *v, int head_dim, int slot, uint8_t *slice);
+void phi_store_kv_q8_neon(const float *k, const float *v, int head_dim, int slot, uint8_t *slice);
 void phi_attention_f16_neon(const phi_attention *a);
 void phi_attention_q8_neon(const phi_attention *a);
 

@@ -162,7 +162,7 @@ typedef struct {
 /* Starting at sub-block `block`; token 0 is the first of the product. */
 PHI_INLINE activations activations_at(const format f, const phi_matmul *m, int token, size_t block) {
     const size_t n_cols = (size_t)m->n_cols;
-    const phi_q8 q8 = phi_q8_from(m->x->q8, (size_t)(m->first_token + token) * n_cols + block * PHI_Q8_BLOCK);
+    const phi_q8 q8 = phi_q8_at(m->x->q8, (size_t)(m->first_token + token) * n_cols + block * PHI_Q8_BLOCK);
     const bool per_block = f.groups_per_block == 1;
     return (activations){q8.quants, q8.scales, per_block ? q8.block_sums : q8.sums,
                          per_block ? q8.block_offsets : q8.offsets};

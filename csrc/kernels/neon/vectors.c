@@ -183,8 +183,8 @@ PHI_INLINE void store_half(const float *x, uint16_t *halves) {
     vst1_u16(halves, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(x))));
 }
 
-void phi_store_kv_f16_neon(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head) {
-    const phi_page_head page = phi_page_head_of(PHI_KV_F16, head_dim, page_head);
+void phi_store_kv_f16_neon(const float *k, const float *v, int head_dim, int slot, uint8_t *slice) {
+    const phi_kv_slice page = phi_kv_slice_of(PHI_KV_F16, head_dim, slice);
     const size_t n = (size_t)head_dim, n4 = n / 4 * 4, s = (size_t)slot;
     uint16_t *keys = (uint16_t *)(void *)page.keys + s / PHI_KV_GROUP * n * PHI_KV_GROUP + s % PHI_KV_GROUP;
     uint16_t *values = (uint16_t *)(void *)page.values + s * n;
@@ -225,8 +225,8 @@ static uint16_t quantize_kv(const float *x, size_t n, int8_t *q) {
     return half;
 }
 
-void phi_store_kv_q8_neon(const float *k, const float *v, int head_dim, int slot, uint8_t *page_head) {
-    const phi_page_head page = phi_page_head_of(PHI_KV_Q8, head_dim, page_head);
+void phi_store_kv_q8_neon(const float *k, const float *v, int head_dim, int slot, uint8_t *slice) {
+    const phi_kv_slice page = phi_kv_slice_of(PHI_KV_Q8, head_dim, slice);
     const size_t head = (size_t)head_dim, n_blocks = phi_kv_blocks(head_dim), s = (size_t)slot;
     uint8_t *keys = page.keys + s / PHI_KV_GROUP * head * PHI_KV_GROUP + s % PHI_KV_GROUP;
     for (size_t b = 0; b < n_blocks; b++) {
