@@ -31,7 +31,7 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Print, as the last line, how to run the exhaustive tests."""
     n_deselected = config.stash.get(_DESELECTED, 0)
-    if n_deselected and config.option.verbose >= 0 and not config.option.collectonly:
+    if n_deselected and not config.option.collectonly:
         print(f"{n_deselected} exhaustive tests were not run: `nox -s exhaustive` or `pytest -m exhaustive` runs them")
 
 

@@ -5,6 +5,7 @@ compared by NMSE.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,11 @@ from tiny_gguf import write_tiny
 TOKENS = [int(t) for t in np.random.default_rng(1).integers(3, 350, 75)]
 
 CASES = [
-    pytest.param(architecture, weight_type, tier, kv, id=f"{architecture}-{weight_type}-{tier}-{kv}")
+    pytest.param(
+        *(architecture, weight_type, tier, kv),
+        id=f"{architecture}-{weight_type}-{tier}-{kv}",
+        marks=() if architecture == "phi3" or weight_type == "Q4_K" else pytest.mark.exhaustive,
+    )
     for architecture in ("phi3", "llama", "phi2", "phimoe")
     for weight_type in ("F16", "Q4_0", "Q8_0", "Q4_K", "Q6_K")
     for tier in _core.tiers()
@@ -35,8 +40,9 @@ def runner(request: pytest.FixtureRequest, tmp_path: Path) -> Runner:
     return Runner(path, tier=tier, kv_type=kv_type)
 
 
-def each(cases: list[object]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("runner", [c.values for c in cases], ids=[c.id for c in cases], indirect=True)
+def each(cases: list[Any]) -> pytest.MarkDecorator:
+    params = [pytest.param(case.values, id=case.id, marks=case.marks) for case in cases]
+    return pytest.mark.parametrize("runner", params, indirect=True)
 
 
 def in_chunks(runner: Runner, size: int, table_seed: int = 0) -> Floats:

@@ -11,6 +11,7 @@ import pytest
 from closeness import median_nmse, nmse
 from forward_helper import Runner
 
+from exhaustive import mostly_exhaustive
 from fuse import fuse_llama_to_phi3
 from phi_c import _core
 from phi_c.text.tokenizer import load_tokenizer
@@ -43,7 +44,7 @@ def write(tmp_path_factory: pytest.TempPathFactory) -> WriteModel:
 
 @pytest.mark.parametrize("tier", _core.tiers())
 @pytest.mark.parametrize("weight_type", ALL_TYPES)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", mostly_exhaustive(ARCHITECTURES, keep={"phi3"}))
 def test_every_type(write: WriteModel, architecture: str, weight_type: str, tier: str) -> None:
     path, _, expected = write(architecture, weight_type)
     got = Runner(path, tier=tier).run(TOKENS)
@@ -99,7 +100,7 @@ def test_experts(tmp_path: Path, n_experts: int) -> None:
 
 
 @pytest.mark.parametrize("tier", _core.tiers())
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", mostly_exhaustive(ARCHITECTURES, keep={"phi3"}))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape(write: WriteModel, shape: str, architecture: str, tier: str) -> None:
     path, reference, expected = write(architecture, "F32", seed=8, **SHAPES[shape])
@@ -111,7 +112,7 @@ def test_every_shape(write: WriteModel, shape: str, architecture: str, tier: str
 
 @pytest.mark.parametrize("tier", _core.tiers())
 @pytest.mark.parametrize("shape", ["multi-head attention", "head size 96", "head size 72", "window"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", mostly_exhaustive(ARCHITECTURES, keep={"phi3"}))
 def test_q8_kv_cache(tmp_path: Path, architecture: str, shape: str, tier: str) -> None:
     path = write_tiny(tmp_path / "m.gguf", architecture, "F32", **SHAPES[shape])
     expected = Runner(path, tier=tier).run(TOKENS)
@@ -135,7 +136,7 @@ def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
-@pytest.mark.parametrize("kv_type", _core.KV_TYPES)
+@pytest.mark.parametrize("kv_type", mostly_exhaustive(_core.KV_TYPES, keep={"f16"}))
 @pytest.mark.parametrize("tier", _core.tiers()[1:] or _core.tiers())
 def test_smollm2_on_english(smollm2: tuple[Path, list[int], Floats], tier: str, kv_type: str) -> None:
     """For comparison, llama.cpp against its own float32 run: mean KL divergence 0.0030, top-1 agreement 96.1 %."""
@@ -162,6 +163,7 @@ def greedy(runner: Runner, prompt: list[int], n: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+@pytest.mark.exhaustive
 def test_smollm2_converted_to_phi3_layout(smollm2: tuple[Path, list[int], Floats], tmp_path: Path) -> None:
     path, tokens, _ = smollm2
     llama, phi3 = Runner(path), Runner(fuse_llama_to_phi3(path, tmp_path / "phi3.gguf"))

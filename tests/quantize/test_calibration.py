@@ -10,6 +10,7 @@ import pytest
 
 import phi_c
 from core.closeness import may_round_differently, nmse
+from exhaustive import mostly_exhaustive
 from phi_c import _core
 from phi_c.errors import ModelFileError, OptionError
 from phi_c.quantize import calibration
@@ -36,7 +37,7 @@ def expected_means(path: Path, ids: list[int], n_chunks: int) -> dict[str, npt.N
 
 
 @pytest.mark.parametrize("tier", _core.tiers())
-@pytest.mark.parametrize("weight_type", ["F32", pytest.param("Q4_0", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("weight_type", mostly_exhaustive(["F32", "Q4_0"], keep={"F32"}))
 @pytest.mark.parametrize(("architecture", "vocabulary"), [("phi3", "spm"), ("llama", "bpe")])
 def test_means_match_the_reference(
     tmp_path: Path, architecture: str, vocabulary: str, weight_type: str, tier: str
