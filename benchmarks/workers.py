@@ -28,10 +28,10 @@ class Task:
 
 def phi_c(task: Task) -> dict[str, Any]:
     """phi-c, measured by phi_c.bench; PHI_C_ISA selects the tier."""
-    from phi_c.bench.speed import Plan, measure
+    from phi_c.bench.speed import Workload, measure
 
-    plan = Plan(task.n_prefill, task.n_decode, task.n_seqs, n_repeats=1)
-    result = measure(task.model, plan, n_threads=task.n_threads)
+    workload = Workload(task.n_prefill, task.n_decode, task.n_seqs, n_repeats=1)
+    result = measure(task.model, workload, n_threads=task.n_threads)
     batch = {row["n_seqs"]: row["tok_s"] for row in result["batch"]}
     return {"prefill": result["prefill_tok_s"], "decode": result["decode_tok_s"], "batch": batch}
 

@@ -1,4 +1,4 @@
-"""Runs the real command line in a process of its own."""
+"""Runs `phi-c` in its own process."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def run_cli(*arguments: str | Path, stdin: bytes | str = b"", **environment: str) -> subprocess.CompletedProcess[str]:
-    """Return what `phi-c ARGUMENTS` printed; its stdin is a pipe."""
+    """Run `phi-c ARGUMENTS` and return its output and exit code; stdin is a pipe."""
     done = subprocess.run(
         command(*arguments),
         input=stdin.encode() if isinstance(stdin, str) else stdin,
@@ -20,5 +20,5 @@ def run_cli(*arguments: str | Path, stdin: bytes | str = b"", **environment: str
 
 
 def command(*arguments: str | Path) -> list[str]:
-    """Return the command that runs phi-c with this interpreter."""
+    """Return the argument list that runs phi-c with this interpreter."""
     return [sys.executable, "-m", "phi_c", *map(str, arguments)]

@@ -1,4 +1,4 @@
-"""phi-c bench: its keys, figures that can be known, random models, refusals."""
+"""`phi-c bench`: JSON keys, checks of the figures, random models, errors."""
 
 import json
 import os
@@ -32,8 +32,8 @@ TINY = Shape("tiny", 8, 512, 768, 4, 2, 96, 300, 8192, 4096)
 
 
 @pytest.fixture(autouse=True)
-def calm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Read little memory, write random models to a folder of the test's own."""
+def quick_and_isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Measure bandwidth on little memory; write random models to a temporary folder."""
     monkeypatch.setattr(memory, "_MAX_READ_BYTES", 16 << 20)
     monkeypatch.setenv("PHI_C_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(SHAPES, "tiny", TINY)
@@ -55,13 +55,13 @@ def report(*arguments: object) -> dict[str, Any]:
     return parsed
 
 
-def test_json(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_keys_and_ranges(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PHI_C_ISA", raising=False)
     start = time.perf_counter()
-    found = report(tiny, *QUICK, "--context", "0,70")
+    found = report("-m", tiny, *QUICK, "--context", "0,70")
     seconds = time.perf_counter() - start
     assert found.keys() == KEYS
-    best = [tier for tier in _core.tiers() if _core.max_exact_batch(tier) is None][-1]  # others have to be asked for
+    best = [tier for tier in _core.tiers() if _core.max_exact_batch(tier) is None][-1]  # inexact tiers are opt-in
     assert (found["tier"], found["n_threads"], found["model"]) == (best, 1, "tiny phi3")
     assert [row["n_seqs"] for row in found["batch"]] == [1, 3]
     assert [row["n_tokens"] for row in found["context"]] == [0, 70]
@@ -77,8 +77,8 @@ def test_json(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("architecture", ["phi3", "llama"])
-def test_weight_bytes(tmp_path: Path, architecture: str, tied: bool) -> None:
-    """Two layers of hidden 256, feed-forward 512, 4 heads and 2 KV heads of 64: Q8_0 takes 34 bytes for 32 weights."""
+def test_weight_bytes_per_token(tmp_path: Path, architecture: str, tied: bool) -> None:
+    """2 layers, hidden size 256, feed-forward size 512, 4 heads and 2 KV heads of 64; Q8_0: 34 bytes per 32 weights."""
     path = write_tiny(tmp_path / "tiny.gguf", architecture, "Q8_0", tied=tied)
     layer = 256 * (4 + 2 + 2) * 64 + 4 * 64 * 256 + 3 * 256 * 512
     with GGUFFile(path) as file:
@@ -86,51 +86,52 @@ def test_weight_bytes(tmp_path: Path, architecture: str, tied: bool) -> None:
         assert speed.weight_bytes_per_token(file) == (2 * layer + 256 * n_vocab) // 32 * 34
 
 
-def test_logits_hash(tiny: Path, tmp_path: Path) -> None:
+def test_logits_hash_depends_on_the_weights_only(tiny: Path, tmp_path: Path) -> None:
     other = write_tiny(tmp_path / "other.gguf", seed=1)
-    first, again, different = (report(path, *QUICK)["logits_hash"] for path in (tiny, tiny, other))
+    first, again, different = (report("-m", path, *QUICK)["logits_hash"] for path in (tiny, tiny, other))
     assert first == again != different
     assert len(bytes.fromhex(first)) == 8
 
 
-def test_nothing_is_served_from_the_prefix_cache(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every prompt runs whole, however often the measurement is repeated; what comes before a context does not."""
-    computed: list[int] = []
+def test_timed_prompts_are_not_served_from_the_prefix_cache(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every repetition prefills its whole prompt; the prompt of a --context measurement is prefilled once."""
+    n_forwarded: list[int] = []
     forward = _core.forward
 
     def counting(model: Any, kv: Any, tokens: Any, *rest: Any, **options: Any) -> Any:
-        computed.append(len(tokens))
+        n_forwarded.append(len(tokens))
         return forward(model, kv, tokens, *rest, **options)
 
     monkeypatch.setattr("phi_c.engine.engine.forward", counting)
-    report(tiny, "--prefill", "96", "--decode", "2", "--batch", "2", "--repeat", "3", "--context", "65")
-    assert computed.count(96) == 3
-    assert computed.count(65) == 1
+    report("-m", tiny, "--prefill", "96", "--decode", "2", "--batch", "2", "--repeat", "3", "--context", "65")
+    assert n_forwarded.count(96) == 3
+    assert n_forwarded.count(65) == 1
 
 
-def test_a_context_does_not_grow_with_the_repetitions(tiny: Path) -> None:
-    """What an earlier repetition wrote would no longer fit the cache."""
+def test_context_length_is_the_same_in_every_repetition(tiny: Path) -> None:
+    """If it grew by the tokens of earlier repetitions, it would not fit the KV cache."""
     quick = ("--prefill", "8", "--decode", "20", "--batch", "1", "--repeat", "4", "--threads", "1", "--kv-type", "q8")
-    assert report(tiny, *quick, "--context", "420")["context"][0]["tok_s"] > 0
+    assert report("-m", tiny, *quick, "--context", "420")["context"][0]["tok_s"] > 0
 
 
-def test_a_machine_without_room_to_read(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_bandwidth(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "read_rate", lambda n_threads: None)
-    found = report(tiny, *QUICK)
+    found = report("-m", tiny, *QUICK)
     assert found["read_gb_s"] is None and found["bandwidth_share"] is None
-    assert "the read rate is unknown" in run(tiny, *QUICK).stdout
+    assert "not enough free memory to measure it" in run("-m", tiny, *QUICK).stdout
 
 
-def test_table(tiny: Path) -> None:
-    result = run(tiny, *QUICK, "--context", "50", "--layout", "mmap")
+def test_table_rows(tiny: Path) -> None:
+    result = run("-m", tiny, *QUICK, "--context", "50", "--layout", "mmap")
     assert result.exit_code == 0
-    for text in ("tiny phi3", "prompt of 40", "text of 3", "3 together", "after 50", "of weights a token", "1 threads"):
+    rows = ("tiny phi3", "1 threads", "prefill 40 ", "decode ", "batch 3 ", "decode after 50 tokens ", "read per token")
+    for text in rows:
         assert text in result.stdout
-    assert result.stderr == ""  # no terminal, no progress
+    assert result.stderr == ""  # progress is shown on terminals only
 
 
-def test_random_model(tmp_path: Path) -> None:
-    """The file is one that loads, with logits that are finite and differ between tokens."""
+def test_random_model_loads(tmp_path: Path) -> None:
+    """The file loads, and its logits are finite and differ between tokens."""
     parts: list[tuple[int, int]] = []
     path = random_model("tiny", lambda done, total: parts.append((done, total)))
     assert path == tmp_path / "cache/random/tiny.gguf"
@@ -148,7 +149,7 @@ def test_random_model(tmp_path: Path) -> None:
     assert report("--random", "tiny", *QUICK)["model"] == "tiny, random weights"
 
 
-def test_published_type_mix() -> None:
+def test_tensor_types_match_the_published_file() -> None:
     """Phi-3-mini's Q4_K_M file: the layers whose ffn_down is Q6_K, and the number of tensors of each type."""
     tensors = make_plan(SHAPES["phi-3-mini"]).tensors
     down = [i for i in range(32) for t in tensors if (t.name, t.type_name) == (f"blk.{i}.ffn_down.weight", "Q6_K")]
@@ -157,7 +158,7 @@ def test_published_type_mix() -> None:
     assert {kind: types.count(kind) for kind in set(types)} == {"F32": 65, "Q4_K": 81, "Q5_K": 32, "Q6_K": 17}
 
 
-def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_lists_every_type_on_every_tier(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "N_ROWS", 16)
     monkeypatch.setattr(kernels, "N_COLS", 256)
     rows = report("--kernels", "--repeat", "1")["kernels"]
@@ -176,21 +177,28 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--batch", "1,x"], "--batch is '1,x', expected integers of at least 1, such as 1,16"),
         (["--batch", "0"], "--batch is '0', expected integers of at least 1"),
         (["--context", "-1"], "--context is '-1', expected integers of at least 0"),
-        (["--batch", "300"], "these sizes take a context of 28800 tokens, the model has 512: lower --prefill"),
-        (["--prefill", "600", "--batch", "1"], "these sizes take a context of 608 tokens, the model has 512"),
+        (["--batch", "300"], "the workload needs a context of 28800 tokens, the model has 512: lower --prefill"),
+        (["--prefill", "600", "--batch", "1"], "the workload needs a context of 608 tokens, the model has 512"),
+        (
+            ["--ctx-size", "64", "--prefill", "40", "--batch", "1"],
+            "n_ctx is 64, expected at least 96, which the workload",
+        ),
+        (["--tier", "z80", "--batch", "1"], "tier is 'z80', expected one that this machine runs: scalar"),
         (["--threads", "0", "--batch", "1"], "n_threads is 0, expected an integer from 1 to 1024"),
     ],
 )
-def test_bad_options(tiny: Path, arguments: list[str], message: str) -> None:
-    done = run_cli("bench", tiny, *arguments)
+def test_option_errors(tiny: Path, arguments: list[str], message: str) -> None:
+    done = run_cli("bench", "-m", tiny, *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith(f"phi-c: error: {message}")
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["--repeat", "0", "m"], ["m", "--kernels"], ["m", "--random", "tiny"]])
-def test_wrong_usage(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    "arguments", [[], ["m"], ["--repeat", "0"], ["-m", "m", "--kernels"], ["-m", "m", "--random", "x"]]
+)
+def test_usage_errors(arguments: list[str]) -> None:
     done = run_cli("bench", *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("Usage: phi-c bench ") and done.stderr.count("\n") == 2
@@ -203,16 +211,12 @@ def test_unknown_random_model() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
-def test_interrupt(tiny: Path) -> None:
-    """Ctrl-C ends it with exit code 130 and without a traceback."""
-    arguments = command("bench", tiny, "--batch", "1", "--repeat", "100000")
+def test_ctrl_c_exits_with_130(tiny: Path) -> None:
+    """Ctrl-C ends the command with exit code 130 and without a traceback."""
+    arguments = command("bench", "-m", tiny, "--batch", "1", "--repeat", "100000")
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ) as process:
         time.sleep(3)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err.strip()) == (130, b"", b"")
-
-
-def test_help_has_an_example() -> None:
-    assert "phi-c bench smollm2" in run("--help").stdout

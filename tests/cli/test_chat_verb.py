@@ -1,4 +1,4 @@
-"""`phi-c chat`: piped, and on a real pseudo-terminal."""
+"""`phi-c chat` with piped input and on a pseudo-terminal."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from run_cli import command, run_cli
 
 from tiny_gguf import write_tiny
 
-posix = pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals of POSIX")
+posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX pseudo-terminals")
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("model") / "tiny.gguf", weight_type="Q8_0")
 
 
-def test_a_piped_conversation(model: Path, tmp_path: Path) -> None:
+def test_piped_conversation(model: Path, tmp_path: Path) -> None:
     saved = tmp_path / "talk.json"
     lines = [
         "Hi",
@@ -33,16 +33,16 @@ def test_a_piped_conversation(model: Path, tmp_path: Path) -> None:
         "/wrong",
         "/save",
         "/exit",
-        "never said",
+        "not sent",
     ]
     done = run_cli("chat", "-m", model, "--max-tokens", "4", "--seed", "1", stdin="\n".join(lines))
     assert done.returncode == 0
     assert done.stderr.splitlines() == [
-        "new instructions",
+        "system message set",
         f"saved 5 messages to {saved}",
-        "the conversation is forgotten",
-        "/wrong is no command; /help lists them",
-        "/save needs the name of a file",
+        "conversation cleared",
+        "unknown command /wrong; /help lists the commands",
+        "/save needs a file name",
     ]
     messages = json.loads(saved.read_text(encoding="utf-8"))
     assert [m["role"] for m in messages] == ["system", "user", "assistant", "user", "assistant"]
@@ -50,17 +50,17 @@ def test_a_piped_conversation(model: Path, tmp_path: Path) -> None:
     assert done.stdout == "".join(m["content"] + "\n" for m in messages if m["role"] == "assistant")
 
 
-def test_a_full_context_loses_nothing(model: Path, tmp_path: Path) -> None:
+def test_full_context_keeps_the_conversation(model: Path, tmp_path: Path) -> None:
     saved = tmp_path / "talk.json"
     lines = ["Hi", "the " * 60, f"/save {saved}", "/reset", "Hi"]
-    done = run_cli("chat", "-m", model, "--n-ctx", "64", "--max-tokens", "2", "--seed", "1", stdin="\n".join(lines))
+    done = run_cli("chat", "-m", model, "-c", "64", "--max-tokens", "2", "--seed", "1", stdin="\n".join(lines))
     assert done.returncode == 0
     assert "more than the context size of 64: shorten it" in done.stderr
-    assert "/reset forgets the conversation" in done.stderr
+    assert "/reset clears the conversation" in done.stderr
     assert len(json.loads(saved.read_text(encoding="utf-8"))) == 2
 
 
-def test_a_folder_that_cannot_be_written(model: Path, tmp_path: Path) -> None:
+def test_save_to_an_unwritable_path(model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = run_cli("chat", "-m", model, stdin=f"/save {tmp_path}/file/x.json\n/exit")
     assert done.returncode == 0
@@ -68,8 +68,8 @@ def test_a_folder_that_cannot_be_written(model: Path, tmp_path: Path) -> None:
 
 
 @posix
-def test_on_a_terminal(model: Path, tmp_path: Path) -> None:
-    """Type, interrupt an answer, leave with Ctrl-D; the line is kept in the history."""
+def test_terminal_session(model: Path, tmp_path: Path) -> None:
+    """Send a message, interrupt the reply, leave with Ctrl-D; the message is in the history file."""
     import pty
 
     controller, terminal = pty.openpty()

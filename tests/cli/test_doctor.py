@@ -1,4 +1,4 @@
-"""phi-c doctor: its figures are those of the machine, and PHI_C_ISA is checked."""
+"""`phi-c doctor`: the report matches the machine, and PHI_C_ISA is checked."""
 
 import json
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ from phi_c.cli import doctor
 
 
 @pytest.fixture(autouse=True)
-def calm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read little memory, and a cache with one model in it."""
+def quick_and_isolated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure bandwidth on little memory, with one model in the cache."""
     model = SimpleNamespace(name="smollm2", source="pypi:p", path=Path("/cache/m.gguf"), n_bytes=93_000_000)
     monkeypatch.setattr(memory, "_MAX_READ_BYTES", 16 << 20)
     monkeypatch.setattr(hub, "cached", lambda: [model])
@@ -33,7 +33,7 @@ def report(env: Mapping[str, str] | None = None) -> dict[str, Any]:
     return parsed
 
 
-def test_json() -> None:
+def test_json_matches_the_machine() -> None:
     found = report()
     assert found["cpu"] == {
         "name": machine.cpu_name(),
@@ -60,25 +60,24 @@ def test_json() -> None:
     assert found["version"] and "3." in found["python"]
 
 
-def test_table() -> None:
+def test_table_shows_cpu_models_and_bandwidth() -> None:
     result = run()
     assert result.exit_code == 0
     assert machine.cpu_name() in result.stdout
     assert "smollm2 (93.0 MB)" in result.stdout
     assert "1 thread: " in result.stdout and "GB/s" in result.stdout
-    assert "by affinity" in result.stdout
+    assert "in the CPU affinity" in result.stdout
 
 
 @pytest.mark.parametrize("tier", _core.tiers())
-def test_forced_tier(tier: str) -> None:
+def test_tier_from_the_environment(tier: str) -> None:
     cpu = report({"PHI_C_ISA": tier})["cpu"]
     assert (cpu["tier"], cpu["forced"]) == (tier, True)
     assert f"{tier} (forced by PHI_C_ISA)" in run(env={"PHI_C_ISA": tier}).stdout
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
-def test_tier_that_the_machine_lacks(flags: list[str]) -> None:
-    """Everything else is shown all the same: this is where people look for what is wrong."""
+def test_unsupported_tier_is_an_error_but_the_report_is_printed(flags: list[str]) -> None:
     result = run(*flags, env={"PHI_C_ISA": "avx9"})
     assert isinstance(result.exception, errors.OptionError)
     assert "PHI_C_ISA is 'avx9', expected one that this machine runs: scalar" in str(result.exception)
@@ -88,12 +87,12 @@ def test_tier_that_the_machine_lacks(flags: list[str]) -> None:
         assert found["cpu"]["tier"] is None and found["errors"] == [str(result.exception)]
 
 
-def test_empty_variable_forces_nothing() -> None:
+def test_empty_variable_is_ignored() -> None:
     cpu = report({"PHI_C_ISA": ""})["cpu"]
     assert (cpu["tier"], cpu["forced"]) == (_core.default_tier(), False)
 
 
-def test_broken_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_cache_is_an_error_but_the_report_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
         raise errors.CacheError("the cache folder /cache cannot be read")
 
@@ -105,7 +104,7 @@ def test_broken_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["cpu"]["tier"] == _core.default_tier()
 
 
-def test_little_memory_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bandwidth_is_not_measured_with_little_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "memory_available", lambda: 1 << 20)
     found = report()
     assert found["memory"]["available_bytes"] == 1 << 20
@@ -113,12 +112,7 @@ def test_little_memory_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "1 thread: unknown" in run().stdout
 
 
-def test_unknown_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_total_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "memory_total", lambda: machine.UNKNOWN_BYTES)
     assert report()["memory"]["total_bytes"] is None
     assert "memory" in run().stdout and "unknown, " in run().stdout
-
-
-def test_help_has_an_example() -> None:
-    text = run("--help").stdout
-    assert "phi-c doctor --json" in text

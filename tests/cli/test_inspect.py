@@ -1,4 +1,4 @@
-"""phi-c inspect: tables and JSON of a file, the memory it takes, the kernel table, and refusals."""
+"""`phi-c inspect`: tables, JSON, memory estimate, kernel table, errors."""
 
 import dataclasses
 import json
@@ -45,8 +45,8 @@ def write_keys(path: Path, **keys: str) -> None:
     writer.close()
 
 
-def test_json(tiny: Path) -> None:
-    found = report(tiny)
+def test_json_matches_the_file(tiny: Path) -> None:
+    found = report("-m", tiny)
     with GGUFFile(tiny) as file:
         config = read_config(file)
         assert found["n_bytes"] == file.n_bytes == tiny.stat().st_size
@@ -63,76 +63,79 @@ def test_json(tiny: Path) -> None:
     assert found["memory"]["weights_bytes"] == weights
 
 
-def test_memory_is_what_the_cache_takes(tiny: Path) -> None:
+def test_memory_estimate(tiny: Path) -> None:
     with GGUFFile(tiny) as file:
         config = read_config(file)
     page_bytes = config.n_layers * config.n_kv_heads * config.head_dim * 2 * 2 * _core.PAGE_TOKENS
     for n_ctx, n_pages in ((1, 1), (_core.PAGE_TOKENS, 1), (_core.PAGE_TOKENS + 1, 2)):
-        memory = report(tiny, "--n-ctx", n_ctx)["memory"]
+        memory = report("-m", tiny, "--ctx-size", n_ctx)["memory"]
         assert memory["n_ctx"] == n_ctx
         assert memory["kv_bytes"] == n_pages * page_bytes
         assert memory["total_bytes"] == memory["kv_bytes"] + memory["weights_bytes"]
-    assert report(tiny)["memory"]["n_ctx"] == min(config.n_ctx_train, 4096)
-    # In int8 a scale of two bytes for 32 dimensions, or for what is left of them.
+    assert report("-m", tiny)["memory"]["n_ctx"] == min(config.n_ctx_train, 4096)
+    # q8: one scale of 2 bytes per 32 dimensions, rounded up.
     n_scales = -(-config.head_dim // 32)
     position_bytes = config.n_layers * config.n_kv_heads * 2 * (config.head_dim + 2 * n_scales)
-    assert report(tiny, "--kv-type", "q8", "--n-ctx", 1)["memory"]["kv_bytes"] == position_bytes * _core.PAGE_TOKENS
+    assert (
+        report("-m", tiny, "--kv-type", "q8", "--ctx-size", 1)["memory"]["kv_bytes"]
+        == position_bytes * _core.PAGE_TOKENS
+    )
 
 
-def test_memory_of_a_real_model(smollm2_path: Path) -> None:
-    """30 layers x 3 KV heads x 64 x 2 x 2 bytes are 23040 bytes a position."""
-    found = report(smollm2_path)
+def test_memory_estimate_of_smollm2(smollm2_path: Path) -> None:
+    """30 layers x 3 KV heads x 64 dimensions x keys and values x 2 bytes are 23040 bytes per position."""
+    found = report("-m", smollm2_path)
     memory = found["memory"]
     assert (memory["n_ctx"], memory["kv_bytes"]) == (4096, 4096 * 23040)
     assert 0.97 * found["n_bytes"] < memory["weights_bytes"] < found["n_bytes"]
-    assert re.search(r"layer_norm_rms_epsilon +1e-05", run(smollm2_path, columns=80).stdout)
+    assert re.search(r"layer_norm_rms_epsilon +1e-05", run("-m", smollm2_path, columns=80).stdout)
 
 
 def test_long_arrays_are_shortened(phi3_vocab: Path) -> None:
-    result = run(phi3_vocab, "--json")
+    result = run("-m", phi3_vocab, "--json")
     tokens = json.loads(result.stdout)["metadata"]["tokenizer.ggml.tokens"]
     assert tokens["n_items"] == 32064
     assert tokens["first"][:3] == ["<unk>", "<s>", "</s>"] and len(tokens["first"]) < 10
-    text = run(phi3_vocab).stdout
+    text = run("-m", phi3_vocab).stdout
     assert '["<unk>", "<s>", "</s>"' in text and "(32064 items)" in text
     assert len(text) < 20_000
 
 
-def test_a_file_that_does_not_run_is_shown_and_refused(phi3_vocab: Path) -> None:
+def test_unsupported_file_is_shown_with_exit_code_1(phi3_vocab: Path) -> None:
     for flags in ([], ["--json"]):
-        result = run(phi3_vocab, *flags)
+        result = run("-m", phi3_vocab, *flags)
         assert result.exit_code == 1
         assert isinstance(result.exception, errors.UnsupportedModelError)
         assert "phi3.context_length" in result.stdout
     parsed = json.loads(result.stdout)
     assert parsed["config"] is parsed["memory"] is None
     assert "has no tensors" in parsed["error"]
-    assert "cannot run" in run(phi3_vocab).stdout
+    assert "cannot run" in run("-m", phi3_vocab).stdout
 
 
-def test_tables(tiny: Path) -> None:
-    text = run(tiny).stdout
+def test_tables_without_options(tiny: Path) -> None:
+    text = run("-m", tiny).stdout
     assert "general.architecture" in text
     assert re.search(r"^\s*Q8_0 +\d+ +[\d.]+ (bytes|kB|MB)", text, re.MULTILINE)
-    assert re.search(r"memory +[\d.,]+ (kB|MB) at a context of \d+: weights", text)
+    assert re.search(r"memory +[\d.,]+ (kB|MB) at a context of \d+ tokens: weights", text)
     assert "blk.0.ffn_down.weight" not in text
 
 
-def test_tensors(tiny: Path) -> None:
-    text = run(tiny, "--tensors").stdout
+def test_tensors_option(tiny: Path) -> None:
+    text = run("-m", tiny, "--tensors").stdout
     with GGUFFile(tiny) as file:
         config = read_config(file)
         infos = list(file.tensors.values())
     for info in infos:
         assert info.name in text
     assert re.search(rf"token_embd\.weight +\w+ +{config.n_vocab} x {config.n_embd} ", text)
-    rows = report(tiny, "--tensors")["tensors"]
+    rows = report("-m", tiny, "--tensors")["tensors"]
     assert [(row["name"], tuple(row["shape"]), row["n_bytes"]) for row in rows] == [
         (info.name, info.shape, info.n_bytes) for info in infos
     ]
 
 
-def test_kernels_without_a_file() -> None:
+def test_kernels_without_a_model() -> None:
     found = report("--kernels")
     assert found == {"kernels": _core.kernel_table()}
     lines = {words[0]: words[1:] for words in map(str.split, run("--kernels").stdout.splitlines()) if words}
@@ -148,52 +151,47 @@ def test_kernels_without_a_file() -> None:
         assert cells == " ".join(expected)
 
 
-def test_kernels_beside_a_file(tiny: Path) -> None:
-    assert {"path", "kernels"} <= report(tiny, "--kernels").keys()
+def test_kernels_with_a_model(tiny: Path) -> None:
+    assert {"path", "kernels"} <= report("-m", tiny, "--kernels").keys()
 
 
-@pytest.mark.parametrize("arguments", [[], ["--json"], ["--kernels", "--tensors"], ["--kernels", "--n-ctx", "9"]])
-def test_usage(arguments: list[str]) -> None:
+@pytest.mark.parametrize("arguments", [[], ["--json"], ["--kernels", "--tensors"], ["--kernels", "--ctx-size", "9"]])
+def test_usage_errors(arguments: list[str]) -> None:
     result = run(*arguments)
     assert result.exit_code == 2
-    assert "FILE" in result.stderr
+    assert "--model" in result.stderr
 
 
 @pytest.mark.parametrize("n_ctx", ["0", "-5", "many", "9999999999"])
-def test_bad_context(tiny: Path, n_ctx: str) -> None:
-    result = run(tiny, "--n-ctx", n_ctx)
-    assert result.exit_code == 2 and "--n-ctx" in result.stderr
+def test_invalid_context_size(tiny: Path, n_ctx: str) -> None:
+    result = run("-m", tiny, "--ctx-size", n_ctx)
+    assert result.exit_code == 2 and "--ctx-size" in result.stderr
 
 
-def test_context_beyond_the_model(tiny: Path) -> None:
-    result = run(tiny, "--n-ctx", 10**9)
+def test_context_size_above_the_maximum(tiny: Path) -> None:
+    result = run("-m", tiny, "--ctx-size", 10**9)
     assert isinstance(result.exception, errors.OptionError)
-    assert "--n-ctx is 1000000000, expected at most" in str(result.exception)
+    assert "--ctx-size is 1000000000, expected at most" in str(result.exception)
 
 
-def test_missing_and_damaged_files(tmp_path: Path, tiny: Path) -> None:
-    assert isinstance(run(tmp_path / "none.gguf").exception, errors.ModelNotFoundError)
+def test_missing_and_truncated_files(tmp_path: Path, tiny: Path) -> None:
+    assert isinstance(run("-m", tmp_path / "none.gguf").exception, errors.ModelNotFoundError)
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(tiny.read_bytes()[:-40])
-    assert isinstance(run(cut).exception, errors.ModelFileError)
+    assert isinstance(run("-m", cut).exception, errors.ModelFileError)
 
 
-def test_text_of_a_file_cannot_drive_the_terminal(tmp_path: Path) -> None:
+def test_control_characters_are_escaped(tmp_path: Path) -> None:
     path = tmp_path / "odd.gguf"
     write_keys(path, odd="a\x1b[31mred\nline [bold]not markup[/bold] [/]")
-    text = run(path).stdout
+    text = run("-m", path).stdout
     assert "\x1b" not in text
     assert r"a\x1b[31mred\nline [bold]not markup[/bold] [/]" in text
 
 
-def test_long_text_is_cut(tmp_path: Path) -> None:
+def test_long_strings_are_shortened(tmp_path: Path) -> None:
     path = tmp_path / "long.gguf"
     write_keys(path, long="x" * 5000)
-    assert "(5000 characters)" in run(path).stdout
-    assert len(run(path).stdout) < 3000
-    assert json.loads(run(path, "--json").stdout)["metadata"]["long"] == "x" * 5000
-
-
-def test_help_has_an_example() -> None:
-    text = run("--help").stdout
-    assert "phi-c inspect smollm2" in text and "--kernels" in text
+    assert "(5000 characters)" in run("-m", path).stdout
+    assert len(run("-m", path).stdout) < 3000
+    assert json.loads(run("-m", path, "--json").stdout)["metadata"]["long"] == "x" * 5000

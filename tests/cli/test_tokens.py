@@ -14,7 +14,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("model") / "tiny.gguf")
 
 
-def test_ways_to_print(model: Path) -> None:
+def test_output_formats(model: Path) -> None:
     rows = json.loads(run_cli("tokens", "-m", model, "--json", "the é<|end|>").stdout)
     assert rows[0] == {"id": 1, "piece": "<s>"}
     assert "".join(row["piece"] for row in rows[1:]) == " the \\xc3\\xa9<|end|>"
@@ -32,7 +32,7 @@ def test_special_tokens_and_bos(model: Path) -> None:
     assert [row["piece"] for row in json.loads(parsed)] == ["<|end|>"]
 
 
-def test_stdin_that_is_no_text(model: Path) -> None:
+def test_stdin_that_is_not_utf8(model: Path) -> None:
     done = run_cli("tokens", "-m", model, "-", stdin=b"\xff")
     assert done.returncode == 2
     assert "stdin is not UTF-8 text" in done.stderr

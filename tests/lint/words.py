@@ -21,7 +21,7 @@ _NUMBER = r"(?:\d+|one|two|three|four|eight|sixteen|several)"
 
 # Pattern, and the words to use instead. A pattern without upper-case letters matches any case.
 WORDS: tuple[tuple[str, str], ...] = (
-    (rf"\b{_NUMBER} texts?\b(?! file)", "sequence(s), prompt(s) or input(s)"),
+    (rf"(?<![-,.\d])\b(?:one text|{_NUMBER} texts)\b(?! files?)", "sequence(s), prompt(s) or input(s)"),
     (r"\btexts that (?:run|go|are (?:written|generated|computed|decoded))\b", "sequences"),
     (r"\breads? (?:a |the |its )?prompts?\b", "prefill(s)"),
     (r"\bprompts? (?:is|are) read\b", "is prefilled"),

@@ -111,7 +111,7 @@ def small_tokenizer(family: v.Family) -> tuple[v.Content, dict[str, float]]:
 
 
 def cases(*parts: str) -> list[Any]:
-    """Return the names that contain all parts; the published tokenizers, with 12,000 texts each, are exhaustive."""
+    """Return the names that contain all parts; the published tokenizers, with 12,000 strings each, are exhaustive."""
     names = [f"{name}/{size}" for name in v.FAMILIES for size in ("small", "published")]
     return [
         pytest.param(name, marks=pytest.mark.exhaustive if "published" in name else ())
@@ -240,7 +240,8 @@ def test_llama_cpp_vocabulary_file_of_phi3(case: Case, phi3_vocab: Path) -> None
 def test_encoding_takes_linear_time(case: Case) -> None:
     """Four times the characters take about four times the CPU time; quadratic code would take 16 times.
 
-    Also, encoding takes at most twice the CPU time that the library alone takes. Both texts exceed the CPU caches: in a shorter text a character takes half the time.
+    Also, it takes at most twice the CPU time that the library takes alone. Both texts exceed the CPU caches: in a
+    shorter text a character takes half the time.
     """
     paragraph = (Path(__file__).parents[1] / "english.txt").read_text("utf-8")
     long = (paragraph * (1 + 1_000_000 // len(paragraph)))[:1_000_000]

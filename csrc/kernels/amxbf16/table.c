@@ -1,6 +1,6 @@
 /* Kernel table of the AMX-BF16 tier: prefill products of every packed type. Everything else is inherited from the
  * AVX-512 tier: packing, batches of up to PHI_AMXBF16_MAX_EXACT_BATCH tokens, and F32, F16 and BF16 matrices, whose
- * activations stay in float32. The amx tier lies between the two and tiles activations differently, so every product
+ * activations stay in float32. The amx tier in between tiles activations differently, so every product
  * that takes tiled activations is replaced together with quantize_tiled. */
 #include "amxbf16.h"
 

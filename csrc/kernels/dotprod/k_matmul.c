@@ -1,4 +1,4 @@
-/* neon/k_products.h (Q2_K to Q6_K rows in file layout) by SDOT. */
+/* neon/k_products.h (Q2_K to Q6_K rows in row-major layout) by SDOT. */
 #include "dotprod.h"
 
 #include "dot.h"

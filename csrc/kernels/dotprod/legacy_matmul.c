@@ -1,4 +1,4 @@
-/* neon/legacy_products.h (Q4_0 to Q8_0 rows in file layout) by SDOT. */
+/* neon/legacy_products.h (Q4_0 to Q8_0 rows in row-major layout) by SDOT. */
 #include "dotprod.h"
 
 #include "dot.h"

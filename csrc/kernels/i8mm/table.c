@@ -1,5 +1,5 @@
-/* Kernel table of the i8mm tier: products of packed rows. Rows in file layout are inherited from the dotprod tier: they
- * are multiplied by at most four tokens at a time. */
+/* Kernel table of the i8mm tier: products of packed rows. Rows in row-major layout are inherited from the dotprod tier:
+ * they are multiplied by at most four tokens at a time. */
 #include "i8mm.h"
 
 #include "../generic/pack.h"

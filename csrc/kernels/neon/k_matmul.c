@@ -1,4 +1,4 @@
-/* k_products.h (Q2_K to Q6_K rows in file layout) without SDOT. */
+/* k_products.h (Q2_K to Q6_K rows in row-major layout) without SDOT. */
 #include "neon.h"
 
 #include "dot.h"

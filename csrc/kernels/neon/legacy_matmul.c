@@ -1,4 +1,4 @@
-/* legacy_products.h (Q4_0 to Q8_0 rows in file layout) without SDOT. */
+/* legacy_products.h (Q4_0 to Q8_0 rows in row-major layout) without SDOT. */
 #include "neon.h"
 
 #include "dot.h"

@@ -1,1 +1,1 @@
-"""Measures how fast models and kernels run; writes models of random weights, to measure without a download."""
+"""Benchmarks of models and kernels, and models with random weights to run them on."""

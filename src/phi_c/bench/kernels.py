@@ -1,4 +1,4 @@
-"""Times the matrix products one by one: type x tier x tokens, on one thread."""
+"""Measures the matrix products: tensor type x tier x number of tokens, on one thread."""
 
 import statistics
 import time
@@ -11,28 +11,31 @@ import numpy.typing as npt
 from phi_c._core import TENSOR_TYPES, Matrix, matmul, tiers
 
 N_TOKENS = (1, 4, 16, 512)
-N_ROWS, N_COLS = 512, 3072  # the columns of Phi-3-mini; few rows: what is timed is the kernel, not memory
-_ENOUGH_SECONDS = 0.5  # of repetitions, where one takes long
+N_ROWS, N_COLS = 512, 3072  # columns as in Phi-3-mini; few rows, so that the weights stay in a CPU cache
+_MAX_SECONDS = 0.5  # no further repetition begins after this time
 
 
 @dataclass(frozen=True)
 class KernelSpeed:
-    """One product, [N_ROWS, N_COLS] times [N_COLS, n_tokens]."""
+    """Speed of one product: weights [N_ROWS, N_COLS], activations [n_tokens, N_COLS]."""
 
     type_name: str
     tier: str
     n_tokens: int
     seconds: float  # median
-    gb_s: float  # 1e9 bytes of weights read a second
-    gmac_s: float  # 1e9 multiplications a second
+    gb_s: float  # weights read, 1e9 bytes per second
+    gmac_s: float  # multiply-accumulates, 1e9 per second
 
 
 def measure_kernels(n_repeats: int = 5, n_tokens: tuple[int, ...] = N_TOKENS) -> Iterator[KernelSpeed]:
-    """Yield the speed of every type on every tier of this machine, in the layout that the tier likes best."""
+    """Yield the speed of every tensor type on every tier of this machine, with packed weights.
+
+    n_repeats: repetitions, of which the median is taken. n_tokens: batch sizes.
+    """
     rng = np.random.default_rng(0)
     for kind in TENSOR_TYPES.values():
         n_bytes = N_ROWS * N_COLS // kind.block_elements * kind.block_bytes
-        # Bytes below 0x3c keep every half precision scale finite.
+        # Bytes below 0x3c: every float16 scale is finite.
         data = rng.integers(0, 0x3C, n_bytes, dtype=np.uint8)
         for tier in tiers():
             weights = Matrix(kind.type_id, N_ROWS, N_COLS, data).packed(tier)
@@ -44,10 +47,10 @@ def measure_kernels(n_repeats: int = 5, n_tokens: tuple[int, ...] = N_TOKENS) ->
 
 
 def _seconds(weights: Matrix, x: npt.NDArray[np.float32], tier: str, n_repeats: int) -> float:
-    """Return the median seconds of a product, after one that warms the caches up; x float32 [n_tokens, n_cols]."""
+    """Return the median time of a product in seconds, after one warm-up run; x: float32 [n_tokens, N_COLS]."""
     matmul(weights, x, tier)
     seconds: list[float] = []
-    while len(seconds) < n_repeats and sum(seconds) < _ENOUGH_SECONDS:
+    while len(seconds) < n_repeats and sum(seconds) < _MAX_SECONDS:
         start = time.perf_counter()
         matmul(weights, x, tier)
         seconds.append(time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""Measures a model as its users meet it: the engine's own steps, scheduler and greedy choice included."""
+"""Measures the speed of a model through the engine: scheduler, forward pass and greedy sampling."""
 
 import hashlib
 import statistics
@@ -27,61 +27,69 @@ _HASH_DIGITS = 16
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to measure; every speed is the median of n_repeats."""
+class Workload:
+    """What to measure; every speed is the median of n_repeats repetitions."""
 
-    n_prefill: int = 512  # tokens of the prompt
-    n_decode: int = 64  # tokens timed after the first one, of each sequence
-    n_seqs: tuple[int, ...] = (1, 4, 8, 16)  # sequences that are decoded together
-    contexts: tuple[int, ...] = (0,)  # tokens in the cache before those that are timed
+    n_prefill: int = 512  # prompt length in tokens
+    n_decode: int = 64  # timed tokens per sequence, after its first one
+    batch_sizes: tuple[int, ...] = (1, 4, 8, 16)  # numbers of sequences that are decoded together
+    contexts: tuple[int, ...] = (0,)  # tokens in the KV cache before the timed ones, for one sequence
     n_repeats: int = 5
 
     @property
     def n_ctx(self) -> int:
-        """Positions of KV cache that the largest part takes."""
-        deepest = pages_for(max(*self.contexts, 1) + self.n_decode)
-        widest = max(self.n_seqs) * pages_for(1 + self.n_decode)
-        return max(pages_for(self.n_prefill), deepest, widest) * PAGE_TOKENS
+        """KV cache capacity, in tokens, of the largest measurement."""
+        longest = pages_for(max(*self.contexts, 1) + self.n_decode)
+        largest_batch = max(self.batch_sizes) * pages_for(1 + self.n_decode)
+        return max(pages_for(self.n_prefill), longest, largest_batch) * PAGE_TOKENS
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One thing to time: n_seqs sequences that decode together, each with so many tokens before."""
+class _DecodeCase:
+    """A decode measurement: batch_size sequences, each after `context` tokens."""
 
-    n_seqs: int
+    batch_size: int
     context: int
 
 
 def measure(
-    source: str, plan: Plan, *, progress: Callable[[str], None] = lambda text: None, **loading: Any
+    source: str,
+    workload: Workload,
+    *,
+    n_ctx: int | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+    **loading: Any,
 ) -> dict[str, Any]:
-    """Return what `phi-c bench` prints, ready for JSON. loading: options of phi_c.load; progress: is told what runs.
+    """Return the report of `phi-c bench`, ready for JSON.
 
-    Speeds are tokens a second. read_gb_s, 1e9 bytes a second, is the median of readings before, between and after the
-    repetitions. Raises what loading raises, and OptionError when the plan needs more context than the model has.
+    n_ctx: context size in tokens; None: that of the workload. progress: called with a line on what is measured.
+    loading: options of phi_c.load. Speeds are in tokens per second. read_gb_s, in 1e9 bytes per second, is the median
+    of measurements before, between and after the repetitions.
+
+    Raises the errors of phi_c.load, and OptionError if the workload needs a larger context than n_ctx or the model has.
     """
     with GGUFFile(hub.resolve(source)) as file:
         config = read_config(file)
         weight_bytes = weight_bytes_per_token(file)
     progress("loading")
     start = time.perf_counter()
-    with llm.load(source, n_ctx=_n_ctx(plan, config), **loading) as model:
+    with llm.load(source, n_ctx=_choose_n_ctx(n_ctx, workload, config), **loading) as model:
         load_s = time.perf_counter() - start
-        runner = _Runner(model, plan)
+        runner = _Runner(model, workload)
         model.generate(runner.random_ids(_SHORT_PROMPT_TOKENS), max_tokens=1, temperature=0)
         first_token_s = time.perf_counter() - start
         digest = logits_hash(model)
         runner.run(progress)
-        read = statistics.median(runner.reads) if runner.reads else None
-        decode = runner.decode_tok_s(_Part(1, 0))
+        read = statistics.median(runner.read_rates) if runner.read_rates else None
+        decode = runner.decode_tok_s(_DecodeCase(1, 0))
         return {
             "model": config.name,
             "tier": model.tier,
             "n_threads": model.n_threads,
-            "prefill_tok_s": round(statistics.median(runner.prefills), 3),
+            "prefill_tok_s": round(statistics.median(runner.prefill_speeds), 3),
             "decode_tok_s": decode,
-            "batch": [{"n_seqs": n, "tok_s": runner.decode_tok_s(_Part(n, 0))} for n in plan.n_seqs],
-            "context": [{"n_tokens": n, "tok_s": runner.decode_tok_s(_Part(1, n))} for n in plan.contexts],
+            "batch": [{"n_seqs": n, "tok_s": runner.decode_tok_s(_DecodeCase(n, 0))} for n in workload.batch_sizes],
+            "context": [{"n_tokens": n, "tok_s": runner.decode_tok_s(_DecodeCase(1, n))} for n in workload.contexts],
             "read_gb_s": round(read / 1e9, 3) if read else None,
             "weight_bytes_per_token": weight_bytes,
             "bandwidth_share": round(decode * weight_bytes / read, 4) if read else None,
@@ -93,9 +101,9 @@ def measure(
 
 
 def weight_bytes_per_token(file: GGUFFile) -> int:
-    """Return the bytes of all matrices that one decoded token reads: those of the layers and of the output.
+    """Return the size in bytes of all matrices that decoding one token reads: those of the layers and the output.
 
-    Of the embedding a token reads one row, which does not count, unless the embedding serves as output.
+    The embedding counts only if it is tied to the output; otherwise a token reads a single row of it.
     """
     is_tied = "output.weight" not in file.tensors
     return sum(
@@ -106,99 +114,104 @@ def weight_bytes_per_token(file: GGUFFile) -> int:
 
 
 def logits_hash(model: llm.LLM) -> str:
-    """Return the first 16 hexadecimal digits of the SHA-256 of the logits (float32, little endian) of fixed tokens."""
+    """Return the first 16 hexadecimal digits of the SHA-256 of the logits (little-endian float32) of fixed tokens."""
     logits = model.logits([7919 * (i + 1) % model.config.n_vocab for i in range(_HASHED_TOKENS)])
     return hashlib.sha256(logits.astype("<f4", copy=False).tobytes()).hexdigest()[:_HASH_DIGITS]
 
 
-def _n_ctx(plan: Plan, config: ModelConfig) -> int:
-    if plan.n_ctx > config.n_ctx_train:
+def _choose_n_ctx(n_ctx: int | None, workload: Workload, config: ModelConfig) -> int:
+    if workload.n_ctx > config.n_ctx_train:
         raise OptionError(
-            f"these sizes take a context of {plan.n_ctx} tokens, the model has {config.n_ctx_train}: "
+            f"the workload needs a context of {workload.n_ctx} tokens, the model has {config.n_ctx_train}: "
             "lower --prefill, --decode, --batch or --context"
         )
-    return plan.n_ctx
+    if n_ctx is not None and n_ctx < workload.n_ctx:
+        raise OptionError(f"n_ctx is {n_ctx}, expected at least {workload.n_ctx}, which the workload needs")
+    return workload.n_ctx if n_ctx is None else n_ctx
 
 
 class _Runner:
-    """Times the parts of a plan, in rounds, so that what else the machine does meets them all alike."""
+    """Runs the measurements of a workload in rounds, so that other load on the machine affects all of them alike."""
 
-    def __init__(self, model: llm.LLM, plan: Plan) -> None:
-        self.prefills: list[float] = []  # tokens a second, one a repetition; so are the next
-        self.decodes: dict[_Part, list[float]] = defaultdict(list)
-        self.reads: list[float] = []  # bytes a second
+    def __init__(self, model: llm.LLM, workload: Workload) -> None:
+        self.prefill_speeds: list[float] = []  # tokens per second of each repetition
+        self.decode_speeds: dict[_DecodeCase, list[float]] = defaultdict(list)  # the same
+        self.read_rates: list[float] = []  # bytes per second
         self._model = model
-        self._plan = plan
+        self._workload = workload
         self._random = np.random.default_rng(0)
 
     def run(self, progress: Callable[[str], None]) -> None:
-        """Take all measurements."""
-        plan = self._plan
-        rounds = dict.fromkeys([_Part(1, 0), *(_Part(n, 0) for n in plan.n_seqs)])
-        self._read()
-        for i in range(plan.n_repeats):
-            repetition = f"repetition {i + 1} of {plan.n_repeats}"
-            progress(f"prompt of {plan.n_prefill} tokens, {repetition}")
-            self.prefills.append(self._prefill())
-            for part in rounds:
-                progress(f"decoding {part.n_seqs} x {plan.n_decode} tokens, {repetition}")
-                self.decodes[part].append(self._decode(part, [self.random_ids(1) for _ in range(part.n_seqs)]))
-            self._read()
-        for part in dict.fromkeys(_Part(1, n) for n in plan.contexts if n > 0):
-            # Computed once: the next repetitions find it in the cache.
-            prompt = self.random_ids(part.context)
-            for i in range(plan.n_repeats):
-                progress(f"decoding after {part.context} tokens, repetition {i + 1} of {plan.n_repeats}")
-                self.decodes[part].append(self._decode(part, [prompt]))
-            self._read()
+        """Run all measurements."""
+        workload = self._workload
+        batches = dict.fromkeys([_DecodeCase(1, 0), *(_DecodeCase(n, 0) for n in workload.batch_sizes)])
+        self._measure_read_rate()
+        for i in range(workload.n_repeats):
+            repetition = f"repetition {i + 1} of {workload.n_repeats}"
+            progress(f"prefill of {workload.n_prefill} tokens, {repetition}")
+            self.prefill_speeds.append(self._prefill())
+            for case in batches:
+                progress(f"decoding {case.batch_size} x {workload.n_decode} tokens, {repetition}")
+                prompts = [self.random_ids(1) for _ in range(case.batch_size)]
+                self.decode_speeds[case].append(self._decode(prompts))
+            self._measure_read_rate()
+        for case in dict.fromkeys(_DecodeCase(1, n) for n in workload.contexts if n > 0):
+            # Prefilled once: later repetitions find the prompt in the prefix cache.
+            prompt = self.random_ids(case.context)
+            for i in range(workload.n_repeats):
+                progress(f"decoding after {case.context} tokens, repetition {i + 1} of {workload.n_repeats}")
+                self.decode_speeds[case].append(self._decode([prompt]))
+            self._measure_read_rate()
 
-    def decode_tok_s(self, part: _Part) -> float:
-        """Return the median speed of a part, all its sequences together."""
-        return round(statistics.median(self.decodes[part]), 3)
+    def decode_tok_s(self, case: _DecodeCase) -> float:
+        """Return the median decode speed of a case in tokens per second, summed over its sequences."""
+        return round(statistics.median(self.decode_speeds[case]), 3)
 
     def random_ids(self, n_tokens: int) -> list[int]:
-        """Return token ids that no earlier prompt began with, so that the prefix cache holds none of them."""
+        """Return random token ids, which the prefix cache does not contain."""
         return [int(i) for i in self._random.integers(0, self._model.config.n_vocab, n_tokens)]
 
-    def _read(self) -> None:
+    def _measure_read_rate(self) -> None:
         rate = read_rate(self._model.n_threads)
         if rate is not None:
-            self.reads.append(rate)
+            self.read_rates.append(rate)
 
     def _prefill(self) -> float:
-        sequence = self._sequence(self.random_ids(self._plan.n_prefill), max_tokens=1)
+        """Return the prefill speed in tokens per second."""
+        sequence = self._add_sequence(self.random_ids(self._workload.n_prefill), max_tokens=1)
         start = time.perf_counter()
-        self._drive([sequence], 1)
+        self._run_until([sequence], 1)
         seconds = time.perf_counter() - start
         return (sequence.n_prompt - sequence.n_cached) / seconds
 
-    def _decode(self, part: _Part, prompts: list[list[int]]) -> float:
-        n_tokens = self._plan.n_decode + 1
-        sequences = [self._sequence(prompt, n_tokens) for prompt in prompts]
+    def _decode(self, prompts: list[list[int]]) -> float:
+        """Return the decode speed of a batch in tokens per second; prefill and first tokens are not timed."""
+        n_tokens = self._workload.n_decode + 1
+        sequences = [self._add_sequence(prompt, n_tokens) for prompt in prompts]
         try:
-            self._drive(sequences, 1)
-            before = sum(len(sequence.generated) for sequence in sequences)
+            self._run_until(sequences, 1)
+            n_before = sum(len(sequence.generated) for sequence in sequences)
             start = time.perf_counter()
-            self._drive(sequences, n_tokens)
+            self._run_until(sequences, n_tokens)
             seconds = time.perf_counter() - start
         finally:
             for sequence in sequences:
                 self._model.engine.remove(sequence)
-        return (part.n_seqs * n_tokens - before) / seconds
+        return (len(prompts) * n_tokens - n_before) / seconds
 
-    def _sequence(self, prompt: list[int], max_tokens: int) -> Sequence:
+    def _add_sequence(self, prompt: list[int], max_tokens: int) -> Sequence:
         greedy = SamplingParams(temperature=0, repeat_penalty=1)
         sequence = Sequence(
-            tokens=list(prompt),  # it grows, and a prompt may be run again
+            tokens=list(prompt),  # a copy: it grows, and a prompt can be used again
             max_tokens=max_tokens,
             sampler=Sampler(greedy, self._model.config.n_vocab),
-            eog_ids=frozenset(),  # all generate as much as they are asked for
+            eog_ids=frozenset(),  # no end token: all sequences generate max_tokens
         )
         self._model.engine.add(sequence)
         return sequence
 
-    def _drive(self, sequences: list[Sequence], n_tokens: int) -> None:
-        """Run steps until every sequence has generated so many tokens."""
+    def _run_until(self, sequences: list[Sequence], n_tokens: int) -> None:
+        """Run engine steps until every sequence has generated n_tokens tokens."""
         for sequence in sequences:
             while len(sequence.tokens) - sequence.n_prompt < n_tokens:
                 self._model.engine.step(sequence)

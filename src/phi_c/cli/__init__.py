@@ -1,4 +1,17 @@
-"""The `phi-c` command: one file a verb, loaded when it is called."""
+"""The `phi-c` command. Each verb is a module of its name, imported when the verb is called.
+
+How verbs take their operands:
+
+- A verb that loads one model takes it as -m/--model SOURCE. Verbs that run a model on an input (generate, chat, score,
+  embed, tokens, perplexity) default to a preset; verbs about a certain model (bench, inspect, imatrix) do not.
+  compare judges -m/--model SOURCE against --reference SOURCE.
+- Verbs whose operands are files or names take them as positional arguments: quantize IN OUT TYPE,
+  convert SOURCE [OUTPUT], pull SOURCE..., rm NAME..., completion SHELL.
+- Options that load a model have the same names everywhere (phi_c.cli.options.loading_options). The Python names of
+  -c/--ctx-size, -b/--batch-size and -t/--threads are n_ctx, n_batch and n_threads.
+- The help of an option is a sentence that begins with a verb or a noun phrase and names the value and its unit; the
+  default follows in brackets.
+"""
 
 import importlib
 import io
@@ -10,35 +23,49 @@ import click
 
 from phi_c.errors import OptionError, PhiError
 
-VERBS = {
-    "generate": "Write the answer to a prompt, or what follows it.",
-    "chat": "Hold a conversation.",
-    "tokens": "Show how a text is cut into tokens.",
-    "inspect": "Show what is in a model file, and the memory it takes.",
-    "doctor": "Show what phi-c finds on this machine.",
-    "bench": "Measure how fast a model runs.",
-    "perplexity": "Measure how likely a model finds a text.",
-    "compare": "Measure how far two models are from each other.",
-    "imatrix": "Find out which weights of a model matter, for a quantiser.",
-    "quantize": "Store a model in fewer bits a weight.",
-    "convert": "Make a GGUF file of a Hugging Face folder.",
-    "pull": "Download models.",
-    "list": "List known and downloaded models.",
-    "completion": "Print the script that completes commands in a shell.",
+SECTIONS = {
+    "Run a model": {
+        "generate": "Generate a reply to a prompt.",
+        "chat": "Chat with a model.",
+        "score": "Print the log-probabilities of continuations of a prompt.",
+        "embed": "Print embedding vectors of inputs.",
+        "tokens": "Tokenize text.",
+    },
+    "Evaluate a model": {
+        "bench": "Measure prefill and decode speed.",
+        "perplexity": "Compute the perplexity of a text file.",
+        "compare": "Compute the KL divergence from a reference model.",
+    },
+    "Model files": {
+        "inspect": "Show metadata, tensors and memory of a model file.",
+        "convert": "Convert a Hugging Face model to GGUF.",
+        "imatrix": "Compute an importance matrix for quantisation.",
+        "quantize": "Quantise a model file.",
+    },
+    "Downloads and caches": {
+        "pull": "Download models.",
+        "list": "List presets, downloaded models and caches.",
+        "rm": "Remove downloaded models and caches.",
+    },
+    "Setup": {
+        "doctor": "Show CPU features, memory bandwidth and caches.",
+        "completion": "Print the completion script of a shell.",
+    },
 }
+VERBS = [verb for verbs in SECTIONS.values() for verb in verbs]
 
 _EPILOG = """\b
 Examples:
-  phi-c generate --model smollm2 "Write a haiku about ice hockey"
-  phi-c chat --model ./Phi-3-mini-4k-instruct-q4.gguf
+  phi-c generate -m smollm2 "Write a haiku about ice hockey"
+  phi-c chat -m ./Phi-3-mini-4k-instruct-q4.gguf
 """
 
 
 class _Verbs(click.Group):
-    """Imports a verb's module when it is needed: `phi-c --version` waits for none of them."""
+    """Imports the module of a verb only when it is needed: `phi-c --version` needs none."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
+        return VERBS
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
@@ -47,20 +74,22 @@ class _Verbs(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(VERBS.items()))
+        width = max(map(len, VERBS))
+        for title, verbs in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(verb.ljust(width), summary) for verb, summary in verbs.items()])
 
 
 @click.group(cls=_Verbs, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="phi-c", prog_name="phi-c")
+@click.version_option(None, "-V", "--version", package_name="phi-c", prog_name="phi-c")
 def group() -> None:
-    """Run Microsoft's Phi models on a CPU."""
+    """Run Microsoft's Phi models on CPUs."""
 
 
 def main() -> NoReturn:
-    """Run the command line; exit code 2 for wrong usage, 1 for another error, 130 when interrupted."""
+    """Run the command line and exit: code 2 for wrong usage, 1 for other errors, 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # consoles that know no UTF-8 show a ? rather than stop
+        if isinstance(stream, io.TextIOWrapper):  # a console without UTF-8 shows a ? and does not raise
             stream.reconfigure(encoding="utf-8" if sys.platform == "win32" else None, errors="replace")
     code = _run()
     try:
@@ -101,7 +130,7 @@ def _report(error: BaseException, code: int) -> int:
 
 
 def _close_stdout() -> int:
-    """Leave quietly when the reader of our output is gone, as after `| head`."""
-    # Python flushes stdout once more when it exits, and would complain.
+    """Return the exit code for output whose reader is gone, as after `| head`, without an error message."""
+    # Python flushes stdout once more at exit, which would raise again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1

@@ -1,4 +1,4 @@
-"""`phi-c chat`: a conversation; earlier turns are found in the cache, not computed again."""
+"""`phi-c chat`: a conversation with a model. Earlier turns are served from the KV cache."""
 
 import json
 import sys
@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import cloup
 
+from phi_c.cli import options as opt
 from phi_c.cli.loading import load
-from phi_c.cli.options import LOADING, SAMPLING, given, taken_for_loading
 from phi_c.errors import PhiError
 
 if TYPE_CHECKING:
@@ -18,57 +19,60 @@ if TYPE_CHECKING:
 
 _EPILOG = """\b
 Examples:
-  phi-c chat --model smollm2
+  phi-c chat -m smollm2
   phi-c chat --system "Answer in one sentence." --temperature 0.3
 """
 
 _HELP = """\
-/system TEXT  new instructions; the conversation goes on
-/reset        forget the conversation, keep the instructions
-/save FILE    write the conversation as JSON
+/system TEXT  set the system message; the conversation continues
+/reset        clear the conversation, keep the system message
+/save FILE    save the conversation as JSON
 /exit         leave (or Ctrl-D)
-Ctrl-C stops an answer; what was written stays."""
+Ctrl-C stops a reply and keeps what was printed."""
 
 
 @dataclass
 class Conversation:
-    """What was said."""
+    """The system message and the turns of a conversation."""
 
     system: str | None
     turns: list[dict[str, str]] = field(default_factory=list)
 
     def messages(self) -> list[dict[str, str]]:
-        """Return the messages, the instructions first."""
+        """Return all messages, the system message first."""
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
 
 
-@click.command("chat", epilog=_EPILOG)
-@click.option("--system", metavar="TEXT", help="Instructions that come before the conversation.")
-@LOADING
-@SAMPLING
+@cloup.command("chat", epilog=_EPILOG)
+@opt.inference_options()
+@opt.generation_options(cloup.option("--system", metavar="TEXT", help="System message."))
+@opt.sampling_options()
 def command(
     system: str | None,
     model: str,
     **options: Any,
 ) -> None:
-    """Hold a conversation; /help lists what else can be typed."""
-    with load(model, **taken_for_loading(options)) as llm:
+    """Chat with a model.
+
+    Type /help during the conversation for its commands. On a terminal, lines can be edited and have a history.
+    """
+    with load(model, **opt.pop_loading_options(options)) as llm:
         conversation = Conversation(system)
-        read = _reader()
+        read_line = _line_reader()
         if sys.stdin.isatty():
-            click.echo(f"{llm.config.name}, context {llm.n_ctx}; /help for help, /exit to leave", err=True)
-        while (line := read()) is not None:
+            click.echo(f"{llm.config.name}, context {llm.n_ctx} tokens; /help for help, /exit to leave", err=True)
+        while (line := read_line()) is not None:
             if line.startswith("/"):
-                if not _obey(line, conversation):
+                if not _run_command(line, conversation):
                     return
             elif line.strip():
-                _answer(llm, conversation, line, options)
+                _reply(llm, conversation, line, options)
 
 
-def _reader() -> Callable[[], str | None]:
-    """Return what gives the next line, None at the end: with editing and history on a terminal."""
+def _line_reader() -> Callable[[], str | None]:
+    """Return a function that returns the next line, None at the end; with editing and history on a terminal."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return _read_piped
+        return _read_piped_line
     from prompt_toolkit import PromptSession  # noqa: PLC0415 - for terminals only
     from prompt_toolkit.history import FileHistory, History, InMemoryHistory  # noqa: PLC0415
 
@@ -81,10 +85,10 @@ def _reader() -> Callable[[], str | None]:
         path.touch()
         history = FileHistory(str(path))
     except OSError:
-        click.echo(f"{path} cannot be written: the history lasts for this conversation only", err=True)
+        click.echo(f"{path} cannot be written: the history is lost at the end of this conversation", err=True)
     session: PromptSession[str] = PromptSession(history=history)
 
-    def read() -> str | None:
+    def read_line() -> str | None:
         while True:
             try:
                 return session.prompt("> ")
@@ -93,32 +97,32 @@ def _reader() -> Callable[[], str | None]:
             except EOFError:
                 return None
 
-    return read
+    return read_line
 
 
-def _read_piped() -> str | None:
+def _read_piped_line() -> str | None:
     raw = sys.stdin.buffer.readline()
     return raw.decode("utf-8", "replace").rstrip("\r\n") if raw else None
 
 
-def _obey(line: str, conversation: Conversation) -> bool:
-    """Run a command; False ends the conversation."""
+def _run_command(line: str, conversation: Conversation) -> bool:
+    """Run a line that begins with a slash; returns False if it ends the conversation."""
     verb, _, rest = line.strip().partition(" ")
     rest = rest.strip()
     if verb in ("/exit", "/quit", "/bye"):
         return False
     if verb == "/reset":
         conversation.turns.clear()
-        click.echo("the conversation is forgotten", err=True)
+        click.echo("conversation cleared", err=True)
     elif verb == "/system":
         conversation.system = rest or None
-        click.echo("new instructions" if rest else "no instructions", err=True)
+        click.echo("system message set" if rest else "system message removed", err=True)
     elif verb == "/save":
         _save(rest, conversation)
     elif verb in ("/help", "/?"):
         click.echo(_HELP, err=True)
     else:
-        click.echo(f"{verb} is no command; /help lists them", err=True)
+        click.echo(f"unknown command {verb}; /help lists the commands", err=True)
     return True
 
 
@@ -126,7 +130,7 @@ def _save(name: str, conversation: Conversation) -> None:
     from phi_c.storage import atomic_write  # noqa: PLC0415
 
     if not name:
-        click.echo("/save needs the name of a file", err=True)
+        click.echo("/save needs a file name", err=True)
         return
     path = Path(name).expanduser()
     try:
@@ -138,20 +142,21 @@ def _save(name: str, conversation: Conversation) -> None:
         click.echo(f"saved {len(conversation.messages())} messages to {path}", err=True)
 
 
-def _answer(llm: "LLM", conversation: Conversation, line: str, options: dict[str, Any]) -> None:
+def _reply(llm: "LLM", conversation: Conversation, line: str, options: dict[str, Any]) -> None:
+    """Stream the reply to a user message, and add both to the conversation."""
     question = {"role": "user", "content": line}
     text, finish = "", None
     try:
         try:
-            for piece in llm.chat_stream([*conversation.messages(), question], **given(options)):
-                text, finish = text + piece.text, piece.finish_reason
-                click.echo(piece.text, nl=False)
+            for chunk in llm.chat_stream([*conversation.messages(), question], **opt.specified(options)):
+                text, finish = text + chunk.text, chunk.finish_reason
+                click.echo(chunk.text, nl=False)
         except KeyboardInterrupt:
-            pass  # what was written stays in the conversation
+            pass  # the conversation keeps what was printed
         click.echo()
     except PhiError as error:
-        click.echo(f"phi-c: error: {error}; /reset forgets the conversation", err=True)
+        click.echo(f"phi-c: error: {error}; /reset clears the conversation", err=True)
         return
     conversation.turns += [question, {"role": "assistant", "content": text}]
     if finish == "length" and not options["max_tokens"]:
-        click.echo(f"the context of {llm.n_ctx} tokens is full: /reset forgets the conversation", err=True)
+        click.echo(f"the context of {llm.n_ctx} tokens is full; /reset clears the conversation", err=True)

@@ -1,4 +1,4 @@
-"""`phi-c doctor`: what phi-c finds on this machine, and how fast its memory is."""
+"""`phi-c doctor`: CPU features, cores, memory bandwidth and caches of this machine."""
 
 import importlib.metadata
 import json
@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import click
+import cloup
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
-from rich.text import Text
 
 from phi_c import _core, hub, machine
 from phi_c.bench.memory import read_rate
+from phi_c.cli import options as opt
+from phi_c.cli.output import name_value_table
 from phi_c.engine import prefix_cache
 from phi_c.errors import PhiError
 from phi_c.params import TIER_VARIABLE, choose_tier
@@ -28,12 +30,12 @@ Examples:
 """
 
 
-@click.command("doctor", epilog=_EPILOG)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@cloup.command("doctor", epilog=_EPILOG)
+@cloup.option_group("Output options", opt.json_flag())
 def command(as_json: bool) -> None:
-    """Show CPU, cores, memory with its measured speed, and the model cache.
+    """Show the CPU, its cores, the memory and its measured bandwidth, and the caches.
 
-    Exit code 2 when PHI_C_ISA asks for instructions that this machine lacks, 1 for another fault.
+    The exit code is 2 if PHI_C_ISA names a tier that this machine does not support, and 1 for other errors.
     """
     report, faults = examine()
     if as_json:
@@ -45,7 +47,7 @@ def command(as_json: bool) -> None:
 
 
 def examine() -> tuple[dict[str, Any], list[PhiError]]:
-    """Return what the command prints, ready for JSON, and the faults found; None: not to be had."""
+    """Return the report, ready for JSON (None: unknown), and the errors found."""
     faults: list[PhiError] = []
     tier: str | None = None
     cache: dict[str, Any] = {"folder": None, "models": [], "prefix_bytes": None}
@@ -116,24 +118,19 @@ def _table(report: Mapping[str, Any]) -> Table:
         ("system", report["system"]),
         ("CPU", cpu["name"]),
         ("features", ", ".join(cpu["features"]) or "none that phi-c uses"),
-        ("tier", f"{tier}, of {', '.join(cpu['tiers'])}"),
+        ("tier", f"{tier}; supported: {', '.join(cpu['tiers'])}"),
         (
             "cores",
-            f"{cores['physical']} physical, {cores['affinity']} by affinity, control-group quota {quota}",
+            f"{cores['physical']} physical, {cores['affinity']} in the CPU affinity, cgroup quota {quota}",
         ),
         ("threads", f"{cores['default_threads']} by default"),
         ("memory", f"{_size(memory['total_bytes'])}, {_size(memory['available_bytes'])} available"),
-        ("read rate", "; ".join(rates)),
+        ("bandwidth", "; ".join(rates)),
         ("cache", cache["folder"] or "unknown"),
         ("models", "\n".join(models) or "none"),
         ("prefix cache", f"{_size(cache['prefix_bytes'])} in {prefix_cache.default_folder()}"),
     ]
-    table = Table(box=None, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in rows:
-        table.add_row(name, Text(text))
-    return table
+    return name_value_table(rows)
 
 
 def _size(n_bytes: float | None) -> str:

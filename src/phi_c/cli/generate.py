@@ -1,13 +1,15 @@
-"""`phi-c generate`: a prompt in, text out."""
+"""`phi-c generate`: streams the reply to one prompt."""
 
 import json
 import sys
 from typing import TYPE_CHECKING, Any
 
 import click
+import cloup
 
+from phi_c.cli import options as opt
+from phi_c.cli.inputs import read_stdin
 from phi_c.cli.loading import load
-from phi_c.cli.options import LOADING, SAMPLING, given, taken_for_loading
 from phi_c.errors import OptionError
 
 if TYPE_CHECKING:
@@ -17,23 +19,33 @@ if TYPE_CHECKING:
 
 _EPILOG = """\b
 Examples:
-  phi-c generate --model smollm2 "Write a haiku about ice hockey"
-  phi-c generate --raw --temperature 0 --max-tokens 40 "Once upon a time"
+  phi-c generate -m smollm2 "Write a haiku about ice hockey"
+  phi-c generate --raw --temperature 0 -n 40 "Once upon a time"
   git diff | phi-c generate --system "Explain this change in two sentences." -
 """
 
 
-@click.command("generate", epilog=_EPILOG)
-@click.argument("prompt", required=False)
-@click.option("--prompt", "prompt_option", metavar="TEXT", help="The prompt, instead of the argument.")
-@click.option("--system", metavar="TEXT", help="Instructions that come before the prompt.")
-@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
-@click.option("--parse-special", is_flag=True, help="Read <|end|> and the like in the prompt as special tokens.")
-@click.option("--logprobs", type=int, metavar="K", help="With --json: log-probabilities, and the K likeliest tokens.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of the text.")
-@click.option("--stats", is_flag=True, help="Print counts and speed to stderr.")
-@LOADING
-@SAMPLING
+@cloup.command("generate", epilog=_EPILOG)
+@cloup.argument("prompt", required=False, help="User message; '-' reads it from stdin.")
+@opt.inference_options()
+@opt.generation_options(
+    cloup.option("--prompt", "prompt_option", metavar="TEXT", help="User message, in place of the argument PROMPT."),
+    cloup.option("--system", metavar="TEXT", help="System message."),
+    cloup.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the chat template."),
+    opt.parse_special(),
+)
+@opt.sampling_options()
+@cloup.option_group(
+    "Output options",
+    opt.json_flag("Print one JSON object at the end, in place of the stream."),
+    cloup.option(
+        "--logprobs",
+        type=int,
+        metavar="K",
+        help="Number of most probable tokens whose log-probabilities are added to each token of --json.",
+    ),
+    cloup.option("--stats", is_flag=True, help="Print token counts and speed in tok/s to stderr."),
+)
 def command(
     prompt: str | None,
     prompt_option: str | None,
@@ -42,70 +54,66 @@ def command(
     model: str,
     **options: Any,
 ) -> int:
-    """Write the answer to PROMPT as it comes; PROMPT - reads it from stdin.
+    """Generate a reply to PROMPT and stream it to stdout.
 
-    Text goes to stdout, everything else to stderr. Ctrl-C ends the text and keeps what was printed (exit code 130).
+    Everything else goes to stderr. Ctrl-C stops generation, keeps what was printed and exits with code 130.
     """
-    text = _prompt(prompt, prompt_option)
+    text = _read_prompt(prompt, prompt_option)
     if options["logprobs"] is not None and not as_json:
         raise OptionError("--logprobs needs --json")
-    with load(model, **taken_for_loading(options)) as llm:
-        pieces: list[Chunk] = []
+    with load(model, **opt.pop_loading_options(options)) as llm:
+        chunks: list[Chunk] = []
         interrupted = False
-        stream = llm.stream(text, **given(options))
+        stream = llm.stream(text, **opt.specified(options))
         try:
-            for piece in stream:
-                pieces.append(piece)
+            for chunk in stream:
+                chunks.append(chunk)
                 if not as_json:
-                    click.echo(piece.text, nl=False)
+                    click.echo(chunk.text, nl=False)
         except KeyboardInterrupt:
             interrupted = True
         if as_json:
-            click.echo(json.dumps(_result(llm, pieces, options), ensure_ascii=False))
-        elif not "".join(p.text for p in pieces).endswith("\n"):
+            click.echo(json.dumps(_json_result(llm, chunks, options), ensure_ascii=False))
+        elif not "".join(chunk.text for chunk in chunks).endswith("\n"):
             click.echo()
-        usage = pieces[-1].usage if pieces else None
+        usage = chunks[-1].usage if chunks else None
         if usage is not None:
-            _remark(llm, pieces, usage, stats=stats, max_tokens=options["max_tokens"])
+            _print_notes(llm, chunks, usage, stats=stats, max_tokens=options["max_tokens"])
     return 130 if interrupted else 0
 
 
-def _prompt(argument: str | None, option: str | None) -> str:
+def _read_prompt(argument: str | None, option: str | None) -> str:
     if argument is not None and option is not None:
-        raise OptionError("the prompt was given twice, as an argument and with --prompt")
+        raise OptionError("the prompt was given twice: as an argument and with --prompt")
     prompt = argument if argument is not None else option
     if prompt is not None and prompt != "-":
         if not prompt:
             raise OptionError("the prompt is empty")
         return prompt
     if prompt is None and sys.stdin.isatty():
-        raise click.UsageError("no prompt: give one, or - to read it from stdin")
-    raw = sys.stdin.buffer.read()
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise OptionError(f"stdin is not UTF-8 text: byte {raw[error.start]:#04x} at {error.start}") from None
+        raise click.UsageError("missing PROMPT: pass it as an argument, or '-' to read it from stdin")
+    text = read_stdin()
     if not text.strip():
         raise OptionError("the prompt on stdin is empty")
     return text
 
 
-def _result(llm: "LLM", pieces: list["Chunk"], options: dict[str, Any]) -> dict[str, Any]:
-    usage = pieces[-1].usage if pieces else None
+def _json_result(llm: "LLM", chunks: list["Chunk"], options: dict[str, Any]) -> dict[str, Any]:
+    usage = chunks[-1].usage if chunks else None
     result: dict[str, Any] = {
         "model": llm.config.name,
-        "text": "".join(p.text for p in pieces),
-        "tokens": [token for p in pieces for token in p.tokens],
-        "finish_reason": (pieces[-1].finish_reason if pieces else None) or "cancelled",
+        "text": "".join(chunk.text for chunk in chunks),
+        "tokens": [token for chunk in chunks for token in chunk.tokens],
+        "finish_reason": (chunks[-1].finish_reason if chunks else None) or "cancelled",
         "seed": options["seed"],
-        "usage": _usage(usage) if usage is not None else None,
+        "usage": _json_usage(usage) if usage is not None else None,
     }
     if options["logprobs"] is not None:
-        result["logprobs"] = [_logprob(item) for p in pieces for item in p.logprobs or ()]
+        result["logprobs"] = [_json_logprob(item) for chunk in chunks for item in chunk.logprobs or ()]
     return result
 
 
-def _usage(usage: "Usage") -> dict[str, Any]:
+def _json_usage(usage: "Usage") -> dict[str, Any]:
     return {
         "prompt_tokens": usage.prompt_tokens,
         "cached_tokens": usage.cached_tokens,
@@ -115,17 +123,17 @@ def _usage(usage: "Usage") -> dict[str, Any]:
     }
 
 
-def _logprob(item: "TokenLogprob") -> dict[str, Any]:
+def _json_logprob(item: "TokenLogprob") -> dict[str, Any]:
     return {"token": item.token, "logprob": item.logprob, "top": [list(pair) for pair in item.top]}
 
 
-def _remark(llm: "LLM", pieces: list["Chunk"], usage: "Usage", *, stats: bool, max_tokens: int | None) -> None:
-    if pieces[-1].finish_reason == "length" and usage.completion_tokens != max_tokens:
-        click.echo(f"phi-c: the context of {llm.n_ctx} tokens is full (--n-ctx sets it)", err=True)
+def _print_notes(llm: "LLM", chunks: list["Chunk"], usage: "Usage", *, stats: bool, max_tokens: int | None) -> None:
+    if chunks[-1].finish_reason == "length" and usage.completion_tokens != max_tokens:
+        click.echo(f"phi-c: stopped because the context of {llm.n_ctx} tokens is full (--ctx-size sets it)", err=True)
     if stats:
         click.echo(
-            f"prompt: {usage.prompt_tokens} tokens, {usage.prompt_tok_s:.1f} tok/s; "
-            f"text: {usage.completion_tokens} tokens, {usage.decode_tok_s:.1f} tok/s; "
+            f"prefill: {usage.prompt_tokens} tokens, {usage.prompt_tok_s:.1f} tok/s; "
+            f"decode: {usage.completion_tokens} tokens, {usage.decode_tok_s:.1f} tok/s; "
             f"{llm.tier}, {llm.n_threads} threads",
             err=True,
         )

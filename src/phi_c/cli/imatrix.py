@@ -1,14 +1,16 @@
-"""`phi-c imatrix`: which weights matter, for a quantiser."""
+"""`phi-c imatrix`: computes an importance matrix for quantisation."""
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+import cloup
 
+from phi_c.cli import options as opt
+from phi_c.cli.inputs import read_text
 from phi_c.cli.loading import load
-from phi_c.cli.options import MODEL
-from phi_c.cli.windows import bar, read_text
+from phi_c.cli.progress import window_bar
 from phi_c.errors import OptionError, OutputError, PhiError
 
 if TYPE_CHECKING:
@@ -16,48 +18,57 @@ if TYPE_CHECKING:
 
 _EPILOG = """\b
 Examples:
-  phi-c imatrix --model Phi-3-mini-f16.gguf calibration.txt -o imatrix.gguf
-  phi-c imatrix --model Phi-3-mini-f16.gguf --in-file imatrix.gguf --from-chunk 120 calibration.txt
-  phi-c imatrix --in-file code.gguf --in-file prose.dat -o both.gguf     # adds them up, runs nothing
+  phi-c imatrix -m Phi-3-mini-f16.gguf calibration.txt -o imatrix.gguf
+  phi-c imatrix -m Phi-3-mini-f16.gguf --in-file imatrix.gguf --from-chunk 120 \\
+      calibration.txt
+  phi-c imatrix --in-file code.gguf --in-file prose.dat -o merged.gguf
 """
 
 
-@click.command("imatrix", epilog=_EPILOG)
-@click.argument("text_file", required=False)
-@click.option(
-    "--output", "-o", default="imatrix.gguf", show_default=True, metavar="FILE", help="Where to write it, as GGUF."
+@cloup.command("imatrix", epilog=_EPILOG)
+@cloup.argument("text_file", required=False, help="Calibration text; '-' reads stdin.")
+@opt.loading_options(
+    opt.model_option(),
+    opt.ctx_size_option("Chunk size in tokens.", minimum=1, default=512, show_default=True),
+    more=(opt.tokenizer(),),
 )
-@click.option(
-    "--ctx", "n_ctx", type=click.IntRange(1), default=512, show_default=True, metavar="N", help="Tokens of a chunk."
+@cloup.option_group(
+    "Calibration options",
+    opt.chunks("Maximum number of chunks to run.", "n_chunks"),
+    opt.count_option(
+        "--from-chunk",
+        "first_chunk",
+        minimum=0,
+        default=0,
+        show_default=True,
+        help="Number of chunks to skip at the beginning.",
+    ),
+    cloup.option("--process-output", is_flag=True, help="Include output.weight, if the model has one."),
+    opt.parse_special(),
+    cloup.option(
+        "--in-file",
+        "in_files",
+        multiple=True,
+        metavar="FILE",
+        help="Importance matrix to add to, GGUF or .dat. Can be repeated.",
+    ),
 )
-@click.option("--chunks", "n_chunks", type=click.IntRange(1), metavar="N", help="Chunks at most.  [default: all]")
-@click.option(
-    "--from-chunk",
-    "first_chunk",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    metavar="N",
-    help="Leave out N.",
+@cloup.option_group(
+    "Output options",
+    cloup.option(
+        "-o", "--output", default="imatrix.gguf", show_default=True, metavar="FILE", help="GGUF file to write."
+    ),
+    opt.count_option(
+        "--output-frequency",
+        default=10,
+        show_default=True,
+        help="Number of chunks after which FILE is written again.",
+    ),
+    opt.count_option(
+        "--save-frequency",
+        help="Number of chunks after which a copy is kept, as FILE.at_N, FILE.at_2N and so on.  [default: no copies]",
+    ),
 )
-@click.option("--process-output", is_flag=True, help="Of output.weight as well, where the model has one.")
-@click.option("--parse-special", is_flag=True, help="Read <|end|> and the like as special tokens.")
-@click.option(
-    "--in-file", "in_files", multiple=True, metavar="FILE", help="Add to this one, GGUF or .dat; may be repeated."
-)
-@click.option(
-    "--output-frequency",
-    type=click.IntRange(1),
-    default=10,
-    show_default=True,
-    metavar="N",
-    help="Write FILE after every N chunks, and at the end.",
-)
-@click.option("--save-frequency", type=click.IntRange(1), metavar="N", help="Keep FILE.at_N, .at_2N, ... as well.")
-@click.option("--threads", "-t", "n_threads", type=int, metavar="N", help="Threads.  [default: physical cores]")
-@click.option("--n-batch", type=int, default=512, show_default=True, metavar="N", help="Tokens at a time.")
-@click.option("--tokenizer", type=click.Path(), metavar="FILE", help="A tokenizer.json instead of the model's own.")
-@MODEL
 def command(
     text_file: str | None,
     output: str,
@@ -69,27 +80,27 @@ def command(
     in_files: tuple[str, ...],
     output_frequency: int,
     save_frequency: int | None,
-    model: str,
-    n_threads: int | None,
-    n_batch: int,
-    tokenizer: str | None,
+    model: str | None,
+    **loading: Any,
 ) -> int:
-    """Run TEXT_FILE through MODEL and write how strongly each column of its matrices is fed: an importance matrix,
-    as llama.cpp's quantiser and ours read it. TEXT_FILE - reads stdin; without one the files of --in-file are added up.
+    """Compute an importance matrix: run TEXT_FILE through a model and sum the squared inputs of each matrix by column.
 
-    Ctrl-C writes the chunks that are done (exit code 130); --in-file and --from-chunk go on from there.
+    `phi-c quantize --imatrix` and llama.cpp read the result. Without TEXT_FILE, the files of --in-file are merged.
+    Ctrl-C writes the chunks that are done and exits with code 130; --in-file and --from-chunk continue from there.
     """
     if text_file is None and not in_files:
-        raise click.UsageError("no TEXT_FILE: give one, - to read it from stdin, or files to add up with --in-file")
+        raise click.UsageError("missing TEXT_FILE ('-' reads stdin), or files to merge with --in-file")
+    if text_file is not None and model is None:
+        raise click.UsageError("missing option '-m' / '--model': the model to run TEXT_FILE through")
     target = Path(output)
     _check_writable(target)
     text = None if text_file is None else read_text(text_file)
-    from phi_c.quantize.imatrix import Imatrix  # noqa: PLC0415 - with the next: `--help` does without
+    from phi_c.quantize.imatrix import Imatrix  # noqa: PLC0415 - with the next: not needed for `--help`
 
     imatrix = Imatrix(n_ctx)
     for name in in_files:
         _merge(imatrix, Path(name), n_ctx)
-    if text is None:
+    if text is None or model is None:
         imatrix.save(target)
         _report(imatrix, target)
         return 0
@@ -97,20 +108,20 @@ def command(
 
     imatrix.datasets.append("stdin" if text_file == "-" else str(text_file))
     n_before = imatrix.n_chunks
-    with load(model, n_ctx=n_ctx, n_threads=n_threads, n_batch=n_batch, tokenizer=tokenizer) as llm:
-        of = 0
+    with load(model, n_ctx=n_ctx, **loading) as llm:
+        n_total = 0
 
-        def progress(n: int, n_all: int) -> None:
-            nonlocal of
-            of = n_all
-            show(n, n_all)
-            if n and n < n_all and n % output_frequency == 0:
+        def progress(n_done: int, n_all: int) -> None:
+            nonlocal n_total
+            n_total = n_all
+            show(n_done, n_all)
+            if n_done and n_done < n_all and n_done % output_frequency == 0:
                 imatrix.save(target)
-            if n and save_frequency is not None and n % save_frequency == 0:
-                imatrix.save(target.with_name(f"{target.name}.at_{n_before + n}"))
+            if n_done and save_frequency is not None and n_done % save_frequency == 0:
+                imatrix.save(target.with_name(f"{target.name}.at_{n_before + n_done}"))
 
         try:
-            with bar("chunks") as show:
+            with window_bar("chunks") as show:
                 collect_imatrix(
                     llm,
                     text,
@@ -123,29 +134,29 @@ def command(
                     progress=progress,
                 )
         except KeyboardInterrupt:
-            done = imatrix.n_chunks - n_before  # progress may not have been told of the last one
-            if not done:
+            n_done = imatrix.n_chunks - n_before  # the interrupt may have come before the last call of progress
+            if not n_done:
                 click.echo("phi-c: interrupted before the first chunk was done: nothing was written", err=True)
                 return 130
             imatrix.save(target)
             click.echo(
-                f"phi-c: interrupted: {target} holds {done} of {of} chunks; "
-                f"--in-file {target} --from-chunk {first_chunk + done} goes on",
+                f"phi-c: interrupted: wrote {n_done} of {n_total} chunks to {target}; "
+                f"continue with --in-file {target} --from-chunk {first_chunk + n_done}",
                 err=True,
             )
             return 130
     if process_output and "output.weight" not in imatrix.entries:
-        click.echo("phi-c: the model has no output.weight, its embedding serves as output", err=True)
+        click.echo("phi-c: the model has no output.weight: its embedding is tied to the output", err=True)
     imatrix.save(target)
     _report(imatrix, target)
     return 0
 
 
 def _check_writable(target: Path) -> None:
-    """Fail before an hour's work, not after it."""
+    """Raise OutputError before the work starts, not after an hour of it."""
     folder = target.parent
     if target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        reason = "it is a folder" if target.is_dir() else f"{folder} is no folder that can be written"
+        reason = "it is a folder" if target.is_dir() else f"{folder} is not a writable folder"
         raise OutputError(f"{target} cannot be written: {reason}")
 
 

@@ -1,4 +1,4 @@
-"""`phi-c inspect`: what a model file holds, the memory it takes, and which kernels run it."""
+"""`phi-c inspect`: metadata, tensors and memory of a model file, and the kernels that run it."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import cloup
 import numpy as np
 from rich import box
 from rich.console import Console
@@ -16,47 +17,55 @@ from rich.table import Table
 from rich.text import Text
 
 from phi_c import _core, hub
-from phi_c.cli.options import KV
+from phi_c.cli import options as opt
+from phi_c.cli.output import name_value_table
 from phi_c.errors import OptionError, PhiError
 from phi_c.gguf.reader import GGUFFile, MetadataValue
 from phi_c.model.config import ModelConfig, read_config
 
-_DEFAULT_N_CTX = 4096  # what loading takes when nobody says, if the model was trained on as much
+_DEFAULT_N_CTX = 4096  # of `phi_c.load`, for models whose own context is longer
 _MAX_N_CTX = 2**31 - 1
-_SHOWN_ITEMS = 6  # of a long array
-_SHOWN_CHARACTERS = 200  # of a long text, in tables
+_MAX_ITEMS = 6  # shown of an array
+_MAX_CHARACTERS = 200  # shown of a string in tables
 
 _EPILOG = """\b
 Examples:
-  phi-c inspect smollm2
-  phi-c inspect Phi-3-mini-4k-instruct-q4.gguf --n-ctx 2048 --tensors
+  phi-c inspect -m smollm2
+  phi-c inspect -m Phi-3-mini-4k-instruct-q4.gguf -c 2048 --tensors
   phi-c inspect --kernels
 """
 
 
-@click.command("inspect", epilog=_EPILOG)
-@click.argument("source", metavar="[FILE|PRESET]", required=False)
-@click.option("--n-ctx", type=click.IntRange(1, _MAX_N_CTX), help="Context size, for the memory it takes.")
-@KV
-@click.option("--tensors", is_flag=True, help="List every tensor.")
-@click.option("--kernels", is_flag=True, help="Show which tier multiplies each tensor type; needs no FILE.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@cloup.command("inspect", epilog=_EPILOG)
+@cloup.option_group(
+    "What to show",
+    opt.model_option(),
+    cloup.option("--tensors", is_flag=True, help="List every tensor."),
+    cloup.option("--kernels", is_flag=True, help="List the tier that multiplies each tensor type; needs no model."),
+)
+@cloup.option_group(
+    "Memory estimate options",
+    opt.ctx_size_option(
+        "Context size in tokens.  [default: the model's maximum, at most 4096]", minimum=1, maximum=_MAX_N_CTX
+    ),
+    opt.kv_type(),
+)
+@cloup.option_group("Output options", opt.json_flag())
 def command(
-    source: str | None, n_ctx: int | None, kv_type: str | None, tensors: bool, kernels: bool, as_json: bool
+    model: str | None, n_ctx: int | None, kv_type: str | None, tensors: bool, kernels: bool, as_json: bool
 ) -> None:
-    """Show a model file's metadata, its tensors by type, and the memory it will take.
+    """Show the metadata of a model file, its tensors by type, and the memory that the model needs.
 
-    FILE may be anything that names a model: a path, a preset, hf:owner/repo/file.gguf, pypi:package/file.
-    A file that phi-c can read but not run is shown as well, and the exit code is 1.
+    A file that phi-c can read but not run is shown as well; the exit code is 1.
     """
-    if source is None and not kernels:
-        raise click.UsageError("name a FILE, or ask for --kernels")
-    if source is None and (tensors or n_ctx is not None):
-        raise click.UsageError("--tensors and --n-ctx need a FILE")
+    if model is None and not kernels:
+        raise click.UsageError("missing option '-m' / '--model', or --kernels")
+    if model is None and (tensors or n_ctx is not None):
+        raise click.UsageError("--tensors and --ctx-size need -m/--model")
     report: dict[str, Any] = {}
     refusal: PhiError | None = None
-    if source is not None:
-        with GGUFFile(hub.resolve(source, progress=True)) as file:
+    if model is not None:
+        with GGUFFile(hub.resolve(model, progress=True)) as file:
             try:
                 config = read_config(file)
             except PhiError as error:
@@ -76,7 +85,10 @@ def command(
 def describe_file(
     file: GGUFFile, config: ModelConfig | None, n_ctx: int | None = None, kv_type: str = "f16", *, tensors: bool = False
 ) -> dict[str, Any]:
-    """Return what the command prints about a file, ready for JSON; config None: phi-c cannot run it."""
+    """Return the report on a file, ready for JSON.
+
+    config: None if phi-c cannot run the file. n_ctx, kv_type: see `memory`. tensors: include a list of all tensors.
+    """
     by_type: dict[str, dict[str, int]] = {}
     for info in file.tensors.values():
         row = by_type.setdefault(_core.TENSOR_TYPES[info.type_id].name, {"count": 0, "n_bytes": 0})
@@ -105,13 +117,13 @@ def describe_file(
 
 
 def memory(file: GGUFFile, config: ModelConfig, n_ctx: int | None, kv_type: str = "f16") -> dict[str, int]:
-    """Return the bytes that a model takes: weights, mapped from the file, and the KV cache of a type.
+    """Return an estimate of the memory that a model needs, in bytes: weights (mapped from the file) and KV cache.
 
-    n_ctx None: what loading takes, the model's own context up to 4096. The cache comes in whole pages. Raises
-    OptionError when the model was not trained on as long a context.
+    n_ctx: context size in tokens; None: the default of `phi_c.load`. kv_type: "f16" or "q8". The KV cache is allocated
+    in whole pages. Raises OptionError if n_ctx is above the model's maximum.
     """
     if n_ctx is not None and n_ctx > config.n_ctx_train:
-        raise OptionError(f"--n-ctx is {n_ctx}, expected at most {config.n_ctx_train} (the context of the training)")
+        raise OptionError(f"--ctx-size is {n_ctx}, expected at most {config.n_ctx_train}, the model's maximum")
     n_ctx = n_ctx or min(config.n_ctx_train, _DEFAULT_N_CTX)
     weights = sum(info.n_bytes for info in file.tensors.values())
     kv_bytes = math.ceil(n_ctx / _core.PAGE_TOKENS) * _core.kv_page_bytes(config, kv_type)
@@ -121,8 +133,8 @@ def memory(file: GGUFFile, config: ModelConfig, n_ctx: int | None, kv_type: str 
 def _plain(value: MetadataValue) -> Any:
     """Return a metadata value for JSON; a long array becomes its length and its first items."""
     if isinstance(value, np.ndarray | list):
-        items = [_plain(item) for item in value[:_SHOWN_ITEMS]]
-        return items if len(value) <= _SHOWN_ITEMS else {"n_items": len(value), "first": items}
+        items = [_plain(item) for item in value[:_MAX_ITEMS]]
+        return items if len(value) <= _MAX_ITEMS else {"n_items": len(value), "first": items}
     if isinstance(value, np.generic):
         value = value.item()
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
@@ -140,9 +152,6 @@ def _print_report(console: Console, report: Mapping[str, Any]) -> None:
 
 
 def _overview(report: Mapping[str, Any]) -> Table:
-    table = Table(box=None, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
     config, memory_ = report["config"], report["memory"]
     rows = [
         ("file", Path(report["path"]).name),
@@ -154,21 +163,19 @@ def _overview(report: Mapping[str, Any]) -> Table:
             (
                 "shape",
                 f"{config['n_layers']} layers, hidden {config['n_embd']}, feed-forward {config['n_ffn']}, "
-                f"{config['n_heads']} heads / {config['n_kv_heads']} KV heads of {config['head_dim']}, "
+                f"{config['n_heads']} heads and {config['n_kv_heads']} KV heads of {config['head_dim']}, "
                 f"vocabulary {config['n_vocab']}",
             ),
-            ("context", f"{config['n_ctx_train']}, window {config['window'] or 'none'}"),
+            ("context", f"{config['n_ctx_train']} tokens, sliding window {config['window'] or 'none'}"),
             (
                 "memory",
-                f"{decimal(memory_['total_bytes'])} at a context of {memory_['n_ctx']}: weights "
+                f"{decimal(memory_['total_bytes'])} at a context of {memory_['n_ctx']} tokens: weights "
                 f"{decimal(memory_['weights_bytes'])} (mapped), KV cache {decimal(memory_['kv_bytes'])}",
             ),
         ]
     else:
         rows.append(("model", "phi-c cannot run this file"))
-    for name, text in rows:
-        table.add_row(name, _text(text))
-    return table
+    return name_value_table((name, _printable(value)) for name, value in rows)
 
 
 def _metadata_table(metadata: Mapping[str, Any]) -> Table:
@@ -179,8 +186,8 @@ def _metadata_table(metadata: Mapping[str, Any]) -> Table:
             shown = f"{first}, ...] ({value['n_items']} items)"
         else:
             shown = _scalar(value)
-        if len(shown) > _SHOWN_CHARACTERS:
-            shown = f"{shown[:_SHOWN_CHARACTERS]}... ({len(shown)} characters)"
+        if len(shown) > _MAX_CHARACTERS:
+            shown = f"{shown[:_MAX_CHARACTERS]}... ({len(shown)} characters)"
         table.add_row(_text(key), _text(shown))
     return table
 
@@ -211,7 +218,7 @@ def _tensors_table(tensors: list[dict[str, Any]]) -> Table:
 
 
 def kernels_table(kernels: Mapping[str, Mapping[str, str]]) -> Table:
-    """Return the table of type x tier: native, or the slower tier that a product is inherited from."""
+    """Return the table of tensor type x tier: "native", or the lower tier whose kernel is used."""
     table = _table("Kernels", "type", *kernels)
     for type_name in next(iter(kernels.values()), {}):
         providers = ((tier, types[type_name]) for tier, types in kernels.items())
@@ -222,10 +229,16 @@ def kernels_table(kernels: Mapping[str, Mapping[str, str]]) -> Table:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
-        table.add_column(column, overflow="fold", no_wrap=i == 0)  # names stay whole, to search for them
+        table.add_column(
+            column, overflow="fold", no_wrap=i == 0
+        )  # names are not broken, so that they can be searched for
     return table
 
 
 def _text(text: str) -> Text:
-    """Return text of a file as it may reach a terminal: no markup, no control characters."""
-    return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+    """Return a string of a file for a table: without rich's markup, control characters escaped."""
+    return Text(_printable(text))
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

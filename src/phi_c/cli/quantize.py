@@ -1,44 +1,61 @@
-"""`phi-c quantize`: fewer bits a weight."""
+"""`phi-c quantize`: quantises a model file."""
 
 import re
 import sys
 from typing import TYPE_CHECKING
 
 import click
+import cloup
 
+from phi_c.cli import options as opt
 from phi_c.errors import OptionError
 
 if TYPE_CHECKING:
     from phi_c.quantize.plan import QuantizePlan
 
 _EPILOG = """\b
-Types, most bits first: F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q5_K_S Q5_1 Q5_0 Q4_K_M Q4_K_S
-Q4_1 Q4_0 Q3_K_L Q3_K_M Q3_K_S Q2_K
+File types, from most to fewest bits per weight:
+  F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q5_K_S Q5_1 Q5_0 Q4_K_M Q4_K_S Q4_1 Q4_0
+  Q3_K_L Q3_K_M Q3_K_S Q2_K
 
 \b
 Examples:
   phi-c quantize Phi-3.5-mini-F16.gguf Phi-3.5-mini-Q4_K_M.gguf Q4_K_M
   phi-c quantize model-F32.gguf model-Q4_K_M.gguf Q4_K_M --imatrix imatrix.gguf
-  phi-c quantize model-F16.gguf model-Q6_K.gguf Q6_K --tensor-type ffn_down=Q8_0 --dry-run
+  phi-c quantize F16.gguf Q6_K.gguf Q6_K --tensor-type ffn_down=Q8_0 --dry-run
 """
 
 
-@click.command("quantize", epilog=_EPILOG)
-@click.argument("source", metavar="IN")
-@click.argument("target", metavar="OUT", type=click.Path())
-@click.argument("file_type", metavar="TYPE")
-@click.option("--imatrix", type=click.Path(), metavar="FILE", help="Weigh errors by this importance matrix.")
-@click.option("--output-tensor-type", "output_type", metavar="TYPE", help="Type of the output matrix.")
-@click.option("--token-embedding-type", "embedding_type", metavar="TYPE", help="Type of the embedding.")
-@click.option(
-    "--tensor-type", "tensor_types", multiple=True, metavar="REGEX=TYPE", help="Type of tensors whose names match."
+@cloup.command("quantize", epilog=_EPILOG)
+@cloup.argument("source", metavar="IN", help="Model to quantise: a path or another SOURCE of `phi-c generate`.")
+@cloup.argument("target", metavar="OUT", type=click.Path(), help="GGUF file to write.")
+@cloup.argument("file_type", metavar="TYPE", help="File type, from the list below.")
+@cloup.option_group(
+    "Quantisation options",
+    cloup.option(
+        "--imatrix", type=click.Path(), metavar="FILE", help="Importance matrix that weights the quantisation error."
+    ),
+    cloup.option("--output-tensor-type", "output_type", metavar="TYPE", help="Tensor type of output.weight."),
+    cloup.option("--token-embedding-type", "embedding_type", metavar="TYPE", help="Tensor type of token_embd.weight."),
+    cloup.option(
+        "--tensor-type",
+        "tensor_types",
+        multiple=True,
+        metavar="REGEX=TYPE",
+        help="Tensor type of the matrices whose names match REGEX. Can be repeated.",
+    ),
+    cloup.option("--pure", is_flag=True, help="Use one type for all matrices, without a mix."),
+    cloup.option(
+        "--allow-requantize", is_flag=True, help="Accept matrices that are already quantised, at a loss of quality."
+    ),
+    opt.threads(),
 )
-@click.option("--pure", is_flag=True, help="One type for all matrices, no mix.")
-@click.option("--allow-requantize", is_flag=True, help="Take weights that are quantised already; they lose again.")
-@click.option("--threads", "-t", "n_threads", type=int, metavar="N", help="Threads.  [default: physical cores]")
-@click.option("--force", "-f", is_flag=True, help="Replace OUT.")
-@click.option("--dry-run", is_flag=True, help="Print the mix and the size, write nothing.")
-@click.option("--quiet", "-q", is_flag=True, help="No progress bar, no summary.")
+@cloup.option_group(
+    "Output options",
+    cloup.option("-f", "--force", is_flag=True, help="Replace OUT if it exists."),
+    cloup.option("--dry-run", is_flag=True, help="Print the types and the size, and write nothing."),
+    opt.quiet("Show no progress bar and no summary."),
+)
 def command(
     source: str,
     target: str,
@@ -54,12 +71,12 @@ def command(
     dry_run: bool,
     quiet: bool,
 ) -> None:
-    """Write the model file IN as OUT with its matrices in TYPE: a mix of types, chosen as llama.cpp does.
+    """Quantise the matrices of the model file IN to TYPE and write OUT.
 
-    IN is a path or anything else that names a model. Its weights should be F32, F16 or BF16. OUT appears when it is
-    whole.
+    TYPE is a mix of tensor types, chosen as llama.cpp does. IN should have F32, F16 or BF16 weights. OUT appears only
+    when it is complete.
     """
-    from phi_c import hub  # noqa: PLC0415 - with the next: `--help` does without
+    from phi_c import hub  # noqa: PLC0415 - with the next: not needed for `--help`
     from phi_c.gguf.reader import GGUFFile  # noqa: PLC0415
     from phi_c.quantize.mix import make_mix  # noqa: PLC0415
     from phi_c.quantize.plan import check_plan, make_plan, read_importance  # noqa: PLC0415
@@ -116,7 +133,7 @@ def _sizes(plan: "QuantizePlan") -> str:
 
 
 def _print_mix(plan: "QuantizePlan") -> None:
-    """A row for each kind of tensor and its type, with the layers that have it so."""
+    """Print a line for each kind of tensor and type, with its layers."""
     layers: dict[tuple[str, str, str], list[int]] = {}
     for step in plan.steps:
         match = re.match(r"blk\.(\d+)\.(.*)", step.source.name)
@@ -129,7 +146,7 @@ def _print_mix(plan: "QuantizePlan") -> None:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Return 0-3, 6, 9 for 0, 1, 2, 3, 6, 9."""
+    """Return sorted numbers as ranges: "0-3, 6, 9" for 0, 1, 2, 3, 6, 9."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

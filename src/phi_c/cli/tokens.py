@@ -1,29 +1,36 @@
-"""`phi-c tokens`: how a text is cut."""
+"""`phi-c tokens`: tokenizes text."""
 
 import json
 import sys
 
 import click
+import cloup
 
-from phi_c.cli.options import MODEL
-from phi_c.errors import OptionError
+from phi_c.cli import options as opt
+from phi_c.cli.inputs import read_stdin
 
 _EPILOG = """\b
 Examples:
-  phi-c tokens --model smollm2 "Hello, world"
+  phi-c tokens -m smollm2 "Hello, world"
   phi-c tokens --count - < README.md
 """
 
 
-@click.command("tokens", epilog=_EPILOG)
-@click.argument("text")
-@click.option("--ids", is_flag=True, help="Print the ids only, in one line.")
-@click.option("--count", is_flag=True, help="Print the number of tokens only.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON array of ids and pieces.")
-@click.option("--no-bos", is_flag=True, help="Do not begin with the BOS token.")
-@click.option("--parse-special", is_flag=True, help="Read <|end|> and the like as special tokens.")
-@click.option("--tokenizer", type=click.Path(), metavar="FILE", help="A tokenizer.json instead of the model's own.")
-@MODEL
+@cloup.command("tokens", epilog=_EPILOG)
+@cloup.argument("text", help="Text to tokenize; '-' reads it from stdin.")
+@cloup.option_group(
+    "Tokenizer options",
+    opt.model_with_default(),
+    opt.tokenizer(),
+    cloup.option("--no-bos", is_flag=True, help="Omit the BOS token at the beginning."),
+    opt.parse_special(),
+)
+@cloup.option_group(
+    "Output options",
+    cloup.option("--ids", is_flag=True, help="Print only the token ids, on one line."),
+    cloup.option("--count", is_flag=True, help="Print only the number of tokens."),
+    opt.json_flag("Print a JSON array of token ids and pieces."),
+)
 def command(
     text: str,
     ids: bool,
@@ -34,18 +41,18 @@ def command(
     tokenizer: str | None,
     model: str,
 ) -> None:
-    """Show the tokens of TEXT; - reads it from stdin. Reads the model's header only."""
+    """Tokenize TEXT and print one token per line: id and piece.
+
+    Only the header of the model file is read.
+    """
     from pathlib import Path  # noqa: PLC0415
 
-    from phi_c import hub  # noqa: PLC0415 - with all below: `--help` does without
+    from phi_c import hub  # noqa: PLC0415 - with the next: not needed for `--help`
     from phi_c.gguf.reader import GGUFFile  # noqa: PLC0415
     from phi_c.text.tokenizer import load_tokenizer  # noqa: PLC0415
 
     if text == "-":
-        try:
-            text = sys.stdin.buffer.read().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise OptionError(f"stdin is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        text = read_stdin()
     path = hub.resolve(model, progress=sys.stderr.isatty())
     with GGUFFile(path) as file:
         encoder = load_tokenizer(file.metadata, Path(tokenizer) if tokenizer else hub.resolve_tokenizer(model), path)
