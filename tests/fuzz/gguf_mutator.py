@@ -50,17 +50,17 @@ class _Reader:
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0
 
-    def take(self, n: int) -> bytes:
+    def read(self, n: int) -> bytes:
         if not 0 <= n <= len(self.data) - self.at:
             raise ValueError("the data is truncated")
         self.at += n
         return self.data[self.at - n : self.at]
 
     def number(self, n_bytes: int) -> int:
-        return int.from_bytes(self.take(n_bytes), "little")
+        return int.from_bytes(self.read(n_bytes), "little")
 
     def string(self) -> bytes:
-        return self.take(self.number(8))
+        return self.read(self.number(8))
 
     def value(self, type_id: int) -> bytes:
         start = self.at
@@ -69,12 +69,12 @@ class _Reader:
         elif type_id == _ARRAY:
             element_type, n = self.number(4), self.number(8)
             if element_type in _SIZES:
-                self.take(n * _SIZES[element_type])
+                self.read(n * _SIZES[element_type])
             else:
                 for _ in range(n):
                     self.value(element_type)
         elif type_id in _SIZES:
-            self.take(_SIZES[type_id])
+            self.read(_SIZES[type_id])
         else:
             raise ValueError(f"unknown value type {type_id}")
         return self.data[start : self.at]
@@ -104,7 +104,7 @@ def mutate(data: bytes, max_size: int, seed: int, fuzz: Mutate) -> bytes:
 
 def _parse(data: bytes) -> tuple[list[tuple[bytes, int, bytes]], list[_Entry], bytes]:
     reader = _Reader(data)
-    reader.take(8)
+    reader.read(8)
     n_tensors, n_keys = reader.number(8), reader.number(8)
     keys = []
     for _ in range(n_keys):
@@ -166,7 +166,7 @@ def _changed_value(rng: random.Random, type_id: int, raw: bytes, fuzz: Mutate) -
         body = body[: len(body) // size * size]
         return raw[:4] + struct.pack("<Q", len(body) // size) + body
     reader = _Reader(raw)
-    reader.take(4)
+    reader.read(4)
     items = [reader.value(element_type) for _ in range(reader.number(8))]
     if items and element_type == _STRING:
         i = rng.randrange(len(items))
