@@ -1,11 +1,16 @@
-"""Small tokenizers of the published kinds, trained on English: tokenizer.json and tokenizer_config.json."""
+"""Small tokenizers of the published kinds, trained on English: tokenizer.json and tokenizer_config.json.
+
+Their pre-tokenizers are phi-c's own; tests/text/test_published.py compares those with the published ones.
+"""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers, trainers
+
+from phi_c.text.backend import PRE_TOKENIZERS
 
 _TEXT = Path(__file__).parents[1] / "tests/english.txt"
 
@@ -23,56 +28,32 @@ CHATML_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-_CL100K = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_O200K = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def _split(pattern: str) -> Any:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-def _byte_level() -> Any:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
 _PHI3_SPECIAL = ("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
 
 # Kind -> (pre-tokenizer or None for SentencePiece, special tokens, (BOS, EOS), chat template), as published.
 TOKENIZERS: dict[str, tuple[Any, tuple[str, ...], tuple[str | None, str], str | None]] = {
     "phi-3": (None, _PHI3_SPECIAL, ("<s>", "<|endoftext|>"), PHI3_TEMPLATE),
     "phi-4": (
-        lambda: _split(_CL100K),
+        PRE_TOKENIZERS["dbrx"],
         ("<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>"),
         ("<|endoftext|>", "<|im_end|>"),
         PHI4_TEMPLATE,
     ),
     "phi-4-mini": (
-        lambda: _split(_O200K),
+        PRE_TOKENIZERS["gpt-4o"],
         _PHI3_SPECIAL,
         ("<|endoftext|>", "<|endoftext|>"),
         PHI4_MINI_TEMPLATE,
     ),
-    "phi-2": (_byte_level, ("<|endoftext|>",), ("<|endoftext|>", "<|endoftext|>"), None),
+    "phi-2": (PRE_TOKENIZERS["phi-2"], ("<|endoftext|>",), ("<|endoftext|>", "<|endoftext|>"), None),
     "smollm2": (
-        lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()]),
+        PRE_TOKENIZERS["smollm"],
         ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
         ("<|im_start|>", "<|im_end|>"),
         CHATML_TEMPLATE,
     ),
     "llama-3": (
-        lambda: _split(_CL100K),
+        PRE_TOKENIZERS["llama-bpe"],
         ("<|begin_of_text|>", "<|eot_id|>"),
         ("<|begin_of_text|>", "<|eot_id|>"),
         None,

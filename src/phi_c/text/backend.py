@@ -38,7 +38,7 @@ def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 # Keys: values of tokenizer.ggml.pre. Source: published tokenizer.json of GPT-2, SmolLM, Llama 3, Phi-4, Phi-4-mini.
-_PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
+PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "default": _byte_level,
     "gpt-2": _byte_level,
     "phi-2": _byte_level,
@@ -55,9 +55,9 @@ _PLACEHOLDER_KINDS = (UNKNOWN, UNUSED)  # converters fill gaps in the ids with n
 
 def build_backend(vocabulary: Vocabulary) -> Tokenizer:
     """Build the pipeline of a GGUF vocabulary. Raises UnsupportedModelError, ModelFileError."""
-    if vocabulary.model == "gpt2" and vocabulary.pre not in _PRE_TOKENIZERS:
+    if vocabulary.model == "gpt2" and vocabulary.pre not in PRE_TOKENIZERS:
         raise UnsupportedModelError(
-            f"tokenizer.ggml.pre is {vocabulary.pre!r}, expected one of {', '.join(_PRE_TOKENIZERS)}"
+            f"tokenizer.ggml.pre is {vocabulary.pre!r}, expected one of {', '.join(PRE_TOKENIZERS)}"
         )
     ids = {token: i for i, token in reversed(list(enumerate(vocabulary.tokens)))}
     is_spm = vocabulary.model == "llama"
@@ -73,7 +73,7 @@ def build_backend(vocabulary: Vocabulary) -> Tokenizer:
         backend.normalizer = normalizers.Sequence(steps)
     else:
         backend = Tokenizer(models.BPE(ids, merges, ignore_merges=vocabulary.pre in _IGNORE_MERGES))
-        backend.pre_tokenizer = _PRE_TOKENIZERS[vocabulary.pre]()
+        backend.pre_tokenizer = PRE_TOKENIZERS[vocabulary.pre]()
     user_defined = (
         AddedToken(vocabulary.tokens[i], normalized=False)
         for i, kind in enumerate(vocabulary.kinds)
