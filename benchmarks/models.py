@@ -50,7 +50,7 @@ All other settings are those of the published config.json.
 - **LongRoPE**: original context, up to which the short factors are used, and longest context, in tokens.
 - **Tokenizer**: type of the vocabulary, and its published size in tokens. *Same ids*: phi-c gives the same token ids as
   transformers for a small vocabulary of this type. `tests/text/test_published.py` compares the published vocabularies
-  on 12,000 texts each.
+  on 12,000 strings each.
 - **Template**: chat template. *Same text*: phi-c renders a conversation with a system message as transformers does.
 
 Phi-3.5-MoE runs with one layer. Positions with a near tie between experts in transformers (router scores within 0.2 %

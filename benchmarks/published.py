@@ -67,91 +67,53 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-MINI: dict[str, Any] = {"n_vocab": 32064, "hidden": 3072, "n_heads": 32, "n_kv_heads": 32, "ffn": 8192}
-MEDIUM: dict[str, Any] = {"n_vocab": 32064, "hidden": 5120, "n_heads": 40, "n_kv_heads": 10, "ffn": 17920}
+_MSCALE = 1.243163121016122  # of Phi-3.5-MoE
+
+
+def _shape(n_vocab: int, hidden: int, n_heads: int, n_kv_heads: int, ffn: int) -> dict[str, Any]:
+    return {"n_vocab": n_vocab, "hidden": hidden, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "ffn": ffn}
+
+
+_MINI = _shape(32064, 3072, 32, 32, 8192)
+_MEDIUM = _shape(32064, 5120, 40, 10, 17920)
+
+
+def _phi3(name: str, shape: dict[str, Any], n_ctx: int, window: int, n_long_factors: int = 0) -> Published:
+    """Return the row of a Phi-3 or Phi-3.5 model without experts; these differ only in the arguments."""
+    return Published(
+        name,
+        f"microsoft/{name}-instruct",
+        "Phi3",
+        "phi-3",
+        **shape,
+        n_ctx=n_ctx,
+        n_long_factors=n_long_factors,
+        extra={**_PHI3, "sliding_window": window},
+    )
+
 
 PUBLISHED = (
+    _phi3("Phi-3-mini-4k", _MINI, 4096, 2047),
+    _phi3("Phi-3-mini-128k", _MINI, 131072, 262144, n_long_factors=48),
+    _phi3("Phi-3-medium-4k", _MEDIUM, 4096, 2047),
+    _phi3("Phi-3-medium-128k", _MEDIUM, 131072, 131072, n_long_factors=64),
+    _phi3("Phi-3.5-mini", _MINI, 131072, 262144, n_long_factors=48),
     Published(
-        "Phi-3-mini-4k",
-        "microsoft/Phi-3-mini-4k-instruct",
-        "Phi3",
-        "phi-3",
-        **MINI,
-        n_ctx=4096,
-        extra={**_PHI3, "sliding_window": 2047},
-    ),
-    Published(
-        "Phi-3-mini-128k",
-        "microsoft/Phi-3-mini-128k-instruct",
-        "Phi3",
-        "phi-3",
-        **MINI,
-        n_ctx=131072,
-        n_long_factors=48,
-        extra={**_PHI3, "sliding_window": 262144},
-    ),
-    Published(
-        "Phi-3-medium-4k",
-        "microsoft/Phi-3-medium-4k-instruct",
-        "Phi3",
-        "phi-3",
-        **MEDIUM,
-        n_ctx=4096,
-        extra={**_PHI3, "sliding_window": 2047},
-    ),
-    Published(
-        "Phi-3-medium-128k",
-        "microsoft/Phi-3-medium-128k-instruct",
-        "Phi3",
-        "phi-3",
-        **MEDIUM,
-        n_ctx=131072,
-        n_long_factors=64,
-        extra={**_PHI3, "sliding_window": 131072},
-    ),
-    Published(
-        "Phi-3.5-mini",
-        "microsoft/Phi-3.5-mini-instruct",
-        "Phi3",
-        "phi-3",
-        **MINI,
-        n_ctx=131072,
-        n_long_factors=48,
-        extra={**_PHI3, "sliding_window": 262144},
-    ),
-    Published(
-        "Phi-4",
-        "microsoft/phi-4",
-        "Phi3",
-        "phi-4",
-        **{**MEDIUM, "n_vocab": 100352},
+        *("Phi-4", "microsoft/phi-4", "Phi3", "phi-4"),
+        **{**_MEDIUM, "n_vocab": 100352},
         n_ctx=16384,
         extra={"rms_norm_eps": 1e-5, "rope_theta": 250000.0, "original_max_position_embeddings": 16384},
     ),
     Published(
-        "Phi-4-mini",
-        "microsoft/Phi-4-mini-instruct",
-        "Phi3",
-        "phi-4-mini",
-        n_vocab=200064,
-        hidden=3072,
-        n_heads=24,
-        n_kv_heads=8,
-        ffn=8192,
+        *("Phi-4-mini", "microsoft/Phi-4-mini-instruct", "Phi3", "phi-4-mini"),
+        **_shape(200064, 3072, 24, 8, 8192),
         n_ctx=131072,
         n_long_factors=48,
         extra={**_PHI3, "sliding_window": 262144, "partial_rotary_factor": 0.75, "tie_word_embeddings": True},
     ),
     Published(
-        "Phi-3.5-MoE",
-        "microsoft/Phi-3.5-MoE-instruct",
-        "Phimoe",
-        "phi-3",
-        n_vocab=32064,
-        hidden=4096,
-        n_heads=32,
-        n_kv_heads=8,
-        ffn=640,  # per expert; published: 6400
+        *("Phi-3.5-MoE", "microsoft/Phi-3.5-MoE-instruct", "Phimoe", "phi-3"),
+        **_shape(32064, 4096, 32, 8, 640),  # 640 columns per expert; published: 6400
         n_ctx=131072,
         n_long_factors=64,
         extra={
@@ -164,48 +126,27 @@ PUBLISHED = (
             "attention_bias": True,
             "lm_head_bias": True,
             "rope_scaling": {
-                "short_mscale": 1.243163121016122,
-                "long_mscale": 1.243163121016122,
+                "short_mscale": _MSCALE,
+                "long_mscale": _MSCALE,
                 "original_max_position_embeddings": 4096,
             },
         },
     ),
     Published(
-        "Phi-2",
-        "microsoft/phi-2",
-        "Phi",
-        "phi-2",
-        n_vocab=51200,
-        hidden=2560,
-        n_heads=32,
-        n_kv_heads=32,
-        ffn=10240,
+        *("Phi-2", "microsoft/phi-2", "Phi", "phi-2"),
+        **_shape(51200, 2560, 32, 32, 10240),
         n_ctx=2048,
         extra={"layer_norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 0.4},
     ),
     Published(
-        "SmolLM2-135M",
-        "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "Llama",
-        "smollm2",
-        n_vocab=49152,
-        hidden=576,
-        n_heads=9,
-        n_kv_heads=3,
-        ffn=1536,
+        *("SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct", "Llama", "smollm2"),
+        **_shape(49152, 576, 9, 3, 1536),
         n_ctx=8192,
         extra={"rms_norm_eps": 1e-5, "rope_theta": 100000.0, "tie_word_embeddings": True},
     ),
     Published(
-        "Llama-3.2-1B",
-        "meta-llama/Llama-3.2-1B-Instruct",
-        "Llama",
-        "llama-3",
-        n_vocab=128256,
-        hidden=2048,
-        n_heads=32,
-        n_kv_heads=8,
-        ffn=8192,
+        *("Llama-3.2-1B", "meta-llama/Llama-3.2-1B-Instruct", "Llama", "llama-3"),
+        **_shape(128256, 2048, 32, 8, 8192),
         n_ctx=131072,
         extra={"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True, "rope_scaling": _LLAMA3},
     ),

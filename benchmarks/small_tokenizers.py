@@ -1,4 +1,7 @@
-"""Small tokenizers of the published kinds, trained on English: tokenizer.json and tokenizer_config.json."""
+"""Small tokenizers of the published kinds, trained on English: tokenizer.json and tokenizer_config.json.
+
+Patterns and templates are written as published, not imported from phi_c: tests compare phi-c with them.
+"""
 
 import json
 from pathlib import Path

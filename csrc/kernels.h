@@ -22,7 +22,7 @@ enum {
     PHI_TILED_TASK_ROWS = 256, /* weight rows per task for products with tiled activations */
     PHI_KV_BLOCK = 32,         /* dimensions per scale in an int8 page */
     PHI_KV_GROUP = 16,         /* positions that are interleaved in the keys of a page */
-    PHI_ATTENTION_ROWS = 64,   /* maximum of tokens per attention call, and of rows that share one pass over pages */
+    PHI_ATTENTION_ROWS = 64,   /* maximum number of tokens per attention call, and of rows per pass over the pages */
     PHI_ATTENTION_BLOCK = 64,  /* positions per step of the online softmax; a multiple of PHI_PAGE_TOKENS */
     PHI_ALIGN_BYTES = 64,
 };
@@ -143,7 +143,7 @@ typedef void (*phi_pack_fn)(const uint8_t *rows, size_t row_bytes, uint8_t *pane
 struct phi_kernels {
     const char *name;      /* of the tier */
     phi_prefetch prefetch; /* for phi_matmul; set by dispatch.c, since it depends on the CPU's vendor and family */
-    /* Largest batch whose products have the bits of single tokens; larger ones may round differently. 0: unlimited. */
+    /* Largest batch whose products have the same bits as those of single tokens. 0: unlimited. */
     int max_exact_batch;
 
     /* y [n] = n consecutive weights, whole blocks */
@@ -157,7 +157,7 @@ struct phi_kernels {
 
     /* x [n] -> q8 [n]; n is a multiple of PHI_Q8_BLOCK */
     void (*quantize_q8)(const float *x, size_t n, phi_q8 q8);
-    /* Whether matmul_packed reads tiled activations, and only these, for more than max_exact_batch tokens. */
+    /* Whether matmul_packed reads only tiled activations for more than max_exact_batch tokens. */
     bool takes_tiled[PHI_N_TYPES];
     /* x [n_cols] -> row `token` of the tiled activations; NULL: the tier has no tiled products */
     void (*quantize_tiled)(const float *x, size_t n_cols, const phi_tiled *tiled, size_t token);
@@ -181,7 +181,7 @@ struct phi_kernels {
     void (*attention[PHI_N_KV_TYPES])(const phi_attention *a);
 };
 
-/* What each tier implements itself. Only the scalar table is complete. */
+/* The slots that each tier implements itself. Only the scalar table is complete. */
 extern const phi_kernels phi_kernels_scalar;
 #ifdef PHI_HAVE_AVX2
 extern const phi_kernels phi_kernels_avx2;

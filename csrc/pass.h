@@ -93,7 +93,7 @@ static inline void quantize_tiled(const phi_kernels *k, const phi_activations *x
     k->quantize_tiled(x->f32 + (size_t)token * n_cols, n_cols, &x->tiled, (size_t)token);
 }
 
-/* The same for all rows, as a phase of its own. For activations that are computed in tasks of fewer columns than
+/* The same for all rows, as a separate phase: for activations that are computed in tasks of fewer columns than
  * PHI_TILED_BLOCK. */
 static inline void quantize_all_tiled(worker *w, const phi_activations *x, int n_rows) {
     if (!x->tiled.tiles) return;
@@ -130,7 +130,7 @@ static inline void multiply(const forward_pass *f, const phi_matrix *w, int firs
     multiply_rows(f, w, first_row, n_rows, x, 0, n_tokens, out, out_stride);
 }
 
-/* Maximum of weight rows per task for products with x. */
+/* Maximum number of weight rows per task for products with x. */
 static inline int max_task_rows(const phi_activations *x) {
     return x->tiled.tiles ? PHI_TILED_TASK_ROWS : MAX_TASK_ROWS;
 }

@@ -163,16 +163,16 @@ size_t phi_packed_bytes(const phi_kernels *kernels, const phi_matrix *matrix);
  * matrix's layout and data to them. The matrix borrows the memory. */
 phi_status phi_pack(const phi_kernels *kernels, phi_pool *pool, phi_matrix *matrix, uint8_t *memory);
 
-/* Quantises x [n_rows, n_cols], finite, to out [n_rows, phi_row_bytes(type, n_cols)]. It searches for a small squared
- * error, weighted by importance [n_cols], not negative; NULL: all columns alike. The result is the same for any number
- * of threads. */
+/* Quantises x [n_rows, n_cols], which must be finite, to out [n_rows, phi_row_bytes(type, n_cols)]. Searches for scales
+ * that minimise the squared error, weighted by importance [n_cols] (at least 0; NULL: equal weights). The result does
+ * not depend on the number of threads. */
 phi_status phi_quantize_rows(phi_pool *pool, phi_type type, const float *x, size_t n_rows, size_t n_cols,
                              const float *importance, void *out);
 
 /* ---- KV cache ---- */
 
 enum { PHI_PAGE_TOKENS = 32 };    /* positions per page */
-enum { PHI_KV_PAGE_VERSION = 1 }; /* layout of a page; to be raised with every change, since files hold pages */
+enum { PHI_KV_PAGE_VERSION = 1 }; /* of the page layout; increment it with every change, since files contain pages */
 
 typedef enum {
     PHI_KV_F16, /* half precision */
@@ -222,10 +222,10 @@ typedef struct {
     int n_logit_rows;
     const int32_t *logit_rows;    /* [n_logit_rows] indices of tokens to return outputs for, in any order */
     float *logits;                /* out [n_logit_rows, n_vocab]; NULL: not computed */
-    float *hidden_states;         /* out [n_logit_rows, n_embd]: input of the LM head, after output_norm; NULL: none */
+    float *hidden_states;         /* out [n_logit_rows, n_embd]: input of the LM head, after output_norm; or NULL */
     bool (*poll)(void *);         /* called once per layer by the calling thread; true cancels the pass. NULL: never */
     void *poll_context;           /* argument of poll */
-    const phi_observer *observer; /* NULL: no statistics. A cancelled batch may be added in part */
+    const phi_observer *observer; /* NULL: no statistics. A cancelled batch may have been added in part */
 } phi_batch;
 
 /* Runs a batch: writes its keys and values to the cache and its outputs to logits and hidden_states.
@@ -239,8 +239,8 @@ typedef struct {
 phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batch);
 
 /* Runs the LM head alone: logits [n_rows, n_vocab] of hidden_states [n_rows, n_embd] from phi_forward, with the same
- * bits as phi_forward's (amx, amxbf16: if both calls have at most max_exact_batch rows, or both have more). It allows
- * the logits of many positions to be computed in chunks. Working memory is the cache's scratch buffer. */
+ * bits as those of phi_forward (amx, amxbf16: if both calls have at most max_exact_batch rows, or both have more). With
+ * it, the logits of many positions can be computed in chunks. Working memory is the cache's scratch buffer. */
 phi_status phi_lm_head(const phi_model *model, phi_kv *kv, int n_rows, const float *hidden_states, float *logits);
 
 #endif

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 import gguf
+from tiny_gguf import write_and_close
 
 Rows = npt.NDArray[np.uint8]
 
@@ -35,10 +36,7 @@ def fuse_llama_to_phi3(source: Path, target: Path) -> Path:
         elif ".ffn_up." in name:
             data = np.concatenate([tensors[name.replace("ffn_up", "ffn_gate")].data, data])
         writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_and_close(writer)
     return target
 
 

@@ -1,9 +1,12 @@
-"""Random prompts, greedy generation from them, and code that runs in another process."""
+"""Random prompts, greedy generation from them, and code that runs in threads and other processes."""
 
 import os
 import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,25 @@ def in_other_process(code: str, *arguments: str | Path, **environment: str) -> s
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
     )
+
+
+def kill_after(process: subprocess.Popen[bytes], milliseconds: float) -> bytes:
+    """Kill a process some time after its first line of output, and return that line."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    time.sleep(milliseconds / 1000)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    return line
+
+
+def run_concurrently(*calls: Callable[[], object]) -> None:
+    """Run each call in a thread of its own; when all are done, raise the first error."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        futures = [pool.submit(call) for call in calls]
+    for future in futures:
+        future.result()
 
 
 def whole_pages(n_tokens: int) -> int:

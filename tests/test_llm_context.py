@@ -150,7 +150,7 @@ def test_kv_cache_tokens_is_checked(windowed: Path, tmp_path: Path) -> None:
     minimum = min_kv_cache_tokens(2048, 64)
     with pytest.raises(
         OptionError,
-        match=f"kv_cache_tokens is {minimum - 32}, expected at least {minimum}: what one sequence of n_ctx",
+        match=f"kv_cache_tokens is {minimum - 32}, expected at least {minimum}: the capacity that one sequence",
     ):
         phi_c.load(windowed, n_ctx=0, n_batch=64, kv_cache_tokens=minimum - 32)
     for wrong in (0, -1, 2.5, True, "many"):
@@ -172,7 +172,7 @@ def test_kv_cache_memory_is_reported_before_allocation(tmp_path: Path, monkeypat
     monkeypatch.setattr("phi_c.machine.memory_available", lambda: 64 << 20)
     with pytest.raises(
         MemoryLimitError,
-        match=r"a KV cache of 131072 tokens 0.1 GiB, but 0.1 GiB are free: reduce n_ctx to at most \d+",
+        match=r"a KV cache of 131072 tokens 0.1 GiB, but only 0.1 GiB are free: reduce n_ctx to at most \d+",
     ):
         phi_c.load(path, n_ctx=131072)
 

@@ -9,7 +9,7 @@ from phi_c.errors import OptionError
 
 ALL = ["scalar", "avx2", "avx512", "amx", "amxbf16"]
 FEATURES = ["avx2", "avx512bf16", "amx_tile", "amx_int8", "amx_bf16"]
-REFUSED = ", for which the system refuses this process AMX tiles"
+REFUSED = ", which needs AMX tiles that the system denies this process"
 
 
 @pytest.mark.parametrize(

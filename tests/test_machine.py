@@ -27,6 +27,15 @@ def write_tree(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
+def memory_tree(root: Path, group: str, folder: str, files: dict[str, str]) -> Path:
+    """Write a machine with MEMINFO and a control group.
+
+    group: line of /proc/self/cgroup. folder: folder of the group below /sys/fs/cgroup. files: its files.
+    """
+    tree = {f"sys/fs/cgroup/{folder}/{name}": text for name, text in files.items()}
+    return write_tree(root, {"proc/meminfo": MEMINFO, "proc/self/cgroup": f"{group}\n", **tree})
+
+
 def topology(pairs: list[tuple[int, ...]], file: str = "thread_siblings_list") -> dict[str, str]:
     return {
         f"sys/devices/system/cpu/cpu{cpu}/topology/{file}": ",".join(map(str, group)) + "\n"
@@ -117,43 +126,48 @@ class TestMemory:
         root = write_tree(tmp_path, {"proc/meminfo": text})
         assert machine.memory_available(root) == (1024000 + 100000 + 7000000) * 1024
 
-    def test_version_2_limit_with_page_cache(self, tmp_path: Path) -> None:
-        group = {
-            "memory.max": str(1000 * MIB),
-            "memory.current": str(900 * MIB),
-            "memory.stat": f"anon {200 * MIB}\ninactive_file {400 * MIB}\nactive_file {250 * MIB}\n",
-        }
-        tree = {f"sys/fs/cgroup/pod/{name}": text for name, text in group.items()}
-        root = write_tree(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/pod\n", **tree})
+    @pytest.mark.parametrize(
+        ("group", "folder", "names", "stat"),
+        [
+            (
+                "0::/pod",
+                "pod",
+                ("memory.max", "memory.current"),
+                f"anon {200 * MIB}\ninactive_file {400 * MIB}\nactive_file {250 * MIB}\n",
+            ),
+            (
+                "9:memory:/a/b",
+                "memory",
+                ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+                f"inactive_file 1\ntotal_inactive_file {400 * MIB}\ntotal_active_file {250 * MIB}\n",
+            ),
+        ],
+        ids=["version 2", "version 1"],
+    )
+    def test_limit_with_page_cache(
+        self, tmp_path: Path, group: str, folder: str, names: tuple[str, str], stat: str
+    ) -> None:
+        """The page cache of the group counts as available."""
+        files = {names[0]: str(1000 * MIB), names[1]: str(900 * MIB), "memory.stat": stat}
+        root = memory_tree(tmp_path, group, folder, files)
         assert machine.memory_total(root) == 1000 * MIB
         assert machine.memory_available(root) == (1000 - 900 + 650) * MIB
 
-    def test_version_2_without_limit(self, tmp_path: Path) -> None:
-        tree = {"sys/fs/cgroup/memory.max": "max\n", "sys/fs/cgroup/memory.current": "5\n"}
-        root = write_tree(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/\n", **tree})
-        assert machine.memory_total(root) == 16384000 * 1024
-        assert machine.memory_available(root) == 8192000 * 1024
-
-    def test_version_1_limit(self, tmp_path: Path) -> None:
-        group = {
-            "memory.limit_in_bytes": str(500 * MIB),
-            "memory.usage_in_bytes": str(300 * MIB),
-            "memory.stat": f"inactive_file 1\ntotal_inactive_file {100 * MIB}\ntotal_active_file {MIB}\n",
-        }
-        tree = {f"sys/fs/cgroup/memory/{name}": text for name, text in group.items()}
-        root = write_tree(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/cgroup": "9:memory:/a/b\n", **tree})
-        assert machine.memory_total(root) == 500 * MIB
-        assert machine.memory_available(root) == (500 - 300 + 101) * MIB
-
-    def test_version_1_without_limit(self, tmp_path: Path) -> None:
-        tree = {"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}
-        root = write_tree(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/cgroup": "9:memory:/\n", **tree})
+    @pytest.mark.parametrize(
+        ("group", "folder", "files"),
+        [
+            ("0::/", ".", {"memory.max": "max\n", "memory.current": "5\n"}),
+            ("1:memory:/", "memory", {"memory.limit_in_bytes": "9223372036854771712\n"}),
+        ],
+        ids=["version 2", "version 1"],
+    )
+    def test_no_limit(self, tmp_path: Path, group: str, folder: str, files: dict[str, str]) -> None:
+        root = memory_tree(tmp_path, group, folder, files)
         assert machine.memory_total(root) == 16384000 * 1024
         assert machine.memory_available(root) == 8192000 * 1024
 
     def test_group_above_its_limit_has_no_memory_left(self, tmp_path: Path) -> None:
-        tree = {"sys/fs/cgroup/memory.max": str(MIB), "sys/fs/cgroup/memory.current": str(2 * MIB)}
-        root = write_tree(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/\n", **tree})
+        root = memory_tree(tmp_path, "0::/", ".", {"memory.max": str(MIB), "memory.current": str(2 * MIB)})
         assert machine.memory_available(root) == 0
 
     @pytest.mark.parametrize("text", ["", "MemTotal: many kB\n", "\n:\n", "MemTotal"])

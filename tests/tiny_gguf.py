@@ -80,11 +80,16 @@ def write_tiny(
         half = shape.rope_dims // 2
         writer.add_tensor("rope_factors_short.weight", np.linspace(1, 1.5, half, dtype=np.float32))
         writer.add_tensor("rope_factors_long.weight", np.linspace(1, 40, half, dtype=np.float32))
+    write_and_close(writer)
+    return path
+
+
+def write_and_close(writer: gguf.GGUFWriter) -> None:
+    """Write the header, metadata and tensors of a GGUFWriter, and close its file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def _matrices(architecture: str, s: Shape, n_vocab: int) -> list[tuple[str, int, int]]:

@@ -159,6 +159,7 @@ class LLM:
         self.n_threads = model.n_threads
         self.tier = model.tier
 
+    # generate, stream, chat and chat_stream repeat their keyword arguments so that IDEs can complete them.
     def generate(
         self,
         prompt: str | Sequence[int],
@@ -255,8 +256,8 @@ class LLM:
             token, else the end token.
         continuations: texts or token ids. A prompt and a continuation that are both text are tokenised as
             lm-evaluation-harness does: white space at the end of the prompt moves to the continuation, both are encoded
-            together, and the tokens after as many as the prompt alone has are the continuation. Token ids are used
-            unchanged.
+            together, and the continuation is the tokens after the first n, where n is the number of tokens of the
+            prompt encoded alone. Token ids are used unchanged.
         parse_special, cancel: as in `generate`.
 
         Raises ContextLengthError if prompt and continuation do not fit the context, OptionError for a continuation
@@ -286,7 +287,7 @@ class LLM:
         Raises ContextLengthError for an input longer than the context, OptionError, Cancelled, ModelClosedError.
         """
         if isinstance(inputs, str):
-            raise OptionError("inputs is a str, expected a list of them")
+            raise OptionError("inputs is a str, expected a list of strings or of token id lists")
         ids = [encode_raw(each, self.tokenizer, self.config.n_vocab, parse_special=parse_special) for each in inputs]
         for i, each in enumerate(ids):
             check_fits(len(each), self.n_ctx, self.config, f"input {i}")

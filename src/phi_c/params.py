@@ -55,7 +55,7 @@ def _refusal(name: str) -> str:
     is_built = name in tiers(known=True) and "avx512" in tiers()
     if features is None or not is_built or not features <= set(cpu_features()):
         return ""
-    return ", for which the system refuses this process AMX tiles"
+    return ", which needs AMX tiles that the system denies this process"
 
 
 def choose_n_ctx(n_ctx: int | None, config: ModelConfig) -> int:
@@ -76,7 +76,7 @@ def choose_kv_cache_tokens(kv_cache_tokens: int | None, n_ctx: int, n_batch: int
     if kv_cache_tokens is not None and pages_for(kv_cache_tokens) * PAGE_TOKENS < minimum:
         raise OptionError(
             f"kv_cache_tokens is {kv_cache_tokens}, expected at least {minimum}: "
-            f"what one sequence of n_ctx {n_ctx} tokens needs"
+            f"the capacity that one sequence of n_ctx = {n_ctx} tokens needs"
         )
     return n_ctx if kv_cache_tokens is None else kv_cache_tokens
 
@@ -104,6 +104,6 @@ def check_memory(config: ModelConfig, kv_cache_tokens: int, kv_type: str, weight
         n_ctx = max(available - weight_bytes, 0) // page_bytes * PAGE_TOKENS
         raise MemoryLimitError(
             f"the weights need {weight_bytes / 2**30:.1f} GiB and a KV cache of {kv_cache_tokens} tokens "
-            f"{kv_bytes / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB are free: "
+            f"{kv_bytes / 2**30:.1f} GiB, but only {available / 2**30:.1f} GiB are free: "
             + (f"reduce n_ctx to at most {n_ctx}" if n_ctx else "use a smaller model")
         )

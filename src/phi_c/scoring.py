@@ -66,7 +66,7 @@ def encode_pairs(
     Raises OptionError for a continuation without tokens, ContextLengthError for a pair longer than n_ctx.
     """
     if isinstance(continuations, str):
-        raise OptionError("continuations is a str, expected a list of them")
+        raise OptionError("continuations is a str, expected a list of strings or of token id lists")
     pairs = []
     for i, continuation in enumerate(continuations):
         context, ids = _encode_either(tokenizer, config.n_vocab, prompt, continuation, parse_special)

@@ -14,7 +14,7 @@ from phi_c import _core, errors
 from phi_c.cli.inspect import command
 from phi_c.gguf.reader import GGUFFile
 from phi_c.model.config import read_config
-from tiny_gguf import write_tiny
+from tiny_gguf import write_and_close, write_tiny
 
 
 @pytest.fixture(params=["phi3", "llama"])
@@ -39,10 +39,7 @@ def write_keys(path: Path, **keys: str) -> None:
     writer = gguf.GGUFWriter(path, "phi3")
     for key, value in keys.items():
         writer.add_string(key, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_and_close(writer)
 
 
 def test_json_matches_the_file(tiny: Path) -> None:

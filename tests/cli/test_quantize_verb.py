@@ -13,7 +13,7 @@ import pytest
 from run_cli import command, run_cli
 
 import gguf
-from tiny_gguf import write_tiny
+from tiny_gguf import write_and_close, write_tiny
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +29,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = np.random.default_rng(0).normal(size=(1024, 4096)).astype(np.float16)
     for i in range(16):
         writer.add_tensor(f"blk.{i}.ffn_up.weight", rows)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_and_close(writer)
     return path
 
 

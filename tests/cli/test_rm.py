@@ -90,7 +90,9 @@ def test_confirmation_is_needed_without_a_terminal(cache: Path) -> None:
     before = files_below(cache)
     done = rm(cache, "packed")
     assert done.returncode == 2
-    assert done.stderr == "phi-c: error: stdin is not a terminal, so nobody can confirm: --yes removes without asking\n"
+    assert done.stderr == (
+        "phi-c: error: stdin is not a terminal, expected one for the confirmation: use --yes to remove without it\n"
+    )
     assert files_below(cache) == before
 
 

@@ -2,11 +2,11 @@
 
 import hashlib
 import os
-import signal
 import sys
 import threading
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,8 @@ import phi_c
 from phi_c._core import PAGE_TOKENS
 from phi_c.engine import page_file, prefix_cache
 from phi_c.errors import CacheError, OptionError
-from prompts import GREEDY, generate, in_other_process, tokens_of, whole_pages
+from prompts import GREEDY, generate, in_other_process, kill_after, run_concurrently, tokens_of, whole_pages
 from tiny_gguf import write_tiny
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("model") / "tiny.gguf", weight_type="Q8_0", n_ctx=2048)
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -299,22 +294,13 @@ def test_concurrent_calls(path: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         page_bytes = llm.engine.kv.page_bytes
     monkeypatch.setenv(prefix_cache.LIMIT_VARIABLE, str(22 * page_bytes / 2**30))
     with phi_c.load(path, n_ctx=512, prefix_cache=tmp_path / "c") as llm:
-        errors: list[BaseException] = []
 
         def work(first: int) -> None:
-            try:
-                for i in range(12):
-                    at = (first + i * 5) % 6
-                    assert generate(llm, prompts[at]).logprobs == expected[at]
-            except BaseException as error:
-                errors.append(error)
+            for i in range(12):
+                at = (first + i * 5) % 6
+                assert generate(llm, prompts[at]).logprobs == expected[at]
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not errors
+        run_concurrently(*(partial(work, i) for i in range(3)))
         assert llm.engine.scheduler.n_available_pages == llm.engine.kv.n_pages
     assert sum(f.stat().st_size for f in files_of(tmp_path / "c")) <= 22 * page_bytes
 
@@ -332,11 +318,7 @@ def test_concurrent_writes_stay_below_the_limit(path: Path, tmp_path: Path, monk
         limit = 200 // PAGE_TOKENS * llm.engine.kv.page_bytes * 3 // 2
     monkeypatch.setenv(prefix_cache.LIMIT_VARIABLE, str(limit / 2**30))
     with phi_c.load(path, n_ctx=512, prefix_cache=tmp_path) as llm:
-        threads = [threading.Thread(target=generate, args=(llm, tokens_of(200, seed))) for seed in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        run_concurrently(*(partial(generate, llm, tokens_of(200, seed)) for seed in range(2)))
     assert not both_have_room.broken
     assert len(files_of(tmp_path)) == 1
     assert files_of(tmp_path)[0].stat().st_size <= limit
@@ -377,13 +359,7 @@ def test_process_killed_while_writing(path: Path, tmp_path: Path) -> None:
     """Its files are complete or absent, its stale partial files are deleted, and later processes use the cache."""
     folder = tmp_path / "c"
     for milliseconds in (0, 2, 5, 11):
-        process = in_other_process(_PROMPTS_FOREVER, path, folder, 0)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(milliseconds / 1000)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        kill_after(in_other_process(_PROMPTS_FOREVER, path, folder, 0), milliseconds)
     assert files_of(folder)
     abandoned = files_of(folder)[0].with_suffix(".pages.0123.part")
     abandoned.write_bytes(b"half")

@@ -1,10 +1,8 @@
 """Saved states: through the public interface, and in processes that are killed."""
 
 import os
-import signal
 import sys
-import threading
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,8 @@ import pytest
 import phi_c
 from phi_c._core import PAGE_TOKENS
 from phi_c.errors import ModelClosedError, OptionError, OutputError, PhiError, StateError
-from prompts import GREEDY, TALK, generate, in_other_process, tokens_of, whole_pages
+from prompts import GREEDY, TALK, generate, in_other_process, kill_after, run_concurrently, tokens_of, whole_pages
 from tiny_gguf import write_tiny
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("model") / "tiny.gguf", weight_type="Q8_0", n_ctx=2048)
 
 
 @pytest.mark.parametrize("kv_type", ["f16", "q8"])
@@ -192,32 +185,18 @@ def test_save_and_load_during_other_calls(path: Path, tmp_path: Path) -> None:
         expected = [generate(llm, prompt).tokens for prompt in prompts]
         llm.save_state(tmp_path / "0")
     with phi_c.load(path, n_ctx=600) as llm:
-        errors: list[BaseException] = []
 
         def work(i: int) -> None:
-            try:
-                for round_ in range(6):
-                    assert generate(llm, prompts[(i + round_) % 4]).tokens == expected[(i + round_) % 4]
-            except BaseException as error:
-                errors.append(error)
+            for round_ in range(6):
+                assert generate(llm, prompts[(i + round_) % 4]).tokens == expected[(i + round_) % 4]
 
         def load_and_save() -> None:
-            try:
-                for _ in range(8):
-                    llm.load_state(tmp_path / "0")
-                    llm.save_state(tmp_path / "1")
-                    llm.load_state(tmp_path / "1")
-            except BaseException as error:
-                errors.append(error)
+            for _ in range(8):
+                llm.load_state(tmp_path / "0")
+                llm.save_state(tmp_path / "1")
+                llm.load_state(tmp_path / "1")
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)] + [
-            threading.Thread(target=load_and_save)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not errors
+        run_concurrently(*(partial(work, i) for i in range(3)), load_and_save)
         assert llm.engine.scheduler.n_available_pages == llm.engine.kv.n_pages
 
 
@@ -238,13 +217,7 @@ def test_process_killed_while_saving(path: Path, tmp_path: Path) -> None:
     """At any moment the file is complete."""
     state = tmp_path / "state"
     for milliseconds in (0, 1, 3, 7, 15, 40):
-        process = in_other_process(_SAVE_FOREVER, path, state)
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"saved\n"
-        time.sleep(milliseconds / 1000)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        assert kill_after(in_other_process(_SAVE_FOREVER, path, state), milliseconds) == b"saved\n"
         with phi_c.load(path, n_ctx=2048) as llm:
             assert llm.load_state(state).loaded_tokens == whole_pages(297 * 6)
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+import pytest
+
 from phi_c._core import PAGE_TOKENS
 from phi_c.engine.kv_pages import FREED, PagePool, extend_keys
 from phi_c.engine.scheduler import Scheduler, pages_for
@@ -24,6 +26,13 @@ def run(scheduler: Scheduler) -> list[tuple[Sequence, int]]:
         if wants_logits:
             w.sequence.tokens.append(7)
     return [(w.sequence, w.n_tokens) for w in work]
+
+
+def run_until(scheduler: Scheduler, s: Sequence, n_generated: int) -> None:
+    """Run steps until a sequence has generated n_generated tokens."""
+    while len(s.tokens) - s.n_prompt < n_generated:
+        run(scheduler)
+        assert scheduler.n_available_pages >= 0
 
 
 def test_prefill_in_chunks_then_decode() -> None:
@@ -165,46 +174,43 @@ def test_concurrent_long_sequences_with_a_window() -> None:
     assert scheduler.n_available_pages == 0
 
 
-def test_shared_page_is_counted_as_freed_once() -> None:
-    """Two sequences whose windows leave a common prefix: each may need all its pages for itself."""
+def shared_prefix(n_pages: int, max_tokens: int, *, fits: bool) -> tuple[Scheduler, Sequence, Sequence]:
+    """Start two sequences with a common prefix of two pages, in a pool of n_pages with a window.
+
+    The first may generate 200 tokens, the second max_tokens. fits: whether both are expected to run at a time.
+    """
     window = 2 * PAGE_TOKENS + 1  # at most three pages with steps of one token
-    for n_pages, together in ((5, False), (6, True)):
-        scheduler = Scheduler(PagePool(n_pages), n_batch=1, window=window)
-        a, b = sequence(2 * PAGE_TOKENS + 1, 200), sequence(2 * PAGE_TOKENS + 1, 150)
-        scheduler.add(a)
-        while len(a.tokens) == a.n_prompt:
-            run(scheduler)
-        scheduler.add(b)
-        run(scheduler)
-        assert (b in scheduler.running) is together
-        for s in (a, b):
-            while len(s.tokens) - s.n_prompt < s.max_tokens:
-                run(scheduler)
-                assert scheduler.n_available_pages >= 0
-            scheduler.remove(s)
-        assert b.n_cached == 2 * PAGE_TOKENS
-        assert scheduler.n_available_pages == n_pages
+    scheduler = Scheduler(PagePool(n_pages), n_batch=1, window=window)
+    first, second = sequence(2 * PAGE_TOKENS + 1, 200), sequence(2 * PAGE_TOKENS + 1, max_tokens)
+    scheduler.add(first)
+    run_until(scheduler, first, 1)
+    scheduler.add(second)
+    run(scheduler)
+    assert (second in scheduler.running) is fits
+    return scheduler, first, second
 
 
-def test_page_held_by_a_short_sequence_is_not_counted_as_freed() -> None:
+@pytest.mark.parametrize(("n_pages", "fits"), [(5, False), (6, True)])
+def test_shared_page_is_counted_as_freed_once(n_pages: int, fits: bool) -> None:
+    """Two sequences whose windows leave a common prefix: each may need all its pages for itself."""
+    scheduler, a, b = shared_prefix(n_pages, 150, fits=fits)
+    for s in (a, b):
+        run_until(scheduler, s, s.max_tokens)
+        scheduler.remove(s)
+    assert b.n_cached == 2 * PAGE_TOKENS
+    assert scheduler.n_available_pages == n_pages
+
+
+@pytest.mark.parametrize(("n_pages", "fits"), [(5, False), (6, True)])
+def test_page_held_by_a_short_sequence_is_not_counted_as_freed(n_pages: int, fits: bool) -> None:
     """A sequence whose window leaves a prefix that another sequence holds to its end."""
-    for n_pages, together in ((5, False), (6, True)):
-        scheduler = Scheduler(PagePool(n_pages), n_batch=1, window=2 * PAGE_TOKENS + 1)
-        long, short = sequence(2 * PAGE_TOKENS + 1, 200), sequence(2 * PAGE_TOKENS + 1, 3)
-        scheduler.add(long)
-        while len(long.tokens) == long.n_prompt:
-            run(scheduler)
-        scheduler.add(short)
-        run(scheduler)
-        assert (short in scheduler.running) is together
-        while len(long.tokens) - long.n_prompt < 200:  # the batch has room for one token, so the other sequence waits
-            run(scheduler)
-            assert scheduler.n_available_pages >= 0
-        scheduler.remove(long)
-        run(scheduler)
-        assert short.n_cached == 2 * PAGE_TOKENS
-        scheduler.remove(short)
-        assert scheduler.n_available_pages == n_pages
+    scheduler, long, short = shared_prefix(n_pages, 3, fits=fits)
+    run_until(scheduler, long, 200)  # the batch has room for one token, so the other sequence waits
+    scheduler.remove(long)
+    run(scheduler)
+    assert short.n_cached == 2 * PAGE_TOKENS
+    scheduler.remove(short)
+    assert scheduler.n_available_pages == n_pages
 
 
 def test_next_turn_needs_the_cached_pages_of_its_window_only() -> None:
@@ -212,8 +218,7 @@ def test_next_turn_needs_the_cached_pages_of_its_window_only() -> None:
     scheduler = Scheduler(pool, n_batch=32, window=64)
     first = sequence(20 * PAGE_TOKENS + 5, 1)
     scheduler.add(first)
-    while len(first.tokens) == first.n_prompt:
-        run(scheduler)
+    run_until(scheduler, first, 1)
     scheduler.remove(first)
     again = sequence(20 * PAGE_TOKENS + 40, 1)
     scheduler.add(again)

@@ -16,6 +16,7 @@ from phi_c import errors
 from phi_c.gguf import reader
 from phi_c.gguf.reader import GGUFFile, TensorInfo, short
 from raw_gguf import ARRAY, BOOL, F32, F64, I8, I16, I32, I64, STRING, U8, U16, U32, U64, gguf, key, tensor
+from tiny_gguf import write_and_close
 
 Q8_0 = 8
 HUGE = 2**64 - 1
@@ -110,10 +111,7 @@ class TestRead:
         writer.add_float32("x", 0.5)
         writer.add_tensor("m", np.arange(12, dtype=np.float32).reshape(3, 4))
         writer.add_tensor("h", np.arange(6, dtype=np.float16).reshape(2, 3))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        write_and_close(writer)
         file = GGUFFile(path)
         assert file.metadata == {"general.architecture": "phi3", "words": ["one", "two"], "x": 0.5}
         for expected in reference.GGUFReader(path).tensors:

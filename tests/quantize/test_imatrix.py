@@ -17,7 +17,7 @@ import gguf
 from phi_c.errors import ModelFileError, ModelNotFoundError, OutputError, PhiError
 from phi_c.gguf import writer
 from phi_c.quantize.imatrix import Entry, Imatrix, load_imatrix, read_imatrix
-from tiny_gguf import write_tiny
+from tiny_gguf import write_and_close, write_tiny
 
 RNG = np.random.default_rng(0)
 PLAIN = "blk.0.attn_q.weight"
@@ -42,10 +42,7 @@ def write_llama_cpp(path: Path, tensors: dict[str, npt.NDArray[Any]], keys: dict
             add[type(value)](key, value)
     for name, data in tensors.items():
         writer.add_tensor(name, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_and_close(writer)
     return path
 
 

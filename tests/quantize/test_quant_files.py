@@ -20,7 +20,7 @@ from phi_c.gguf.reader import GGUFFile
 from phi_c.quantize import run
 from phi_c.quantize.mix import FILE_TYPES
 from phi_c.quantize.plan import Importance
-from tiny_gguf import write_tiny
+from tiny_gguf import write_and_close, write_tiny
 
 Floats = npt.NDArray[np.float32]
 
@@ -44,10 +44,7 @@ def write(path: Path, tensors: dict[str, tuple[str, Floats]]) -> Path:
     for name, (type_name, values) in tensors.items():
         data = values if type_name == "F32" else gguf.quants.quantize(values, GGMLQuantizationType[type_name])
         writer.add_tensor(name, data, raw_dtype=GGMLQuantizationType[type_name])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_and_close(writer)
     return path
 
 
@@ -194,10 +191,7 @@ def test_importance_from_an_imatrix_file(tiny: Path, tmp_path: Path) -> None:
     writer.add_uint32("imatrix.chunk_size", 512)
     writer.add_tensor(f"{name}.in_sum2", mean_squares[None] * 1024)
     writer.add_tensor(f"{name}.counts", np.full((1, 1), 1024, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_and_close(writer)
     result = phi_c.quantize_model(tiny, tmp_path / "out.gguf", "Q6_K", imatrix=tmp_path / "imatrix.gguf")
     rows = read(tiny)[name][1]
     np.testing.assert_array_equal(read(result.path)[name][1], values_of("Q6_K", quantized("Q6_K", rows, mean_squares)))
@@ -245,10 +239,7 @@ def test_non_finite_weights_are_reported(
     writer = gguf.GGUFWriter(tmp_path / "in.gguf", "llama")
     writer.add_tensor("blk.0.ffn_up.weight", random(24, 512))
     writer.add_tensor("blk.0.ffn_down.weight", data, raw_dtype=GGMLQuantizationType[type_name])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_and_close(writer)
     with pytest.raises(ModelFileError, match=rf"'blk.0.ffn_down.weight' has {value} in row 17, column 300"):
         phi_c.quantize_model(tmp_path / "in.gguf", tmp_path / "out.gguf", "Q6_K")
     assert names(tmp_path) == ["in.gguf"]

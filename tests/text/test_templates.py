@@ -28,6 +28,16 @@ def by_role(*, before: str = "", after: str = "", **turns: str) -> str:
     return text + "{% endif %}{% endfor %}" + after
 
 
+def three_roles(turn: str, prompt: str, *, system: str = "system", end: str) -> str:
+    """Return a template with the same turn for system, user and assistant.
+
+    turn: expression with {} for the role. prompt: generation prompt. system: role of the first case, as in `by_role`.
+    end: end of the template, from the end of the generation prompt's condition.
+    """
+    turns = {system: turn.format("system"), "user": turn.format("user"), "assistant": turn.format("assistant")}
+    return by_role(after="{% if add_generation_prompt %}{{ '" + prompt + "' }}" + end, **turns)
+
+
 _ANY_ROLE_TURN = "{{'<|' + message['role'] + '|>' + '\\n' + message['content'] + '<|end|>\\n' }}"
 _END = "{% else %}{{ eos_token }}{% endif %}"
 _TURN = "{{{{'<|{}|>\\n' + message['content'] + '<|end|>\\n'}}}}"
@@ -58,24 +68,10 @@ PUBLISHED = {
         "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}" + _END,
         add_bos=True,
     ),
-    "Phi-3-mini, July 2024": Published(
-        "phi-3",
-        by_role(
-            system=_TURN.format("system"),
-            user=_TURN.format("user"),
-            assistant=_TURN.format("assistant"),
-            after="{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}" + _END,
-        ),
-    ),
+    "Phi-3-mini, July 2024": Published("phi-3", three_roles(_TURN, "<|assistant|>\\n", end=_END)),
     "Phi-3-medium": Published("phi-3", by_role(user=_ASKED, assistant=_ANSWERED), drops_system=True),
     "Phi-3.5-mini, Phi-3.5-MoE": Published(
-        "phi-3",
-        by_role(
-            system_content=_TURN.format("system"),
-            user=_TURN.format("user"),
-            assistant=_TURN.format("assistant"),
-            after="{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}" + _END,
-        ),
+        "phi-3", three_roles(_TURN, "<|assistant|>\\n", system="system_content", end=_END)
     ),
     "Phi-4, December 2024": Published(
         "phi-4",
@@ -85,15 +81,7 @@ PUBLISHED = {
             assistant="{{message['content'] + '<|im_end|>'}}",
         ),
     ),
-    "Phi-4": Published(
-        "phi-4",
-        by_role(
-            system=_PHI4_TURN.format("system"),
-            user=_PHI4_TURN.format("user"),
-            assistant=_PHI4_TURN.format("assistant"),
-            after="{% if add_generation_prompt %}{{ '" + _PHI4_PROMPT + "' }}{% endif %}",
-        ),
-    ),
+    "Phi-4": Published("phi-4", three_roles(_PHI4_TURN, _PHI4_PROMPT, end="{% endif %}")),
     "Phi-4-mini": Published(
         "phi-4-mini",
         "{% for message in messages %}"

@@ -90,14 +90,20 @@ def long_context(long_rope: Converted) -> LlamaCpp:
     return LlamaCpp(long_rope.gguf, 8192)
 
 
-@pytest.mark.parametrize("n_tokens", [100, WINDOW, WINDOW + 200])
-def test_llama_cpp_beyond_the_window(windowed: Converted, short_context: LlamaCpp, n_tokens: int) -> None:
-    tokens = random_tokens(n_tokens, windowed.n_tokens)
-    expected = windowed.expected(tokens)[-1]
-    theirs = log_prob_nmse(short_context.log_probs(tokens, len(expected)), expected)
-    ours = log_prob_nmse(phi_c_logits(windowed, tokens)[-1], expected)
+def llama_cpp_error(model: Converted, llama_cpp: LlamaCpp, n_tokens: int) -> float:
+    """Return the NMSE of llama.cpp's log-probabilities after n_tokens tokens; that of phi-c is at most MAX_NMSE."""
+    tokens = random_tokens(n_tokens, model.n_tokens)
+    expected = model.expected(tokens)[-1]
+    theirs = log_prob_nmse(llama_cpp.log_probs(tokens, len(expected)), expected)
+    ours = log_prob_nmse(phi_c_logits(model, tokens)[-1], expected)
     print(f"{n_tokens} tokens: llama.cpp {theirs:.1e}, phi-c {ours:.1e}")
     assert ours <= MAX_NMSE
+    return theirs
+
+
+@pytest.mark.parametrize("n_tokens", [100, WINDOW, WINDOW + 200])
+def test_llama_cpp_beyond_the_window(windowed: Converted, short_context: LlamaCpp, n_tokens: int) -> None:
+    theirs = llama_cpp_error(windowed, short_context, n_tokens)
     if n_tokens <= WINDOW:
         assert theirs <= 1e-4
     else:
@@ -106,12 +112,7 @@ def test_llama_cpp_beyond_the_window(windowed: Converted, short_context: LlamaCp
 
 @pytest.mark.parametrize("n_tokens", [100, N_CTX_ORIG, N_CTX_ORIG + 1])
 def test_llama_cpp_beyond_the_original_context(long_rope: Converted, long_context: LlamaCpp, n_tokens: int) -> None:
-    tokens = random_tokens(n_tokens, long_rope.n_tokens)
-    expected = long_rope.expected(tokens)[-1]
-    theirs = log_prob_nmse(long_context.log_probs(tokens, len(expected)), expected)
-    ours = log_prob_nmse(phi_c_logits(long_rope, tokens)[-1], expected)
-    print(f"{n_tokens} tokens: llama.cpp {theirs:.1e}, phi-c {ours:.1e}")
-    assert ours <= MAX_NMSE
+    theirs = llama_cpp_error(long_rope, long_context, n_tokens)
     if n_tokens > N_CTX_ORIG:
         assert theirs <= 1e-4
     else:

@@ -1,15 +1,15 @@
-"""The `phi-c` command. Each verb is a module of its name, imported when the verb is called.
+"""The `phi-c` command. Each verb has a module of the same name, which is imported when the verb is called.
 
 How verbs take their operands:
 
 - A verb that loads one model takes it as -m/--model SOURCE. Verbs that run a model on an input (generate, chat, score,
   embed, tokens, perplexity) default to a preset; verbs about a certain model (bench, inspect, imatrix) do not.
-  compare judges -m/--model SOURCE against --reference SOURCE.
+  compare evaluates -m/--model SOURCE against --reference SOURCE.
 - Verbs whose operands are files or names take them as positional arguments: quantize IN OUT TYPE,
   convert SOURCE [OUTPUT], pull SOURCE..., rm NAME..., completion SHELL.
 - Options that load a model have the same names everywhere (phi_c.cli.options.loading_options). The Python names of
   -c/--ctx-size, -b/--batch-size and -t/--threads are n_ctx, n_batch and n_threads.
-- The help of an option is a sentence that begins with a verb or a noun phrase and names the value and its unit; the
+- The help of an option is a sentence that begins with a verb or a noun phrase and names the value and its unit. The
   default follows in brackets.
 """
 
@@ -89,7 +89,7 @@ def group() -> None:
 def main() -> NoReturn:
     """Run the command line and exit: code 2 for wrong usage, 1 for other errors, 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a console without UTF-8 shows a ? and does not raise
+        if isinstance(stream, io.TextIOWrapper):  # a console without UTF-8 shows a ? instead of raising
             stream.reconfigure(encoding="utf-8" if sys.platform == "win32" else None, errors="replace")
     code = _run()
     try:

@@ -54,7 +54,7 @@ def command(
 ) -> None:
     """Chat with a model.
 
-    Type /help during the conversation for its commands. On a terminal, lines can be edited and have a history.
+    Type /help during the conversation for its commands. On a terminal, input has line editing and a history.
     """
     with load(model, **opt.pop_loading_options(options)) as llm:
         conversation = Conversation(system)

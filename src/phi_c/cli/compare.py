@@ -26,7 +26,7 @@ Examples:
 
 @cloup.command("compare", epilog=_EPILOG)
 @opt.loading_options(
-    opt.model_option(required=True, help="Model to judge."),
+    opt.model_option(required=True, help="Model to evaluate."),
     opt.model_option("--reference", required=True, help="Model to compare with, such as the unquantised original."),
     opt.window_size(),
 )

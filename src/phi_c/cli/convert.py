@@ -38,7 +38,7 @@ Examples:
 def command(source: str, output: str | None, outtype: str, force: bool, quiet: bool) -> None:
     """Convert the Hugging Face model SOURCE to the GGUF file OUTPUT and print its path.
 
-    Supported are Phi-2, Phi-3, Phi-3.5, Phi-3.5-MoE, Phi-4 and Llama models.
+    Supports Phi-2, Phi-3, Phi-3.5, Phi-3.5-MoE, Phi-4, Phi-4-mini and Llama models.
     """
     from phi_c.convert.run import convert  # noqa: PLC0415 - not needed for `--help`
 

@@ -41,7 +41,7 @@ Examples:
         show_default=True,
         help="Pooling of the hidden states: the mean over all tokens, or the last token.",
     ),
-    cloup.option("--no-normalize", is_flag=True, help="Print vectors as they are, not scaled to length 1."),
+    cloup.option("--no-normalize", is_flag=True, help="Do not scale vectors to length 1."),
     opt.parse_special(),
 )
 @cloup.option_group(

@@ -62,11 +62,11 @@ Examples:
         "--output-frequency",
         default=10,
         show_default=True,
-        help="Number of chunks after which FILE is written again.",
+        help="Number of chunks between intermediate writes of FILE.",
     ),
     opt.count_option(
         "--save-frequency",
-        help="Number of chunks after which a copy is kept, as FILE.at_N, FILE.at_2N and so on.  [default: no copies]",
+        help="Number of chunks between copies, saved as FILE.at_N, FILE.at_2N and so on.  [default: no copies]",
     ),
 )
 def command(
@@ -153,7 +153,7 @@ def command(
 
 
 def _check_writable(target: Path) -> None:
-    """Raise OutputError before the work starts, not after an hour of it."""
+    """Raise OutputError for a target that cannot be written, before the work starts."""
     folder = target.parent
     if target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         reason = "it is a folder" if target.is_dir() else f"{folder} is not a writable folder"

@@ -25,8 +25,8 @@ from phi_c.model.config import ModelConfig, read_config
 
 _DEFAULT_N_CTX = 4096  # of `phi_c.load`, for models whose own context is longer
 _MAX_N_CTX = 2**31 - 1
-_MAX_ITEMS = 6  # shown of an array
-_MAX_CHARACTERS = 200  # shown of a string in tables
+_MAX_ITEMS = 6  # of an array that are shown
+_MAX_CHARACTERS = 200  # of a string that are shown in tables
 
 _EPILOG = """\b
 Examples:
@@ -56,7 +56,7 @@ def command(
 ) -> None:
     """Show the metadata of a model file, its tensors by type, and the memory that the model needs.
 
-    A file that phi-c can read but not run is shown as well; the exit code is 1.
+    A file that phi-c can read but not run is shown as well; the exit code is then 1.
     """
     if model is None and not kernels:
         raise click.UsageError("missing option '-m' / '--model', or --kernels")

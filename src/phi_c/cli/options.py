@@ -1,4 +1,4 @@
-"""Options that several verbs share. Each is a decorator; the functions and capitalised groups are help sections."""
+"""Options that several verbs share, as decorators. Those that return a section group their options in --help."""
 
 from collections.abc import Callable
 from typing import Any
@@ -110,7 +110,7 @@ def prefix_cache() -> Decorator:
         "--prefix-cache",
         is_flag=True,
         default=None,
-        help="Keep the KV cache of prompts on disk, where later runs find it.",
+        help="Store the KV cache of prompts on disk and reuse it in later runs.",
     )
 
 
@@ -218,50 +218,44 @@ def generation_options(*more: Decorator) -> Decorator:
 
 def sampling_options() -> Decorator:
     """Return the section of the options that choose the next token; the names are those of SamplingParams."""
+
+    def value(name: str, metavar: str, about: str, kind: type = float) -> Decorator:
+        return cloup.option(name, type=kind, metavar=metavar, help=about)
+
     return cloup.option_group(
         "Sampling options",
-        cloup.option(
-            "--temperature", type=float, metavar="T", help="Sampling temperature; 0: greedy decoding.  [default: 0.7]"
-        ),
-        cloup.option(
-            "--top-k", type=int, metavar="K", help="Sample from the K most probable tokens; 0: off.  [default: 0]"
-        ),
-        cloup.option(
+        value("--temperature", "T", "Sampling temperature; 0: greedy decoding.  [default: 0.7]"),
+        value("--top-k", "K", "Sample from the K most probable tokens; 0: off.  [default: 0]", int),
+        value(
             "--top-p",
-            type=float,
-            metavar="P",
-            help="Sample from the most probable tokens whose probabilities add up to P; 1: off.  [default: 0.95]",
+            "P",
+            "Sample from the most probable tokens whose probabilities add up to P; 1: off.  [default: 0.95]",
         ),
-        cloup.option(
+        value(
             "--min-p",
-            type=float,
-            metavar="P",
-            help="Minimum probability of a token, relative to the most probable one; 0: off.  [default: 0.05]",
+            "P",
+            "Minimum probability of a token, relative to the most probable one; 0: off.  [default: 0.05]",
         ),
-        cloup.option(
+        value(
             "--repeat-penalty",
-            type=float,
-            metavar="X",
-            help="Penalty that lowers the logits of repeated tokens: divides positive, multiplies negative ones; "
-            "1: off.  [default: 1]",
+            "X",
+            "Penalty for repeated tokens: divides positive logits and multiplies negative ones; 1: off.  [default: 1]",
         ),
-        cloup.option(
+        value(
             "--repeat-last-n",
-            type=int,
-            metavar="N",
-            help="Number of last generated tokens that the penalties consider; -1: all.  [default: 64]",
+            "N",
+            "Number of most recently generated tokens that the penalties consider; -1: all.  [default: 64]",
+            int,
         ),
-        cloup.option(
+        value(
             "--presence-penalty",
-            type=float,
-            metavar="X",
-            help="Penalty subtracted once from the logit of every repeated token.  [default: 0]",
+            "X",
+            "Penalty subtracted once from the logit of every repeated token.  [default: 0]",
         ),
-        cloup.option(
+        value(
             "--frequency-penalty",
-            type=float,
-            metavar="X",
-            help="Penalty subtracted from the logit of a repeated token per occurrence.  [default: 0]",
+            "X",
+            "Penalty subtracted from the logit of a repeated token per occurrence.  [default: 0]",
         ),
         cloup.option(
             "--logit-bias",
@@ -270,12 +264,7 @@ def sampling_options() -> Decorator:
             metavar="ID=BIAS",
             help="Bias added to the logit of token ID; -inf bans the token. Can be repeated.",
         ),
-        cloup.option(
-            "--seed",
-            type=int,
-            metavar="N",
-            help="Random seed; the same seed gives the same output.  [default: random]",
-        ),
+        value("--seed", "N", "Random seed; the same seed gives the same output.  [default: random]", int),
     )
 
 

@@ -39,7 +39,7 @@ def command(
 
     The text is split into windows of --ctx-size tokens, each with a BOS token if the model uses one. The second half
     of each window is scored, as in llama.cpp. With --stride, windows overlap and each token is scored once, as in the
-    guide of transformers. The standard error assumes that windows are independent.
+    transformers guide. The standard error assumes that windows are independent.
     """
     text = read_text(file)
     with load(model, n_ctx=n_ctx, **loading) as llm, window_bar("perplexity") as show:

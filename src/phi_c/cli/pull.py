@@ -24,7 +24,7 @@ Examples:
 )
 @cloup.option_group("Output options", opt.quiet("Show no progress bar."))
 def command(sources: tuple[str, ...], quiet: bool) -> None:
-    """Download each SOURCE that is missing in the cache or newer on the hub, and print its path."""
+    """Download each SOURCE that is missing from the cache or newer on the hub, and print its path."""
     from phi_c import hub  # noqa: PLC0415 - not needed for `--help`
 
     for source in sources:

@@ -50,7 +50,9 @@ def command(names: tuple[str, ...], yes: bool, dry_run: bool) -> int:
         return 0
     if not yes:
         if not sys.stdin.isatty():
-            raise OptionError("stdin is not a terminal, so nobody can confirm: --yes removes without asking")
+            raise OptionError(
+                "stdin is not a terminal, expected one for the confirmation: use --yes to remove without it"
+            )
         if not click.confirm("Remove?"):
             click.echo("nothing was removed", err=True)
             return 1

@@ -39,7 +39,7 @@ def command(
 ) -> None:
     """Print the log-probability of each CONTINUATION of PROMPT.
 
-    Log-probabilities are natural logarithms, summed over the tokens of a continuation. The column "greedy" tells
+    Log-probabilities are natural logarithms, summed over the tokens of a continuation. The column "greedy" shows
     whether greedy decoding would generate the continuation. Text is tokenized as lm-evaluation-harness does.
     """
     text = read_stdin() if prompt == "-" else prompt

@@ -63,7 +63,7 @@ def read_tokenizer(path: Path, architecture: str, n_vocab: int) -> Metadata:
 def _from_json(path: Path, content: dict[str, Any], architecture: str, n_vocab: int) -> Metadata:
     model = content.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
-        raise UnsupportedModelError(f"{path}: expected a BPE vocabulary, phi-c converts no other kind of tokenizer")
+        raise UnsupportedModelError(f"{path}: expected a BPE vocabulary, the only kind that phi-c converts")
     backend = _backend(path)  # validates the file, so the code below can rely on its structure
     tokens, kinds = _tokens(path, model["vocab"], content.get("added_tokens") or [], n_vocab)
     try:

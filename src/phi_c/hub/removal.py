@@ -76,7 +76,7 @@ def remove(files: Collection[StoredFile]) -> None:
     own = [file.path for file in files if not file.is_in_hub_cache]
     for path in own:
         if not path.parent.resolve().is_relative_to(root.resolve()):
-            raise CacheError(f"{path.parent} is outside the cache folder {root}: delete {path.name} there yourself")
+            raise CacheError(f"{path.parent} is outside the cache folder {root}: delete {path.name} there manually")
     try:
         for path in own:
             path.unlink(missing_ok=True)
