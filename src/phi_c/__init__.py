@@ -2,7 +2,7 @@
 
 >>> import phi_c
 >>> llm = phi_c.load("smollm2")
->>> print(llm.generate("Write a haiku about ice hockey").text)
+>>> print(llm.generate("Why is the sky blue?").text)
 """
 
 import importlib

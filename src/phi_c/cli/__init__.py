@@ -56,7 +56,7 @@ VERBS = [verb for verbs in SECTIONS.values() for verb in verbs]
 
 _EPILOG = """\b
 Examples:
-  phi-c generate -m smollm2 "Write a haiku about ice hockey"
+  phi-c generate -m smollm2 "Why is the sky blue?"
   phi-c chat -m ./Phi-3-mini-4k-instruct-q4.gguf
 """
 

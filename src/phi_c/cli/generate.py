@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _EPILOG = """\b
 Examples:
-  phi-c generate -m smollm2 "Write a haiku about ice hockey"
+  phi-c generate -m smollm2 "Why is the sky blue?"
   phi-c generate --raw --temperature 0 -n 40 "Once upon a time"
   git diff | phi-c generate --system "Explain this change in two sentences." -
 """
