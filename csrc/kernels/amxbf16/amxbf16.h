@@ -3,18 +3,13 @@
 #ifndef PHI_AMXBF16_H
 #define PHI_AMXBF16_H
 
-#include "../../kernels.h"
+#include "../generic/pack.h"
 
 /* Batches of up to this many tokens use the AVX-512 kernels, whose bits do not depend on the batch size. */
 enum { PHI_AMXBF16_MAX_EXACT_BATCH = 16 };
 
-#define PHI_DECLARE(type) void phi_matmul_packed_##type##_amxbf16(const phi_matmul *m);
-PHI_DECLARE(q4_0)
-PHI_DECLARE(q4_1)
-PHI_DECLARE(q8_0)
-PHI_DECLARE(q4_k)
-PHI_DECLARE(q5_k)
-PHI_DECLARE(q6_k)
+#define PHI_DECLARE(UPPER, lower) void phi_matmul_packed_##lower##_amxbf16(const phi_matmul *m);
+PHI_PACKED_TYPES(PHI_DECLARE)
 #undef PHI_DECLARE
 
 void phi_quantize_tiled_amxbf16(const float *x, size_t n_cols, const phi_tiled *tiled, size_t token);

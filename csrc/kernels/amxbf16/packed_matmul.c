@@ -197,14 +197,9 @@ static void matmul(unpack_fn unpack_block, void (*small_batch)(const phi_matmul 
     phi_tiles_release();
 }
 
-#define PHI_DEFINE(type)                                                                             \
+#define PHI_DEFINE(UPPER, type)                                                                      \
     static void unpack_##type(const uint8_t *unit, block *w) { unpack(PHI_FORMAT_##type, unit, w); } \
     void phi_matmul_packed_##type##_amxbf16(const phi_matmul *m) {                                   \
         matmul(unpack_##type, phi_matmul_packed_##type##_avx512, m);                                 \
     }
-PHI_DEFINE(q4_0)
-PHI_DEFINE(q4_1)
-PHI_DEFINE(q8_0)
-PHI_DEFINE(q4_k)
-PHI_DEFINE(q5_k)
-PHI_DEFINE(q6_k)
+PHI_PACKED_TYPES(PHI_DEFINE)

@@ -30,22 +30,29 @@ PHI_INLINE __m256 load_keys(phi_kv_type type, const phi_kv_slice *page, size_t h
     return _mm256_mul_ps(floats_from_int8(_mm_loadl_epi64((const __m128i *)(const void *)(page->keys + at))), scales);
 }
 
-/* n <= 8 dimensions from d on of the value in a slot, then zeros. */
-PHI_INLINE __m256 load_values(phi_kv_type type, const phi_kv_slice *page, size_t head_dim, size_t slot, size_t d,
-                              size_t n) {
-    const size_t at = slot * head_dim + d, element = type == PHI_KV_F16 ? 2 : 1;
-    const uint8_t *values = page->values + at * element;
-    uint8_t padded[16] = {0};
-    if (n < 8) {
-        memcpy(padded, values, n * element);
-        values = padded;
-    }
-    if (type == PHI_KV_F16) return phi_load_half((const uint16_t *)(const void *)values);
-    const size_t n_blocks = (head_dim + PHI_KV_BLOCK - 1) / PHI_KV_BLOCK;
-    const short scale = (short)page->value_scales[slot * n_blocks + d / PHI_KV_BLOCK];
-    const __m256 scales = _mm256_cvtph_ps(_mm_set1_epi16(scale));
-    return _mm256_mul_ps(floats_from_int8(_mm_loadl_epi64((const __m128i *)(const void *)values)), scales);
+/* What attention_values.h and attention_one_row.h need. */
+
+enum { STEP = 8 };
+
+typedef __m256 vector;
+typedef __m256 eight_floats;
+
+PHI_INLINE vector load_floats(const float *x) { return _mm256_loadu_ps(x); }
+PHI_INLINE void store_floats(float *x, vector v) { _mm256_storeu_ps(x, v); }
+PHI_INLINE vector repeat_float(const float *x) { return _mm256_broadcast_ss(x); }
+PHI_INLINE vector multiply(vector a, vector b) { return _mm256_mul_ps(a, b); }
+PHI_INLINE vector multiply_add(vector a, vector b, vector sum) { return _mm256_fmadd_ps(a, b, sum); }
+PHI_INLINE eight_floats eight_zeros(void) { return _mm256_setzero_ps(); }
+PHI_INLINE void store_eight(float *x, eight_floats v) { _mm256_storeu_ps(x, v); }
+PHI_INLINE eight_floats eight_from_half(const uint8_t *x) { return phi_load_half((const uint16_t *)(const void *)x); }
+PHI_INLINE eight_floats eight_from_int8(const uint8_t *x, const uint16_t *scale) {
+    const __m256 scales = _mm256_cvtph_ps(_mm_set1_epi16((short)*scale));
+    return _mm256_mul_ps(floats_from_int8(_mm_loadl_epi64((const __m128i *)(const void *)x)), scales);
 }
+
+#include "../generic/attention_values.h"
+
+#include "../x86/attention_one_row.h"
 
 PHI_INLINE void convert_keys(const phi_attention *a, phi_kv_type type, int page, float *keys) {
     const size_t head_dim = (size_t)a->head_dim;
@@ -59,20 +66,6 @@ PHI_INLINE void convert_keys(const phi_attention *a, phi_kv_type type, int page,
     }
     for (size_t i = 0; i < head_dim * PHI_PAGE_TOKENS * phi_kv_element_bytes(type); i += CACHE_LINE_BYTES)
         prefetch_l2_line(p.values + i);
-}
-
-PHI_INLINE void convert_values(const phi_attention *a, phi_kv_type type, int first, int end, size_t first_dim,
-                               float *values) {
-    const size_t head_dim = (size_t)a->head_dim, left = head_dim - first_dim;
-    for (int p = first; p < end; p++, values += PHI_VALUE_DIMS) {
-        const phi_kv_slice page = phi_kv_slice_at(a, type, p);
-        const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
-        for (size_t d = 0; d < PHI_VALUE_DIMS; d += 8) {
-            const size_t n = left <= d ? 0 : left - d < 8 ? left - d : 8;
-            const __m256 v = n ? load_values(type, &page, head_dim, slot, first_dim + d, n) : _mm256_setzero_ps();
-            _mm256_storeu_ps(values + d, v);
-        }
-    }
 }
 
 /* s = q * k over the even (parity 0) or odd (parity 1) dimensions, for 16 positions. */
@@ -183,34 +176,6 @@ static void accumulate_pv(const phi_query_tile *t, const float *weights, const f
             _mm256_storeu_ps(acc + 8, sum[r][1]);
         }
     }
-}
-
-/* 8 * n_vectors dimensions from first_dim on, of which the last vector has only n_dims <= 8. n_vectors is a
- * compile-time constant once inlined. */
-PHI_INLINE void accumulate_pv_dims(const phi_attention *a, phi_kv_type type, const phi_query_tile *t, int first,
-                                   int end, const float *weights, size_t first_dim, int n_vectors, size_t n_dims) {
-    const size_t head_dim = (size_t)a->head_dim, element = phi_kv_element_bytes(type);
-    float *acc = t->acc + first_dim;
-    __m256 sum[12];
-    UNROLL for (int i = 0; i < n_vectors; i++) sum[i] =
-        _mm256_mul_ps(_mm256_loadu_ps(acc + 8 * i), _mm256_set1_ps(t->rescale[0]));
-    for (int p = first; p < end;) {
-        const phi_kv_slice page = phi_kv_slice_at(a, type, p);
-        const uint8_t *next_keys = p + BLOCK < t->any_end ? phi_page_of(a, p + BLOCK) : NULL; /* of the next block */
-        const int page_end = phi_min(end, (p / PHI_PAGE_TOKENS + 1) * PHI_PAGE_TOKENS);
-        for (; p < page_end; p++, weights++) {
-            const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
-            const __m256 weight = _mm256_broadcast_ss(weights);
-            UNROLL for (int i = 0; i < n_vectors; i++) {
-                const size_t n = i == n_vectors - 1 ? n_dims : 8;
-                const __m256 v = load_values(type, &page, head_dim, slot, first_dim + 8 * (size_t)i, n);
-                sum[i] = _mm256_fmadd_ps(weight, v, sum[i]);
-            }
-            for (size_t i = 0; next_keys && i < (size_t)n_vectors * 8 * element; i += CACHE_LINE_BYTES)
-                prefetch_l2_line(next_keys + (slot * head_dim + first_dim) * element + i);
-        }
-    }
-    UNROLL for (int i = 0; i < n_vectors; i++) _mm256_storeu_ps(acc + 8 * i, sum[i]);
 }
 
 PHI_INLINE void accumulate_pv_one(const phi_attention *a, phi_kv_type type, const phi_query_tile *t, int first, int end,

@@ -2,7 +2,7 @@
 #ifndef PHI_AVX2_H
 #define PHI_AVX2_H
 
-#include "../../kernels.h"
+#include "../generic/pack.h"
 
 #define PHI_AVX2_TYPES(X) \
     X(F32, f32)           \
@@ -23,10 +23,8 @@
 PHI_AVX2_TYPES(PHI_DECLARE)
 #undef PHI_DECLARE
 
-#define PHI_AVX2_PACKED(X) X(Q4_0, q4_0) X(Q4_1, q4_1) X(Q8_0, q8_0) X(Q4_K, q4_k) X(Q5_K, q5_k) X(Q6_K, q6_k)
-
 #define PHI_DECLARE(UPPER, lower) void phi_matmul_packed_##lower##_avx2(const phi_matmul *m);
-PHI_AVX2_PACKED(PHI_DECLARE)
+PHI_PACKED_TYPES(PHI_DECLARE)
 #undef PHI_DECLARE
 
 void phi_quantize_q8_avx2(const float *x, size_t n, phi_q8 q8);

@@ -27,23 +27,10 @@ PHI_INLINE vector load_bf16(const uint8_t *w) {
     const __m256i dwords = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)w));
     return _mm256_castsi256_ps(_mm256_slli_epi32(dwords, 16));
 }
-PHI_INLINE vector load_partial_f32(const uint8_t *w, size_t n) {
-    uint8_t bytes[STEP * 4] = {0};
-    memcpy(bytes, w, n * 4);
-    return load_f32(bytes);
-}
-PHI_INLINE vector load_partial_f16(const uint8_t *w, size_t n) {
-    uint8_t bytes[STEP * 2] = {0};
-    memcpy(bytes, w, n * 2);
-    return load_f16(bytes);
-}
-PHI_INLINE vector load_partial_bf16(const uint8_t *w, size_t n) {
-    uint8_t bytes[STEP * 2] = {0};
-    memcpy(bytes, w, n * 2);
-    return load_bf16(bytes);
-}
 
 #include "../x86/float4.h"
+
+#include "../generic/partial_loads.h"
 
 #include "../generic/float_products.h"
 

@@ -168,6 +168,7 @@ PHI_INLINE __m256i line_q6_k(const void *unit, int sub_block, int line, int half
 
 enum {
     PANELS = 2,       /* unpacked at a time for prefill */
+    TILE_PANELS = 1,  /* of a prefill tile */
     CHUNK_BLOCKS = 8, /* sub-blocks of 32 columns unpacked at a time */
 };
 
@@ -296,7 +297,8 @@ PHI_INLINE void unpack_chunk(const format f, const uint8_t *panel, int n_blocks,
 /* Adds the products of a chunk, which starts at sub-block first_block, to out. next: packed bytes of the next chunk to
  * prefetch meanwhile, or NULL. */
 PHI_INLINE void multiply_chunk(const format f, const chunk *c, size_t first_block, int n_blocks, const phi_matmul *m,
-                               int token, int n_tokens, const uint8_t *next, float *out) {
+                               int token, int n_tokens, int n_panels, const uint8_t *next, float *out) {
+    (void)n_panels; /* always 1 */
     const activations a = activations_from(f, m, token);
     const size_t block_bytes = f.unit_bytes / (size_t)f.sub_blocks;
     __m256 total[PREFILL_TILE_TOKENS][HALVES];
@@ -317,57 +319,7 @@ PHI_INLINE void multiply_chunk(const format f, const chunk *c, size_t first_bloc
     }
 }
 
-/* All columns of n_panels panels, chunk by chunk, for all tokens. */
-PHI_INLINE void multiply_prefill(const format f, const uint8_t *panels, const phi_matmul *m, int n_panels, float *out) {
-    const size_t n_blocks = (size_t)m->n_cols / PHI_Q8_BLOCK, panel_bytes = PHI_PANEL_ROWS * m->row_bytes;
-    for (size_t b = 0; b < n_blocks; b += CHUNK_BLOCKS) {
-        const int n = n_blocks - b < CHUNK_BLOCKS ? (int)(n_blocks - b) : CHUNK_BLOCKS;
-        const uint8_t *part = panels + b / (size_t)f.sub_blocks * f.unit_bytes;
-        const bool last = b + CHUNK_BLOCKS >= n_blocks;
-        const uint8_t *next = last ? panels + (size_t)n_panels * panel_bytes
-                                   : part + (size_t)(CHUNK_BLOCKS / f.sub_blocks) * f.unit_bytes;
-        chunk c[PANELS];
-        for (int p = 0; p < n_panels; p++) unpack_chunk(f, part + (size_t)p * panel_bytes, n, &c[p]);
-        for (int t = 0; t < m->n_tokens;) {
-            const int n_tokens = m->n_tokens - t >= PREFILL_TILE_TOKENS ? PREFILL_TILE_TOKENS : 1;
-            for (int p = 0; p < n_panels; p++) {
-                const uint8_t *to_prefetch = t == 0 ? next + (size_t)p * panel_bytes : NULL;
-                float *rows = out + p * PHI_PANEL_ROWS;
-                if (n_tokens == PREFILL_TILE_TOKENS)
-                    multiply_chunk(f, &c[p], b, n, m, t, PREFILL_TILE_TOKENS, to_prefetch, rows);
-                else
-                    multiply_chunk(f, &c[p], b, n, m, t, 1, to_prefetch, rows);
-            }
-            t += n_tokens;
-        }
-    }
-}
-
-PHI_INLINE void multiply_packed(const format f, const phi_matmul *m) {
-    for (int r = 0; r < m->n_rows;) {
-        const uint8_t *panel = m->rows + (size_t)r * m->row_bytes;
-        float *out = m->out + r;
-        int n_panels = 1;
-        switch (m->n_tokens) {
-        case 1:
-            multiply_small_batch(f, panel, m, 1, out);
-            break;
-        case 2:
-            multiply_small_batch(f, panel, m, 2, out);
-            break;
-        case 3:
-            multiply_small_batch(f, panel, m, 3, out);
-            break;
-        case 4:
-            multiply_small_batch(f, panel, m, 4, out);
-            break;
-        default:
-            n_panels = r + PANELS * PHI_PANEL_ROWS <= m->n_rows ? PANELS : 1;
-            multiply_prefill(f, panel, m, n_panels, out);
-        }
-        r += n_panels * PHI_PANEL_ROWS;
-    }
-}
+#include "../generic/packed_products.h"
 
 /* X(type, bits, sub-blocks per unit, groups per sub-block) */
 #define PHI_PACKED_FORMATS(X) \

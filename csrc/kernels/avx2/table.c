@@ -1,15 +1,13 @@
 /* Kernel table of the AVX2 tier. Dequantisation, which is not speed-critical, is inherited from the scalar tier. */
 #include "avx2.h"
 
-#include "../generic/pack.h"
-
 #define PHI_SLOT(UPPER, lower) .matmul[PHI_TYPE_##UPPER] = phi_matmul_##lower##_avx2,
 #define PHI_PACKED_SLOTS(UPPER, lower) \
     .pack[PHI_TYPE_##UPPER] = phi_pack_##lower, .matmul_packed[PHI_TYPE_##UPPER] = phi_matmul_packed_##lower##_avx2,
 
 const phi_kernels phi_kernels_avx2 = {
     .name = "avx2",
-    PHI_AVX2_TYPES(PHI_SLOT) PHI_AVX2_PACKED(PHI_PACKED_SLOTS).quantize_q8 = phi_quantize_q8_avx2,
+    PHI_AVX2_TYPES(PHI_SLOT) PHI_PACKED_TYPES(PHI_PACKED_SLOTS).quantize_q8 = phi_quantize_q8_avx2,
     .rms_norm = phi_rms_norm_avx2,
     .layer_norm = phi_layer_norm_avx2,
     .rope = {phi_rope_neox_avx2, phi_rope_interleaved_avx2},

@@ -4,6 +4,8 @@
 #include <math.h>
 
 #include "../../half.h"
+#include "../generic/rotate.h"
+#include "../generic/store_kv.h"
 #include "avx2.h"
 #include "simd.h"
 
@@ -156,11 +158,7 @@ void phi_rope_neox_avx2(float *x, int rope_dims, const float *cos, const float *
         _mm256_storeu_ps(x + i, _mm256_sub_ps(_mm256_mul_ps(a, c), _mm256_mul_ps(b, s)));
         _mm256_storeu_ps(x + half + i, _mm256_add_ps(_mm256_mul_ps(b, c), _mm256_mul_ps(a, s)));
     }
-    for (; i < half; i++) {
-        const float a = x[i], b = x[half + i];
-        x[i] = a * cos[i] - b * sin[i];
-        x[half + i] = b * cos[i] + a * sin[i];
-    }
+    for (; i < half; i++) phi_rotate(x + i, x + half + i, cos[i], sin[i]);
 }
 
 PHI_INLINE __m256 repeat_each(const float *p) {
@@ -176,11 +174,7 @@ void phi_rope_interleaved_avx2(float *x, int rope_dims, const float *cos, const 
         const __m256 product = _mm256_mul_ps(v, repeat_each(cos + i / 2));
         _mm256_storeu_ps(x + i, _mm256_addsub_ps(product, _mm256_mul_ps(swapped, repeat_each(sin + i / 2))));
     }
-    for (; i < n; i += 2) {
-        const float a = x[i], b = x[i + 1], c = cos[i / 2], s = sin[i / 2];
-        x[i] = a * c - b * s;
-        x[i + 1] = b * c + a * s;
-    }
+    for (; i < n; i += 2) phi_rotate(x + i, x + i + 1, cos[i / 2], sin[i / 2]);
 }
 
 PHI_INLINE void to_half(const float *x, uint16_t *halves) {
@@ -189,24 +183,7 @@ PHI_INLINE void to_half(const float *x, uint16_t *halves) {
 }
 
 void phi_store_kv_f16_avx2(const float *k, const float *v, int head_dim, int slot, uint8_t *slice) {
-    const phi_kv_slice page = phi_kv_slice_of(PHI_KV_F16, head_dim, slice);
-    const size_t n = (size_t)head_dim, n8 = n / 8 * 8, s = (size_t)slot;
-    uint16_t *keys = (uint16_t *)(void *)page.keys + s / PHI_KV_GROUP * n * PHI_KV_GROUP + s % PHI_KV_GROUP;
-    uint16_t *values = (uint16_t *)(void *)page.values + s * n;
-    uint16_t halves[8];
-    for (size_t d = 0; d < n8; d += 8) {
-        to_half(k + d, halves);
-        for (size_t i = 0; i < 8; i++) keys[(d + i) * PHI_KV_GROUP] = halves[i];
-        to_half(v + d, values + d);
-    }
-    if (n8 == n) return;
-    float tail[8] = {0};
-    memcpy(tail, k + n8, (n - n8) * sizeof *tail);
-    to_half(tail, halves);
-    for (size_t d = n8; d < n; d++) keys[d * PHI_KV_GROUP] = halves[d - n8];
-    memcpy(tail, v + n8, (n - n8) * sizeof *tail);
-    to_half(tail, halves);
-    memcpy(values + n8, halves, (n - n8) * sizeof *halves);
+    phi_store_kv_f16(to_half, 8, k, v, head_dim, slot, slice);
 }
 
 /* Quantises n <= 32 dimensions to q [32]; returns their scale, as quantize_kv of the scalar tier. */
@@ -241,15 +218,5 @@ static uint16_t quantize_kv(const float *x, size_t n, int8_t *q) {
 }
 
 void phi_store_kv_q8_avx2(const float *k, const float *v, int head_dim, int slot, uint8_t *slice) {
-    const phi_kv_slice page = phi_kv_slice_of(PHI_KV_Q8, head_dim, slice);
-    const size_t head = (size_t)head_dim, n_blocks = phi_kv_blocks(head_dim), s = (size_t)slot;
-    uint8_t *keys = page.keys + s / PHI_KV_GROUP * head * PHI_KV_GROUP + s % PHI_KV_GROUP;
-    for (size_t b = 0; b < n_blocks; b++) {
-        const size_t d = b * PHI_KV_BLOCK, n = head - d < PHI_KV_BLOCK ? head - d : PHI_KV_BLOCK;
-        int8_t q[PHI_KV_BLOCK];
-        page.value_scales[s * n_blocks + b] = quantize_kv(v + d, n, q);
-        memcpy(page.values + s * head + d, q, n);
-        page.key_scales[b * PHI_PAGE_TOKENS + s] = quantize_kv(k + d, n, q);
-        for (size_t i = 0; i < n; i++) keys[(d + i) * PHI_KV_GROUP] = (uint8_t)q[i];
-    }
+    phi_store_kv_q8(quantize_kv, k, v, head_dim, slot, slice);
 }

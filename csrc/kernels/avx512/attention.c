@@ -32,10 +32,11 @@ PHI_INLINE __m512 load_keys(phi_kv_type type, const phi_kv_slice *page, size_t h
     return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)), scales);
 }
 
-/* Dimensions d .. d + 15 of the value in a slot; 0 in lanes that are not set. */
+/* The first n of dimensions d .. d + 15 of the value in a slot, then zeros. */
 PHI_INLINE __m512 load_values(phi_kv_type type, const phi_kv_slice *page, size_t head_dim, size_t slot, size_t d,
-                              __mmask16 lanes) {
+                              size_t n) {
     const size_t at = slot * head_dim + d;
+    const __mmask16 lanes = phi_lanes(n);
     if (type == PHI_KV_F16) {
         const uint16_t *values = (const uint16_t *)(const void *)page->values;
         return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, values + at));
@@ -62,12 +63,12 @@ PHI_INLINE void convert_keys(const phi_attention *a, phi_kv_type type, int page,
 PHI_INLINE void convert_values(const phi_attention *a, phi_kv_type type, int first, int end, size_t first_dim,
                                float *values) {
     const size_t head_dim = (size_t)a->head_dim, left = head_dim - first_dim;
-    const __mmask16 low = phi_lanes(left), high = left > 16 ? phi_lanes(left - 16) : 0;
+    const size_t n_high = left > 16 ? left - 16 : 0;
     for (int p = first; p < end; p++, values += PHI_VALUE_DIMS) {
         const phi_kv_slice page = phi_kv_slice_at(a, type, p);
         const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
-        _mm512_storeu_ps(values, load_values(type, &page, head_dim, slot, first_dim, low));
-        _mm512_storeu_ps(values + 16, load_values(type, &page, head_dim, slot, first_dim + 16, high));
+        _mm512_storeu_ps(values, load_values(type, &page, head_dim, slot, first_dim, left));
+        _mm512_storeu_ps(values + 16, load_values(type, &page, head_dim, slot, first_dim + 16, n_high));
     }
 }
 
@@ -139,6 +140,7 @@ PHI_INLINE void compute_scores_one(const phi_attention *a, phi_kv_type type, con
     store_scores(t, 0, page, _mm512_add_ps(even[0], odd[0]), _mm512_add_ps(even[1], odd[1]), scores);
 }
 
+/* Mirrors avx2/attention.c: the intrinsics differ in every line. */
 static void update_softmax(phi_query_tile *t, int row, float *scores, int n) {
     __m512 lane_max = _mm512_set1_ps(t->row_max[row]);
     for (int i = 0; i < n; i += 16) lane_max = _mm512_max_ps(_mm512_loadu_ps(scores + i), lane_max);
@@ -187,42 +189,28 @@ static void accumulate_pv(const phi_query_tile *t, const float *weights, const f
         accumulate_pv_rows(t, weights, values, n, first_dim, 4);
 }
 
-/* 16 * n_vectors dimensions from first_dim on, of which the last vector has only `lanes`. n_vectors is a compile-time
- * constant once inlined. */
-PHI_INLINE void accumulate_pv_dims(const phi_attention *a, phi_kv_type type, const phi_query_tile *t, int first,
-                                   int end, const float *weights, size_t first_dim, int n_vectors, __mmask16 lanes) {
-    const size_t head_dim = (size_t)a->head_dim, element = phi_kv_element_bytes(type);
-    float *acc = t->acc + first_dim;
-    __m512 sum[6];
-    UNROLL for (int i = 0; i < n_vectors; i++) sum[i] =
-        _mm512_mul_ps(_mm512_loadu_ps(acc + 16 * i), _mm512_set1_ps(t->rescale[0]));
-    for (int p = first; p < end;) {
-        const phi_kv_slice page = phi_kv_slice_at(a, type, p);
-        const uint8_t *next_keys = p + BLOCK < t->any_end ? phi_page_of(a, p + BLOCK) : NULL; /* of the next block */
-        const int page_end = phi_min(end, (p / PHI_PAGE_TOKENS + 1) * PHI_PAGE_TOKENS);
-        for (; p < page_end; p++, weights++) {
-            const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
-            const __m512 weight = _mm512_set1_ps(*weights);
-            UNROLL for (int i = 0; i < n_vectors; i++) {
-                const __mmask16 mask = i == n_vectors - 1 ? lanes : (__mmask16)0xffff;
-                const __m512 v = load_values(type, &page, head_dim, slot, first_dim + 16 * (size_t)i, mask);
-                sum[i] = _mm512_fmadd_ps(weight, v, sum[i]);
-            }
-            for (size_t i = 0; next_keys && i < (size_t)n_vectors * 16 * element; i += CACHE_LINE_BYTES)
-                prefetch_l2_line(next_keys + (slot * head_dim + first_dim) * element + i);
-        }
-    }
-    UNROLL for (int i = 0; i < n_vectors; i++) _mm512_storeu_ps(acc + 16 * i, sum[i]);
-}
+/* What attention_one_row.h needs. */
+
+enum { STEP = 16 };
+
+typedef __m512 vector;
+
+PHI_INLINE vector load_floats(const float *x) { return _mm512_loadu_ps(x); }
+PHI_INLINE void store_floats(float *x, vector v) { _mm512_storeu_ps(x, v); }
+PHI_INLINE vector repeat_float(const float *x) { return _mm512_set1_ps(*x); }
+PHI_INLINE vector multiply(vector a, vector b) { return _mm512_mul_ps(a, b); }
+PHI_INLINE vector multiply_add(vector a, vector b, vector sum) { return _mm512_fmadd_ps(a, b, sum); }
+
+#include "../x86/attention_one_row.h"
 
 PHI_INLINE void accumulate_pv_one(const phi_attention *a, phi_kv_type type, const phi_query_tile *t, int first, int end,
                                   const float *weights) {
     const size_t head_dim = (size_t)a->head_dim;
     size_t d = 0;
     if (head_dim % 96 == 0)
-        for (; d < head_dim; d += 96) accumulate_pv_dims(a, type, t, first, end, weights, d, 6, 0xffff);
-    for (; d + 64 <= head_dim; d += 64) accumulate_pv_dims(a, type, t, first, end, weights, d, 4, 0xffff);
-    for (; d < head_dim; d += 16) accumulate_pv_dims(a, type, t, first, end, weights, d, 1, phi_lanes(head_dim - d));
+        for (; d < head_dim; d += 96) accumulate_pv_dims(a, type, t, first, end, weights, d, 6, 16);
+    for (; d + 64 <= head_dim; d += 64) accumulate_pv_dims(a, type, t, first, end, weights, d, 4, 16);
+    for (; d < head_dim; d += 16) accumulate_pv_dims(a, type, t, first, end, weights, d, 1, head_dim - d);
 }
 
 PHI_DEFINE_ATTENTION(PHI_KV_F16, f16, avx512)

@@ -2,12 +2,10 @@
 #ifndef PHI_AVX512_H
 #define PHI_AVX512_H
 
-#include "../../kernels.h"
-
-#define PHI_AVX512_PACKED(X) X(Q4_0, q4_0) X(Q4_1, q4_1) X(Q8_0, q8_0) X(Q4_K, q4_k) X(Q5_K, q5_k) X(Q6_K, q6_k)
+#include "../generic/pack.h"
 
 #define PHI_DECLARE(UPPER, lower) void phi_matmul_packed_##lower##_avx512(const phi_matmul *m);
-PHI_AVX512_PACKED(PHI_DECLARE)
+PHI_PACKED_TYPES(PHI_DECLARE)
 #undef PHI_DECLARE
 
 void phi_matmul_f32_avx512(const phi_matmul *m);

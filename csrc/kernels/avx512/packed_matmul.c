@@ -201,23 +201,6 @@ PHI_INLINE void multiply_chunk(const format f, const chunk *c, size_t first_bloc
     }
 }
 
-/* multiply_chunk for each n_tokens that prefill_tile_tokens returns. n_panels is a compile-time constant once inlined.
- */
-PHI_INLINE void multiply_chunk_tile(const format f, const chunk *c, size_t first_block, int n_blocks,
-                                    const phi_matmul *m, int token, int n_tokens, int n_panels, const uint8_t *next,
-                                    float *out) {
-    switch (n_tokens) {
-    case PREFILL_TILE_TOKENS:
-        multiply_chunk(f, c, first_block, n_blocks, m, token, PREFILL_TILE_TOKENS, n_panels, next, out);
-        break;
-    case 4:
-        multiply_chunk(f, c, first_block, n_blocks, m, token, 4, n_panels, next, out);
-        break;
-    default:
-        multiply_chunk(f, c, first_block, n_blocks, m, token, 1, n_panels, next, out);
-    }
-}
-
 /* Tokens of the next tile, given those left. */
 PHI_INLINE int prefill_tile_tokens(const format f, int left) {
     const bool has_room = f.groups_per_block == 1; /* in registers: a second group doubles the sums */
@@ -225,40 +208,14 @@ PHI_INLINE int prefill_tile_tokens(const format f, int left) {
     return left >= 4 ? 4 : 1;
 }
 
-/* All columns of n_panels panels, chunk by chunk, for all tokens. */
-PHI_INLINE void multiply_prefill(const format f, const uint8_t *panel, const phi_matmul *m, int n_panels, float *out) {
-    const size_t n_blocks = (size_t)m->n_cols / PHI_Q8_BLOCK, panel_bytes = PHI_PANEL_ROWS * m->row_bytes;
-    for (size_t b = 0; b < n_blocks; b += CHUNK_BLOCKS) {
-        const int n = n_blocks - b < CHUNK_BLOCKS ? (int)(n_blocks - b) : CHUNK_BLOCKS;
-        const uint8_t *part = panel + b / (size_t)f.sub_blocks * f.unit_bytes;
-        const bool last = b + CHUNK_BLOCKS >= n_blocks;
-        const uint8_t *next =
-            last ? panel + (size_t)n_panels * panel_bytes : part + (size_t)(CHUNK_BLOCKS / f.sub_blocks) * f.unit_bytes;
-        chunk c[PANELS];
-        for (int p = 0; p < n_panels; p++) unpack_chunk(f, part + (size_t)p * panel_bytes, n, &c[p]);
-        for (int t = 0; t < m->n_tokens;) {
-            const int n_tokens = prefill_tile_tokens(f, m->n_tokens - t);
-            for (int p = 0; p < n_panels; p += TILE_PANELS) {
-                const uint8_t *to_prefetch = t == 0 ? next + (size_t)p * panel_bytes : NULL;
-                float *rows = out + p * PHI_PANEL_ROWS;
-                if (n_panels - p >= TILE_PANELS)
-                    multiply_chunk_tile(f, c + p, b, n, m, t, n_tokens, TILE_PANELS, to_prefetch, rows);
-                else
-                    multiply_chunk_tile(f, c + p, b, n, m, t, n_tokens, 1, to_prefetch, rows);
-            }
-            t += n_tokens;
-        }
-    }
-}
-
-PHI_INLINE int min_int(int a, int b) { return a < b ? a : b; }
+#include "../generic/packed_prefill.h"
 
 PHI_INLINE void matmul(const format f, const phi_matmul *m) {
     for (int r = 0; r < m->n_rows;) {
         const uint8_t *panel = m->rows + (size_t)r * m->row_bytes;
         float *out = m->out + r;
         if (m->n_tokens > MAX_SMALL_BATCH) {
-            const int n_panels = min_int((m->n_rows - r) / PHI_PANEL_ROWS, PANELS);
+            const int n_panels = panels_from(m, r);
             multiply_prefill(f, panel, m, n_panels, out);
             r += n_panels * PHI_PANEL_ROWS;
             continue;
@@ -268,11 +225,6 @@ PHI_INLINE void matmul(const format f, const phi_matmul *m) {
     }
 }
 
-#define PHI_DEFINE(type) \
+#define PHI_DEFINE(UPPER, type) \
     void phi_matmul_packed_##type##_avx512(const phi_matmul *m) { matmul(PHI_FORMAT_##type, m); }
-PHI_DEFINE(q4_0)
-PHI_DEFINE(q4_1)
-PHI_DEFINE(q8_0)
-PHI_DEFINE(q4_k)
-PHI_DEFINE(q5_k)
-PHI_DEFINE(q6_k)
+PHI_PACKED_TYPES(PHI_DEFINE)

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "../../half.h"
+#include "../generic/store_kv.h"
 #include "avx512.h"
 #include "simd.h"
 
@@ -148,15 +149,5 @@ static uint16_t quantize_kv(const float *x, size_t n, int8_t *q) {
 }
 
 void phi_store_kv_q8_avx512(const float *k, const float *v, int head_dim, int slot, uint8_t *slice) {
-    const phi_kv_slice page = phi_kv_slice_of(PHI_KV_Q8, head_dim, slice);
-    const size_t head = (size_t)head_dim, n_blocks = phi_kv_blocks(head_dim), s = (size_t)slot;
-    uint8_t *keys = page.keys + s / PHI_KV_GROUP * head * PHI_KV_GROUP + s % PHI_KV_GROUP;
-    for (size_t b = 0; b < n_blocks; b++) {
-        const size_t d = b * PHI_KV_BLOCK, n = head - d < PHI_KV_BLOCK ? head - d : PHI_KV_BLOCK;
-        int8_t q[PHI_KV_BLOCK];
-        page.value_scales[s * n_blocks + b] = quantize_kv(v + d, n, q);
-        memcpy(page.values + s * head + d, q, n);
-        page.key_scales[b * PHI_PAGE_TOKENS + s] = quantize_kv(k + d, n, q);
-        for (size_t i = 0; i < n; i++) keys[(d + i) * PHI_KV_GROUP] = (uint8_t)q[i];
-    }
+    phi_store_kv_q8(quantize_kv, k, v, head_dim, slot, slice);
 }

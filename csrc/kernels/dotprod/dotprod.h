@@ -11,7 +11,7 @@ PHI_NEON_K(PHI_DECLARE)
 #undef PHI_DECLARE
 
 #define PHI_DECLARE(UPPER, lower) void phi_matmul_packed_##lower##_dotprod(const phi_matmul *m);
-PHI_NEON_PACKED(PHI_DECLARE)
+PHI_PACKED_TYPES(PHI_DECLARE)
 #undef PHI_DECLARE
 
 #endif

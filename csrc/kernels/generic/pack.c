@@ -82,15 +82,10 @@ static void pack_block_q6_k(const void *block, int row, void *unit) {
     }
 }
 
-#define PHI_DEFINE(type)                                                                 \
+#define PHI_DEFINE(UPPER, type)                                                          \
     static_assert(sizeof(phi_panel_##type) == PHI_PANEL_ROWS * sizeof(phi_block_##type), \
                   "a panel has the size of its rows");                                   \
     void phi_pack_##type(const uint8_t *rows, size_t row_bytes, uint8_t *panel) {        \
         pack(pack_block_##type, sizeof(phi_block_##type), rows, row_bytes, panel);       \
     }
-PHI_DEFINE(q4_0)
-PHI_DEFINE(q4_1)
-PHI_DEFINE(q8_0)
-PHI_DEFINE(q4_k)
-PHI_DEFINE(q5_k)
-PHI_DEFINE(q6_k)
+PHI_PACKED_TYPES(PHI_DEFINE)

@@ -12,6 +12,9 @@
  * matrices are packed, change. */
 enum { PHI_PANEL_VERSION = 2 };
 
+/* X(type, name) for every type with a packed layout. */
+#define PHI_PACKED_TYPES(X) X(Q4_0, q4_0) X(Q4_1, q4_1) X(Q8_0, q8_0) X(Q4_K, q4_k) X(Q5_K, q5_k) X(Q6_K, q6_k)
+
 typedef struct {
     uint16_t d[16];
     uint8_t lines[4][64];
@@ -60,11 +63,8 @@ typedef struct {
     } halves[2];
 } phi_panel_q6_k;
 
-void phi_pack_q4_0(const uint8_t *rows, size_t row_bytes, uint8_t *panel);
-void phi_pack_q4_1(const uint8_t *rows, size_t row_bytes, uint8_t *panel);
-void phi_pack_q8_0(const uint8_t *rows, size_t row_bytes, uint8_t *panel);
-void phi_pack_q4_k(const uint8_t *rows, size_t row_bytes, uint8_t *panel);
-void phi_pack_q5_k(const uint8_t *rows, size_t row_bytes, uint8_t *panel);
-void phi_pack_q6_k(const uint8_t *rows, size_t row_bytes, uint8_t *panel);
+#define PHI_DECLARE(UPPER, lower) void phi_pack_##lower(const uint8_t *rows, size_t row_bytes, uint8_t *panel);
+PHI_PACKED_TYPES(PHI_DECLARE)
+#undef PHI_DECLARE
 
 #endif

@@ -4,6 +4,7 @@
 
 #include "../../half.h"
 #include "quantised.h"
+#include "rotate.h"
 
 static void phi_dequantize_f32_scalar(const void *row, size_t n, float *y) { memcpy(y, row, n * sizeof *y); }
 
@@ -61,18 +62,12 @@ static void phi_layer_norm_scalar(const float *x, const float *weight, const flo
     for (size_t i = 0; i < n; i++) y[i] = (x[i] - (float)mean) * inverse * weight[i] + bias[i];
 }
 
-static inline void rotate(float *a, float *b, float cos, float sin) {
-    const float x = *a, y = *b;
-    *a = x * cos - y * sin;
-    *b = y * cos + x * sin;
-}
-
 static void phi_rope_neox_scalar(float *x, int rope_dims, const float *cos, const float *sin) {
-    for (int i = 0; i < rope_dims / 2; i++) rotate(x + i, x + i + rope_dims / 2, cos[i], sin[i]);
+    for (int i = 0; i < rope_dims / 2; i++) phi_rotate(x + i, x + i + rope_dims / 2, cos[i], sin[i]);
 }
 
 static void phi_rope_interleaved_scalar(float *x, int rope_dims, const float *cos, const float *sin) {
-    for (int i = 0; i < rope_dims / 2; i++) rotate(x + 2 * i, x + 2 * i + 1, cos[i], sin[i]);
+    for (int i = 0; i < rope_dims / 2; i++) phi_rotate(x + 2 * i, x + 2 * i + 1, cos[i], sin[i]);
 }
 
 static void phi_silu_mul_scalar(const float *gate, const float *up, size_t n, float *y) {

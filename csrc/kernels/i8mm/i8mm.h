@@ -6,7 +6,7 @@
 #include "../neon/neon.h"
 
 #define PHI_DECLARE(UPPER, lower) void phi_matmul_packed_##lower##_i8mm(const phi_matmul *m);
-PHI_NEON_PACKED(PHI_DECLARE)
+PHI_PACKED_TYPES(PHI_DECLARE)
 #undef PHI_DECLARE
 
 #endif

@@ -2,9 +2,7 @@
  * they are multiplied by at most four tokens at a time. */
 #include "i8mm.h"
 
-#include "../generic/pack.h"
-
 #define PHI_SLOTS(UPPER, lower) \
     .pack[PHI_TYPE_##UPPER] = phi_pack_##lower, .matmul_packed[PHI_TYPE_##UPPER] = phi_matmul_packed_##lower##_i8mm,
 
-const phi_kernels phi_kernels_i8mm = {.name = "i8mm", PHI_NEON_PACKED(PHI_SLOTS)};
+const phi_kernels phi_kernels_i8mm = {.name = "i8mm", PHI_PACKED_TYPES(PHI_SLOTS)};

@@ -43,27 +43,26 @@ PHI_INLINE void load_keys(phi_kv_type type, const phi_kv_slice *page, size_t hea
     }
 }
 
-/* n <= 8 dimensions from d on of the value in a slot, then zeros. */
-PHI_INLINE void load_values(phi_kv_type type, const phi_kv_slice *page, size_t head_dim, size_t slot, size_t d,
-                            size_t n, float32x4_t v[2]) {
-    const size_t at = slot * head_dim + d, element = type == PHI_KV_F16 ? 2 : 1;
-    const uint8_t *values = page->values + at * element;
-    uint8_t padded[16] = {0};
-    if (n < 8) {
-        memcpy(padded, values, n * element);
-        values = padded;
-    }
-    if (type == PHI_KV_F16) {
-        v[0] = phi_load_half(values);
-        v[1] = phi_load_half(values + 8);
-        return;
-    }
-    const size_t n_blocks = (head_dim + PHI_KV_BLOCK - 1) / PHI_KV_BLOCK;
-    const float scale = phi_half(page->value_scales + slot * n_blocks + d / PHI_KV_BLOCK);
-    floats_from_int8(vld1_s8((const int8_t *)values), v);
-    v[0] = vmulq_n_f32(v[0], scale);
-    v[1] = vmulq_n_f32(v[1], scale);
+/* What attention_values.h needs. */
+
+typedef float32x4x2_t eight_floats;
+
+PHI_INLINE eight_floats eight_zeros(void) { return (eight_floats){{vdupq_n_f32(0.0f), vdupq_n_f32(0.0f)}}; }
+PHI_INLINE void store_eight(float *x, eight_floats v) {
+    vst1q_f32(x, v.val[0]);
+    vst1q_f32(x + 4, v.val[1]);
 }
+PHI_INLINE eight_floats eight_from_half(const uint8_t *x) {
+    return (eight_floats){{phi_load_half(x), phi_load_half(x + 8)}};
+}
+PHI_INLINE eight_floats eight_from_int8(const uint8_t *x, const uint16_t *scale) {
+    const float scale_f32 = phi_half(scale);
+    float32x4_t v[2];
+    floats_from_int8(vld1_s8((const int8_t *)x), v);
+    return (eight_floats){{vmulq_n_f32(v[0], scale_f32), vmulq_n_f32(v[1], scale_f32)}};
+}
+
+#include "../generic/attention_values.h"
 
 PHI_INLINE void convert_keys(const phi_attention *a, phi_kv_type type, int page, float *keys) {
     const size_t head_dim = (size_t)a->head_dim;
@@ -74,22 +73,6 @@ PHI_INLINE void convert_keys(const phi_attention *a, phi_kv_type type, int page,
         for (size_t d = b; d < head_dim && d < b + PHI_KV_BLOCK; d++) {
             load_keys(type, &p, head_dim, d, scales, k);
             UNROLL for (size_t i = 0; i < PAGE_VECTORS; i++) vst1q_f32(keys + d * PHI_PAGE_TOKENS + 4 * i, k[i]);
-        }
-    }
-}
-
-PHI_INLINE void convert_values(const phi_attention *a, phi_kv_type type, int first, int end, size_t first_dim,
-                               float *values) {
-    const size_t head_dim = (size_t)a->head_dim, left = head_dim - first_dim;
-    for (int p = first; p < end; p++, values += PHI_VALUE_DIMS) {
-        const phi_kv_slice page = phi_kv_slice_at(a, type, p);
-        const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
-        for (size_t d = 0; d < PHI_VALUE_DIMS; d += 8) {
-            const size_t n = left <= d ? 0 : left - d < 8 ? left - d : 8;
-            float32x4_t v[2] = {vdupq_n_f32(0.0f), vdupq_n_f32(0.0f)};
-            if (n) load_values(type, &page, head_dim, slot, first_dim + d, n, v);
-            vst1q_f32(values + d, v[0]);
-            vst1q_f32(values + d + 4, v[1]);
         }
     }
 }
@@ -151,6 +134,7 @@ PHI_INLINE float32x4_t exp_or_zero(float32x4_t x) {
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(phi_exp(x)), low));
 }
 
+/* Mirrors avx2/attention.c: the intrinsics differ in every line. */
 static void update_softmax(phi_query_tile *t, int row, float *scores, int n) {
     float32x4_t lane_max = vdupq_n_f32(t->row_max[row]);
     for (int i = 0; i < n; i += 4) lane_max = vmaxnmq_f32(lane_max, vld1q_f32(scores + i));
@@ -206,10 +190,10 @@ PHI_INLINE void accumulate_pv_dims(const phi_attention *a, phi_kv_type type, con
         const phi_kv_slice page = phi_kv_slice_at(a, type, p);
         const size_t slot = (size_t)(p % PHI_PAGE_TOKENS);
         UNROLL for (int i = 0; i < n_pairs; i++) {
-            float32x4_t v[2];
-            load_values(type, &page, head_dim, slot, first_dim + 8 * (size_t)i, i == n_pairs - 1 ? n_dims : 8, v);
-            sum[i][0] = vfmaq_n_f32(sum[i][0], v[0], *weights);
-            sum[i][1] = vfmaq_n_f32(sum[i][1], v[1], *weights);
+            const size_t n = i == n_pairs - 1 ? n_dims : 8;
+            const eight_floats v = load_values(type, &page, head_dim, slot, first_dim + 8 * (size_t)i, n);
+            sum[i][0] = vfmaq_n_f32(sum[i][0], v.val[0], *weights);
+            sum[i][1] = vfmaq_n_f32(sum[i][1], v.val[1], *weights);
         }
     }
     UNROLL for (int i = 0; i < n_pairs; i++) {

@@ -43,21 +43,8 @@ INLINE vector load_f16(const uint8_t *w) { return phi_load_half(w); }
 INLINE vector load_bf16(const uint8_t *w) {
     return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(w)), 16));
 }
-INLINE vector load_partial_f32(const uint8_t *w, size_t n) {
-    uint8_t bytes[STEP * 4] = {0};
-    memcpy(bytes, w, n * 4);
-    return load_f32(bytes);
-}
-INLINE vector load_partial_f16(const uint8_t *w, size_t n) {
-    uint8_t bytes[STEP * 2] = {0};
-    memcpy(bytes, w, n * 2);
-    return load_f16(bytes);
-}
-INLINE vector load_partial_bf16(const uint8_t *w, size_t n) {
-    uint8_t bytes[STEP * 2] = {0};
-    memcpy(bytes, w, n * 2);
-    return load_bf16(bytes);
-}
+
+#include "../generic/partial_loads.h"
 
 #include "../generic/float_products.h"
 

@@ -100,14 +100,7 @@ PHI_INLINE void multiply_row(const format f, const phi_matmul *m, const uint8_t 
     }
 }
 
-PHI_INLINE void multiply_rows(const format f, const phi_matmul *m) {
-    for (int r = 0; r < m->n_rows; r++) {
-        const uint8_t *row = m->rows + (size_t)r * m->row_bytes;
-        int t = 0;
-        for (; t + MAX_TOKENS <= m->n_tokens; t += MAX_TOKENS) multiply_row(f, m, row, t, MAX_TOKENS, m->out + r);
-        for (; t < m->n_tokens; t++) multiply_row(f, m, row, t, 1, m->out + r);
-    }
-}
+#include "multiply_rows.h"
 
 #define PHI_DEFINE_LEGACY(type, has_min, tier)                                        \
     void phi_matmul_##type##_##tier(const phi_matmul *m) {                            \

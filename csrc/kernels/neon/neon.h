@@ -2,12 +2,11 @@
 #ifndef PHI_NEON_H
 #define PHI_NEON_H
 
-#include "../../kernels.h"
+#include "../generic/pack.h"
 
 #define PHI_NEON_LEGACY(X) X(Q4_0, q4_0) X(Q4_1, q4_1) X(Q5_0, q5_0) X(Q5_1, q5_1) X(Q8_0, q8_0)
 #define PHI_NEON_K(X) X(Q2_K, q2_k) X(Q3_K, q3_k) X(Q4_K, q4_k) X(Q5_K, q5_k) X(Q6_K, q6_k)
 #define PHI_NEON_FLOATS(X) X(F32, f32) X(F16, f16) X(BF16, bf16)
-#define PHI_NEON_PACKED(X) X(Q4_0, q4_0) X(Q4_1, q4_1) X(Q8_0, q8_0) X(Q4_K, q4_k) X(Q5_K, q5_k) X(Q6_K, q6_k)
 
 #define PHI_DECLARE(UPPER, lower) void phi_matmul_##lower##_neon(const phi_matmul *m);
 PHI_NEON_LEGACY(PHI_DECLARE)
@@ -16,7 +15,7 @@ PHI_NEON_FLOATS(PHI_DECLARE)
 #undef PHI_DECLARE
 
 #define PHI_DECLARE(UPPER, lower) void phi_matmul_packed_##lower##_neon(const phi_matmul *m);
-PHI_NEON_PACKED(PHI_DECLARE)
+PHI_PACKED_TYPES(PHI_DECLARE)
 #undef PHI_DECLARE
 
 void phi_quantize_q8_neon(const float *x, size_t n, phi_q8 q8);

@@ -15,14 +15,15 @@
 #include "simd.h"
 
 enum {
-    MAX_DIRECT_TOKENS = 4, /* largest batch that reads lines straight from the panel */
-    TILE_TOKENS = 4,
+    MAX_SMALL_BATCH = 4, /* largest batch that reads lines straight from the panel */
+    PREFILL_TILE_TOKENS = 4,
     VECTORS = 4, /* per line, four rows each */
     TILE_VECTORS = 2,
     LINES = 8,
     MAX_GROUPS = 16,
     CHUNK_BLOCKS = 8, /* sub-blocks of 32 columns that are unpacked at a time */
     PANELS = 4,       /* unpacked at a time: all of them find the activations in L1 */
+    TILE_PANELS = 1,  /* of a prefill tile */
 };
 
 /* Scales and minima of groups of 16 or 32 columns, each for 16 rows. */
@@ -201,12 +202,12 @@ PHI_INLINE void add_block(const format f, const line_source s, const groups *g, 
     const int group_lines = LINES / f.groups_per_block, group = b * f.groups_per_block;
     const int sum_lines = phi_max_lines_per_sum(f.bits) < group_lines ? phi_max_lines_per_sum(f.bits) : group_lines;
     UNROLL for (int k = 0; k < f.groups_per_block; k++) {
-        int32x4_t dot[MAX_DIRECT_TOKENS][VECTORS], initial[MAX_DIRECT_TOKENS];
+        int32x4_t dot[MAX_SMALL_BATCH][VECTORS], initial[MAX_SMALL_BATCH];
         UNROLL for (int t = 0; t < n_tokens; t++) {
             if (is_centred(f)) initial[t] = vdupq_n_s32(x[t].offsets[group + k] >> f.centre_shift);
         }
         UNROLL for (int line = k * group_lines; line < (k + 1) * group_lines; line += sum_lines) {
-            phi_sums sum[MAX_DIRECT_TOKENS][VECTORS];
+            phi_sums sum[MAX_SMALL_BATCH][VECTORS];
             const bool first_lines = line == k * group_lines;
             UNROLL for (int i = line; i < line + sum_lines; i++) {
                 UNROLL for (int v = 0; v < n_vectors; v++) {
@@ -236,14 +237,14 @@ PHI_INLINE void prefetch(const uint8_t *bytes, size_t n_bytes) {
 /* Vectors of a line that are multiplied in one pass: more than two tokens need the registers for their sums. */
 PHI_INLINE int vectors_per_pass(int n_tokens) { return n_tokens <= 2 ? VECTORS : TILE_VECTORS; }
 
-/* Decode and small batches: one panel by up to MAX_DIRECT_TOKENS tokens. n_tokens is a constant after inlining. */
+/* Decode and small batches: one panel by up to MAX_SMALL_BATCH tokens. n_tokens is a constant after inlining. */
 PHI_INLINE void multiply_small_batch(const format f, const uint8_t *panel, const phi_matmul *m, int n_tokens,
                                      float *out) {
     const size_t n_blocks = (size_t)m->n_cols / PHI_Q8_BLOCK,
                  step_bytes = f.unit_bytes / (size_t)(f.sub_blocks / f.unrolled);
     const int n_vectors = vectors_per_pass(n_tokens);
-    float32x4_t total[MAX_DIRECT_TOKENS][VECTORS];
-    activations x[MAX_DIRECT_TOKENS];
+    float32x4_t total[MAX_SMALL_BATCH][VECTORS];
+    activations x[MAX_SMALL_BATCH];
     UNROLL for (int t = 0; t < n_tokens; t++) {
         x[t] = activations_at(f, m, t, 0);
         UNROLL for (int v = 0; v < VECTORS; v++) total[t][v] = vdupq_n_f32(0.0f);
@@ -321,14 +322,15 @@ PHI_INLINE void unpack_chunk(const format f, const uint8_t *panel, int n_blocks,
 /* Adds the columns of a chunk, starting at sub-block first_block, to out. Meanwhile prefetches the chunk at `next`,
  * unless NULL. n_tokens is a constant after inlining. */
 PHI_INLINE void multiply_chunk(const format f, const chunk *c, size_t first_block, int n_blocks, const phi_matmul *m,
-                               int token, int n_tokens, const uint8_t *next, float *out) {
+                               int token, int n_tokens, int n_panels, const uint8_t *next, float *out) {
+    (void)n_panels; /* always 1 */
     const size_t block_bytes = f.unit_bytes / (size_t)f.sub_blocks;
     out += (size_t)token * m->out_stride;
     for (int b = 0; next && b < n_blocks; b++) prefetch(next + (size_t)b * block_bytes, block_bytes);
-    activations x[TILE_TOKENS];
+    activations x[PREFILL_TILE_TOKENS];
     UNROLL for (int t = 0; t < n_tokens; t++) x[t] = activations_at(f, m, token + t, first_block);
     UNROLL for (int first = 0; first < VECTORS; first += TILE_VECTORS) {
-        float32x4_t total[TILE_TOKENS][VECTORS];
+        float32x4_t total[PREFILL_TILE_TOKENS][VECTORS];
         UNROLL for (int t = 0; t < n_tokens; t++) {
             UNROLL for (int v = first; v < first + TILE_VECTORS; v++) {
                 total[t][v] = first_block ? vld1q_f32(out + (size_t)t * m->out_stride + 4 * v) : vdupq_n_f32(0.0f);
@@ -343,58 +345,7 @@ PHI_INLINE void multiply_chunk(const format f, const chunk *c, size_t first_bloc
     }
 }
 
-/* Batches of more than MAX_DIRECT_TOKENS tokens: n_panels panels by all tokens. */
-PHI_INLINE void multiply_prefill(const format f, const uint8_t *panels, const phi_matmul *m, int n_panels, float *out) {
-    const size_t n_blocks = (size_t)m->n_cols / PHI_Q8_BLOCK, panel_bytes = PHI_PANEL_ROWS * m->row_bytes;
-    for (size_t b = 0; b < n_blocks; b += CHUNK_BLOCKS) {
-        const int n = n_blocks - b < CHUNK_BLOCKS ? (int)(n_blocks - b) : CHUNK_BLOCKS;
-        const uint8_t *columns = panels + b / (size_t)f.sub_blocks * f.unit_bytes;
-        const bool is_last = b + CHUNK_BLOCKS >= n_blocks;
-        const uint8_t *next = is_last ? panels + (size_t)n_panels * panel_bytes
-                                      : columns + (size_t)(CHUNK_BLOCKS / f.sub_blocks) * f.unit_bytes;
-        chunk c[PANELS];
-        for (int p = 0; p < n_panels; p++) unpack_chunk(f, columns + (size_t)p * panel_bytes, n, &c[p]);
-        for (int t = 0; t < m->n_tokens;) {
-            const int n_tokens = m->n_tokens - t >= TILE_TOKENS ? TILE_TOKENS : 1;
-            for (int p = 0; p < n_panels; p++) {
-                const uint8_t *to_prefetch = t == 0 ? next + (size_t)p * panel_bytes : NULL;
-                float *rows = out + p * PHI_PANEL_ROWS;
-                if (n_tokens == TILE_TOKENS)
-                    multiply_chunk(f, &c[p], b, n, m, t, TILE_TOKENS, to_prefetch, rows);
-                else
-                    multiply_chunk(f, &c[p], b, n, m, t, 1, to_prefetch, rows);
-            }
-            t += n_tokens;
-        }
-    }
-}
-
-PHI_INLINE void multiply_packed(const format f, const phi_matmul *m) {
-    for (int r = 0; r < m->n_rows;) {
-        const uint8_t *panel = m->rows + (size_t)r * m->row_bytes;
-        const int n_left = (m->n_rows - r) / PHI_PANEL_ROWS;
-        float *out = m->out + r;
-        int n_panels = 1;
-        switch (m->n_tokens) {
-        case 1:
-            multiply_small_batch(f, panel, m, 1, out);
-            break;
-        case 2:
-            multiply_small_batch(f, panel, m, 2, out);
-            break;
-        case 3:
-            multiply_small_batch(f, panel, m, 3, out);
-            break;
-        case 4:
-            multiply_small_batch(f, panel, m, 4, out);
-            break;
-        default:
-            n_panels = n_left < PANELS ? n_left : PANELS;
-            multiply_prefill(f, panel, m, n_panels, out);
-        }
-        r += n_panels * PHI_PANEL_ROWS;
-    }
-}
+#include "../generic/packed_products.h"
 
 #define PHI_DEFINE_PACKED(type, bits, n_sub_blocks, unrolled, stride, n_groups, has_min, centre_shift, tier) \
     void phi_matmul_packed_##type##_##tier(const phi_matmul *m) {                                            \

@@ -2,15 +2,13 @@
  * kernel. */
 #include "neon.h"
 
-#include "../generic/pack.h"
-
 #define PHI_SLOT(UPPER, lower) .matmul[PHI_TYPE_##UPPER] = phi_matmul_##lower##_neon,
 #define PHI_PACKED_SLOTS(UPPER, lower) \
     .pack[PHI_TYPE_##UPPER] = phi_pack_##lower, .matmul_packed[PHI_TYPE_##UPPER] = phi_matmul_packed_##lower##_neon,
 
 const phi_kernels phi_kernels_neon = {
     .name = "neon",
-    PHI_NEON_FLOATS(PHI_SLOT) PHI_NEON_LEGACY(PHI_SLOT) PHI_NEON_K(PHI_SLOT) PHI_NEON_PACKED(PHI_PACKED_SLOTS)
+    PHI_NEON_FLOATS(PHI_SLOT) PHI_NEON_LEGACY(PHI_SLOT) PHI_NEON_K(PHI_SLOT) PHI_PACKED_TYPES(PHI_PACKED_SLOTS)
         .quantize_q8 = phi_quantize_q8_neon,
     .rms_norm = phi_rms_norm_neon,
     .layer_norm = phi_layer_norm_neon,

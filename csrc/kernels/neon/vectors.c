@@ -4,6 +4,8 @@
 #include <math.h>
 
 #include "../../half.h"
+#include "../generic/rotate.h"
+#include "../generic/store_kv.h"
 #include "neon.h"
 #include "simd.h"
 
@@ -157,11 +159,7 @@ void phi_rope_neox_neon(float *x, int rope_dims, const float *cos, const float *
         vst1q_f32(x + i, a);
         vst1q_f32(x + half + i, b);
     }
-    for (; i < half; i++) {
-        const float a = x[i], b = x[half + i];
-        x[i] = a * cos[i] - b * sin[i];
-        x[half + i] = b * cos[i] + a * sin[i];
-    }
+    for (; i < half; i++) phi_rotate(x + i, x + half + i, cos[i], sin[i]);
 }
 
 void phi_rope_interleaved_neon(float *x, int rope_dims, const float *cos, const float *sin) {
@@ -172,11 +170,7 @@ void phi_rope_interleaved_neon(float *x, int rope_dims, const float *cos, const 
         rotate(&pairs.val[0], &pairs.val[1], vld1q_f32(cos + i), vld1q_f32(sin + i));
         vst2q_f32(x + 2 * i, pairs);
     }
-    for (; i < half; i++) {
-        const float a = x[2 * i], b = x[2 * i + 1];
-        x[2 * i] = a * cos[i] - b * sin[i];
-        x[2 * i + 1] = b * cos[i] + a * sin[i];
-    }
+    for (; i < half; i++) phi_rotate(x + 2 * i, x + 2 * i + 1, cos[i], sin[i]);
 }
 
 PHI_INLINE void store_half(const float *x, uint16_t *halves) {
@@ -184,24 +178,7 @@ PHI_INLINE void store_half(const float *x, uint16_t *halves) {
 }
 
 void phi_store_kv_f16_neon(const float *k, const float *v, int head_dim, int slot, uint8_t *slice) {
-    const phi_kv_slice page = phi_kv_slice_of(PHI_KV_F16, head_dim, slice);
-    const size_t n = (size_t)head_dim, n4 = n / 4 * 4, s = (size_t)slot;
-    uint16_t *keys = (uint16_t *)(void *)page.keys + s / PHI_KV_GROUP * n * PHI_KV_GROUP + s % PHI_KV_GROUP;
-    uint16_t *values = (uint16_t *)(void *)page.values + s * n;
-    uint16_t halves[4];
-    for (size_t d = 0; d < n4; d += 4) {
-        store_half(k + d, halves);
-        for (size_t i = 0; i < 4; i++) keys[(d + i) * PHI_KV_GROUP] = halves[i];
-        store_half(v + d, values + d);
-    }
-    if (n4 == n) return;
-    float tail[4] = {0};
-    memcpy(tail, k + n4, (n - n4) * sizeof *tail);
-    store_half(tail, halves);
-    for (size_t d = n4; d < n; d++) keys[d * PHI_KV_GROUP] = halves[d - n4];
-    memcpy(tail, v + n4, (n - n4) * sizeof *tail);
-    store_half(tail, halves);
-    memcpy(values + n4, halves, (n - n4) * sizeof *halves);
+    phi_store_kv_f16(store_half, 4, k, v, head_dim, slot, slice);
 }
 
 /* Quantises n <= 32 dimensions to q [32] and returns their scale in half precision, as the scalar kernel does. */
@@ -226,15 +203,5 @@ static uint16_t quantize_kv(const float *x, size_t n, int8_t *q) {
 }
 
 void phi_store_kv_q8_neon(const float *k, const float *v, int head_dim, int slot, uint8_t *slice) {
-    const phi_kv_slice page = phi_kv_slice_of(PHI_KV_Q8, head_dim, slice);
-    const size_t head = (size_t)head_dim, n_blocks = phi_kv_blocks(head_dim), s = (size_t)slot;
-    uint8_t *keys = page.keys + s / PHI_KV_GROUP * head * PHI_KV_GROUP + s % PHI_KV_GROUP;
-    for (size_t b = 0; b < n_blocks; b++) {
-        const size_t d = b * PHI_KV_BLOCK, n = head - d < PHI_KV_BLOCK ? head - d : PHI_KV_BLOCK;
-        int8_t q[PHI_KV_BLOCK];
-        page.value_scales[s * n_blocks + b] = quantize_kv(v + d, n, q);
-        memcpy(page.values + s * head + d, q, n);
-        page.key_scales[b * PHI_PAGE_TOKENS + s] = quantize_kv(k + d, n, q);
-        for (size_t i = 0; i < n; i++) keys[(d + i) * PHI_KV_GROUP] = (uint8_t)q[i];
-    }
+    phi_store_kv_q8(quantize_kv, k, v, head_dim, slot, slice);
 }
