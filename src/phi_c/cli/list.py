@@ -21,8 +21,7 @@ def command(as_json: bool) -> None:
 
     `phi-c rm` removes them.
     """
-    from phi_c import hub  # noqa: PLC0415 - with the next: not needed for `--help`
-    from phi_c.hub import removal  # noqa: PLC0415
+    from phi_c import hub, removal  # noqa: PLC0415 - not needed for `--help`
     from phi_c.storage import cache_dir  # noqa: PLC0415
 
     models, cache_sizes = hub.cached(), removal.cache_sizes()

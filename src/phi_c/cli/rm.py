@@ -9,7 +9,7 @@ import cloup
 from phi_c.errors import OptionError
 
 if TYPE_CHECKING:
-    from phi_c.hub.removal import StoredFile
+    from phi_c.removal import StoredFile
 
 _EPILOG = """\b
 Examples:
@@ -39,7 +39,7 @@ def command(names: tuple[str, ...], yes: bool, dry_run: bool) -> int:
     Models of the Hugging Face hub are in the cache of its client, which other programs use as well. "all" removes all
     GGUF files in it, but not the history of `phi-c chat`.
     """
-    from phi_c.hub import removal  # noqa: PLC0415 - not needed for `--help`
+    from phi_c import removal  # noqa: PLC0415 - not needed for `--help`
 
     files = removal.find(names)
     if not files:

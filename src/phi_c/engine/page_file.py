@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -151,7 +151,7 @@ class PageFile:
             raise StateError(f"{self.path}: page {index} is corrupt: its checksum differs")
         return data
 
-    def __enter__(self) -> "PageFile":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -164,7 +164,7 @@ class GGUFFile:
             raise ModelClosedError(f"{self.path}: the file was closed")
         return self._map
 
-    def __enter__(self) -> "GGUFFile":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
