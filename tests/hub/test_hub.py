@@ -17,7 +17,6 @@ from hub_server import COMMIT, FakeHub
 from phi_c import hub
 from phi_c.errors import CacheError, DownloadError, ModelNotFoundError, OptionError
 from phi_c.hub import huggingface, wheel
-from phi_c.storage import atomic_write
 
 CONTENT = bytes(range(256)) * 8192  # 2 MiB
 SOURCE = "hf:owner/model-GGUF/model-q4.gguf"
@@ -291,14 +290,3 @@ def test_cache_folder_that_is_a_file(index: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("PHI_C_CACHE", str(tmp_path / "blocker"))
     with pytest.raises(CacheError, match="set PHI_C_CACHE to use another folder"):
         hub.resolve(f"pypi:tinymodel==1.0/{MEMBER}")
-
-
-def test_atomic_write(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "b"
-    with pytest.raises(KeyboardInterrupt), atomic_write(path, CacheError) as file:
-        file.write(b"half")
-        raise KeyboardInterrupt
-    assert has_no_files(tmp_path)
-    with atomic_write(path, CacheError) as file:
-        file.write(b"whole")
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["b"]
