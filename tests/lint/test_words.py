@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lint.words import WORDS, find, main, tracked
+from lint.words import ROOT, WORDS, find, main, tracked
 
 # One sentence for each pattern, in the order of WORDS.
 SENTENCES = (
@@ -77,9 +77,11 @@ def test_words_split_by_the_end_of_a_line() -> None:
     assert [number for number, _, _ in find("a line\n# that is asked\n# for by all\n")] == [2]
 
 
+in_checkout = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout: its files are not known")
+
+
+@in_checkout
 def test_every_kind_of_file_is_searched() -> None:
-    if not (Path(__file__).parents[2] / ".git").exists():
-        pytest.skip("not a git checkout: what the project consists of is not known")
     suffixes = {path.suffix for path in tracked([])}
     assert {".py", ".pyx", ".pxi", ".pyi", ".c", ".h", ".md", ".toml", ".yml"} <= suffixes
 
@@ -98,6 +100,7 @@ def test_a_word_fails_the_check(
     assert "bad.md:2: '8 texts' -> sequence(s)" in capsys.readouterr().out
 
 
+@in_checkout
 def test_the_script_runs_on_its_own() -> None:
     script = Path(__file__).with_name("words.py")
     result = subprocess.run(
