@@ -57,7 +57,7 @@ PLAIN = (
     "there is no such file; it is no longer there",
     "the file is asked, and says hello",
     "Path.touch() makes an empty file",
-    "a wide table, a shelf life aside".replace("shelf", "long"),
+    "a wide table, the widest row",
     "layout mmap, layout packed-cache",
 )
 
