@@ -133,6 +133,25 @@ class Model:
     def write_panels(self, file: IO[bytes]) -> None: ...
     def close(self) -> None: ...
 
+class Prefetch(NamedTuple):
+    l1_bytes: int
+    l2_bytes: int
+    next_page: bool
+
+class Tuning(NamedTuple):
+    prefetch: dict[str, tuple[Prefetch, ...]]
+    max_small_batch: dict[str, int]
+    max_task_rows: int
+    tasks_per_thread: int
+    spins: int
+
+BATCH_CLASSES: Final[tuple[int, ...]]
+MAX_SMALL_BATCH: Final[int]
+
+def default_tuning() -> Tuning: ...
+def get_tuning(model: Model) -> Tuning: ...
+def set_tuning(model: Model, tuning: Tuning) -> None: ...
+
 @disjoint_base
 class KvCache:
     def __init__(self, model: Model, n_pages: int, kv_type: str = "f16") -> None: ...

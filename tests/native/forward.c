@@ -92,6 +92,7 @@ static tiny *make_tiny(const phi_kernels *k, phi_pool *pool, phi_rope_style styl
         .layers = m->layers,
         .kernels = k,
         .pool = pool,
+        .tuning = phi_default_tuning(),
     };
     m->embeddings = (uint16_t *)(void *)m->model.token_embd.data;
     for (int l = 0; packed && l < N_LAYERS; l++) {
