@@ -198,6 +198,34 @@ typedef struct {
     phi_tuning tuning;
 } phi_model;
 
+/* What phi_tune measured for one tensor type and batch class. */
+typedef struct {
+    bool measured;          /* else the fields below are 0 */
+    phi_prefetch chosen;    /* the fastest candidate, or the default setting if none is clearly faster */
+    double default_seconds; /* with the default setting, per byte of weights */
+    double chosen_seconds;  /* with the chosen one, per byte of weights */
+    int n_samples;          /* of each */
+} phi_tune_result;
+
+typedef struct {
+    double seconds;             /* budget */
+    bool is_known[PHI_N_TYPES]; /* types whose settings in `tuning` are kept */
+    bool (*poll)(void *);       /* called between measurements by the calling thread; true cancels. NULL: never */
+    void *poll_context;
+    phi_tune_result results[PHI_N_TYPES][PHI_N_BATCH_CLASSES]; /* out */
+} phi_tune_call;
+
+/* Chooses the prefetch of each type and batch class by measuring products with the model's own packed weights, which
+ * continue where the last measurement ended, so that they come from memory as in decode. Single tokens and the types
+ * with the most bytes come first; what the budget does not reach keeps its setting. Types with less than 2 % of the
+ * bytes take the setting of the most similar type. Writes to `tuning`; the model's own tuning is not changed.
+ *
+ * Returns PHI_OK, PHI_CANCELLED or PHI_OUT_OF_MEMORY. */
+phi_status phi_tune(const phi_model *model, phi_tune_call *call, phi_tuning *tuning);
+
+/* The candidates of a batch class; *n: their number. The first is the default setting. */
+const phi_prefetch *phi_tune_candidates(phi_batch_class batch_class, int *n);
+
 /* Bytes that phi_pack writes for a matrix; 0 if these kernels use it in PHI_LAYOUT_ROWS. */
 size_t phi_packed_bytes(const phi_kernels *kernels, const phi_matrix *matrix);
 /* Packs a matrix for these kernels: writes panels to memory [phi_packed_bytes], aligned to 64 bytes, and sets the

@@ -135,6 +135,21 @@ cdef extern from "phi.h":
         phi_pool *pool
         phi_tuning tuning
 
+    ctypedef struct phi_tune_result:
+        c_bool measured
+        phi_prefetch chosen
+        double default_seconds
+        double chosen_seconds
+        int n_samples
+    ctypedef struct phi_tune_call:
+        double seconds
+        c_bool is_known[32]
+        c_bool (*poll)(void *) noexcept nogil
+        void *poll_context
+        phi_tune_result results[32][4]
+    phi_status phi_tune(const phi_model *model, phi_tune_call *call, phi_tuning *tuning) nogil
+    const phi_prefetch *phi_tune_candidates(phi_batch_class batch_class, int *n) nogil
+
     size_t phi_packed_bytes(const phi_kernels *kernels, const phi_matrix *matrix) nogil
     phi_status phi_pack(const phi_kernels *kernels, phi_pool *pool, phi_matrix *matrix, uint8_t *memory) nogil
 

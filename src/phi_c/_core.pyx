@@ -481,5 +481,5 @@ cdef class Model:
         self._unmap()
 
 
-include "_tuning.pxi"
 include "_forward.pxi"
+include "_tuning.pxi"

@@ -30,13 +30,29 @@ class Tuning(NamedTuple):
     spins: int
 
 
+class TuneResult(NamedTuple):
+    """The measured choice for one tensor type and batch class.
+
+    n_tokens: the class, one of BATCH_CLASSES. prefetch: the choice. default_seconds, chosen_seconds: lower quartiles of
+    n_samples measurements with the default setting and with the choice, per byte of weights.
+    """
+
+    type_name: str
+    n_tokens: int
+    prefetch: Prefetch
+    default_seconds: float
+    chosen_seconds: float
+    n_samples: int
+
+
+cdef object _prefetch_object(const phi_prefetch *p):
+    return Prefetch(p.l1_bytes, p.l2_bytes, bool(p.next_page))
+
+
 cdef object _tuning_object(const phi_tuning *t):
     return Tuning(
         {
-            phi_types[i].name.decode(): tuple(
-                Prefetch(t.prefetch[i][c].l1_bytes, t.prefetch[i][c].l2_bytes, bool(t.prefetch[i][c].next_page))
-                for c in range(PHI_N_BATCH_CLASSES)
-            )
+            phi_types[i].name.decode(): tuple(_prefetch_object(&t.prefetch[i][c]) for c in range(PHI_N_BATCH_CLASSES))
             for i in range(PHI_N_TYPES)
         },
         {phi_types[i].name.decode(): t.max_small_batch[i] for i in range(PHI_N_TYPES)},
@@ -93,3 +109,51 @@ def set_tuning(Model model not None, tuning):
             raise ModelClosedError("the model was closed")
         model.model.tuning = t
         phi_pool_set_spins(model.model.pool, t.spins)
+
+
+def prefetch_candidates(int n_tokens):
+    """Return the prefetches that `tune` compares for batches of n_tokens; the first is the default."""
+    cdef int n
+    cdef const phi_prefetch *candidates = phi_tune_candidates(phi_batch_class_of(n_tokens), &n)
+    return [_prefetch_object(&candidates[i]) for i in range(n)]
+
+
+def tune(Model model not None, double seconds, known=(), CancelFlag cancel=None):
+    """Choose the prefetch of each tensor type and batch class by measuring the model's packed weights.
+
+    seconds: budget. known: names of types whose settings are kept. The model's own settings are not changed.
+
+    Returns (Tuning, list of TuneResult): the model's settings with the choices, and what was measured. Raises
+    ModelClosedError, Cancelled, MemoryError. An exception of a signal handler is raised within 0.1 s.
+    """
+    cdef phi_tuning tuning = model.model.tuning
+    cdef phi_tune_call call
+    cdef phi_status status
+    cdef list errors = []
+    cdef _Watch watch
+    watch.flag = &cancel.flag if cancel is not None else NULL
+    watch.last_check = phi_seconds()
+    watch.errors = <void *>errors
+    call.seconds = seconds
+    call.poll = _poll
+    call.poll_context = &watch
+    for i in range(PHI_N_TYPES):
+        call.is_known[i] = phi_types[i].name.decode() in known
+    with model.lock:
+        if model.model.pool == NULL:
+            raise ModelClosedError("the model was closed")
+        with nogil:
+            status = phi_tune(&model.model, &call, &tuning)
+    if errors:
+        raise errors[0]
+    if status == PHI_CANCELLED:
+        raise Cancelled("the call was cancelled")
+    if status != PHI_OK:
+        raise MemoryError("cannot allocate the working memory of tuning")
+    return _tuning_object(&tuning), [
+        TuneResult(phi_types[i].name.decode(), BATCH_CLASSES[c], _prefetch_object(&call.results[i][c].chosen),
+                   call.results[i][c].default_seconds, call.results[i][c].chosen_seconds, call.results[i][c].n_samples)
+        for c in range(PHI_N_BATCH_CLASSES)
+        for i in range(PHI_N_TYPES)
+        if call.results[i][c].measured
+    ]
