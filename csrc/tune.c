@@ -371,7 +371,7 @@ static void copy_to_small(const tuner *t, phi_tuning *tuning) {
     for (int i = 0; i < PHI_N_TYPES; i++) {
         int similar = -1;
         double least = 0.0;
-        if (t->call->is_known[i] || is_large(t, (phi_type)i)) continue;
+        if (t->call->is_known[i] || is_large(t, (phi_type)i) || t->rings[i].n_bytes == 0) continue;
         for (int k = 0; k < PHI_N_TYPES; k++) {
             const double difference = density((phi_type)k) - density((phi_type)i);
             const double distance = difference < 0.0 ? -difference : difference;
