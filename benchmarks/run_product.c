@@ -35,7 +35,8 @@ int main(int n_arguments, char **arguments) {
         .n_tokens = n_tokens,
         .out = calloc((size_t)n_tokens * (size_t)n_rows, sizeof(float)),
         .out_stride = (size_t)n_rows,
-        .prefetch = k->prefetch,
+        .prefetch = phi_default_tuning().prefetch[type][phi_batch_class_of(n_tokens)],
+        .max_small_batch = PHI_MAX_SMALL_BATCH,
     };
     (strcmp(arguments[3], "packed") == 0 ? k->matmul_packed : k->matmul)[type](&m);
     return 0;

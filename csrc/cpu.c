@@ -64,8 +64,6 @@ static bool bit(uint32_t word, int index) { return word >> index & 1u; }
 
 static void detect(phi_cpu *cpu) {
     const cpuid_result leaf1 = cpuid(1, 0), leaf7 = cpuid(7, 0), leaf7_1 = cpuid(7, 1);
-    const bool is_amd = cpuid(0, 0).ebx == 0x68747541; /* "Auth" of AuthenticAMD */
-    cpu->amd_family = is_amd ? (int)((leaf1.eax >> 8 & 0xf) + (leaf1.eax >> 20 & 0xff)) : 0;
     if (!bit(leaf1.ecx, 27)) return; /* no OSXSAVE: XCR0 cannot be read, and only SSE registers are saved */
     const uint64_t xcr0 = read_xcr0();
     const bool ymm = (xcr0 & 0x6) == 0x6, zmm = (xcr0 & 0xe6) == 0xe6, tiles = (xcr0 & 0x60000) == 0x60000;

@@ -9,7 +9,6 @@ typedef struct {
     bool avx512f, avx512bw, avx512vl, avx512dq, avx512vnni, avx512vbmi, avx512bf16;
     bool amx_tile, amx_int8, amx_bf16;
     bool neon, dotprod, i8mm, fp16; /* fp16: half-precision arithmetic, which no kernel uses */
-    int amd_family;                 /* 0x19: Zen 3 and 4, 0x1a: Zen 5; 0: not an AMD CPU */
 } phi_cpu;
 
 /* The machine's features, detected once. */

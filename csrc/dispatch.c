@@ -107,19 +107,9 @@ bool phi_tier_available(const char *name) {
 #define INHERIT(slot) \
     if (own->slot) table->slot = own->slot
 
-/* The fastest distances measured on each CPU (docs/performance.md). Zen 4's hardware prefetchers follow the weights in
- * decode, and software prefetch would cost a quarter of the decode rate; Zen 5's do not follow them. Intel's stop at
- * the end of each 4 KiB page, so weights are prefetched into L1 and L2. ARM was not measured. */
-phi_prefetch phi_prefetch_for(const phi_cpu *cpu) {
-    if (cpu->amd_family >= 0x1a) return (phi_prefetch){.l2_bytes = 16384, .decode_l2_bytes = 16384};
-    if (cpu->amd_family) return (phi_prefetch){.l2_bytes = 16384};
-    return (phi_prefetch){.l1_bytes = 2048, .l2_bytes = 4096, .decode_l2_bytes = 4096};
-}
-
 /* Fills the table of tiers[highest], from the lowest tier up. */
 static void resolve(int highest, phi_kernels *table) {
     *table = *tiers[0].own; /* scalar implements every slot */
-    table->prefetch = phi_prefetch_for(phi_cpu_detect());
     for (int i = 1; i <= highest; i++) {
         const phi_kernels *own = tiers[i].own;
         if (!tiers[i].available()) continue;

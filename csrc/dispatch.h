@@ -2,7 +2,6 @@
 #ifndef PHI_DISPATCH_H
 #define PHI_DISPATCH_H
 
-#include "cpu.h"
 #include "kernels.h"
 
 /* The tier that implements the matrix product of a type in the table of `tier`; NULL for an unknown tier. */
@@ -10,8 +9,5 @@ const char *phi_matmul_tier(const char *tier, phi_type type);
 
 /* The kernels that a tier implements itself, whether or not this machine can run it; NULL for an unknown tier. */
 const phi_kernels *phi_own_kernels(const char *tier);
-
-/* The prefetch distances for a CPU. */
-phi_prefetch phi_prefetch_for(const phi_cpu *cpu);
 
 #endif

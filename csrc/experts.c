@@ -89,16 +89,18 @@ static void project_gate_up(worker *w, const phi_feed_forward *experts) {
     const forward_pass *f = w->f;
     const expert_rows *x = &f->experts;
     const phi_kernels *kernels = f->model->kernels;
-    const int n_ffn = f->model->n_ffn, chunk = task_rows(f, n_ffn, MAX_TASK_ROWS), n = ceil_div(n_ffn, chunk);
+    const int n_ffn = f->model->n_ffn, max_rows = f->model->tuning.max_task_rows;
+    const int chunk = task_rows(f, n_ffn, max_rows), n = ceil_div(n_ffn, chunk);
+    const size_t stride = (size_t)max_rows;
     float *gates = f->scratch + (size_t)w->thread * f->scratch_floats;
-    float *ups = gates + (size_t)f->batch->n_tokens * MAX_TASK_ROWS;
+    float *ups = gates + (size_t)f->batch->n_tokens * stride;
     FOR_EACH_TASK(w, task, x->n_active * n) {
         const int e = x->active[task / n], first = task % n * chunk, n_rows = min_int(chunk, n_ffn - first);
         const int first_row = x->first_row[e], n_tokens = x->n_rows[e];
-        multiply_rows(f, &experts[e].gate, first, n_rows, &x->in, first_row, n_tokens, gates, MAX_TASK_ROWS);
-        multiply_rows(f, &experts[e].up, first, n_rows, &x->in, first_row, n_tokens, ups, MAX_TASK_ROWS);
+        multiply_rows(f, &experts[e].gate, first, n_rows, &x->in, first_row, n_tokens, gates, stride);
+        multiply_rows(f, &experts[e].up, first, n_rows, &x->in, first_row, n_tokens, ups, stride);
         for (int t = 0; t < n_tokens; t++) {
-            const size_t at = (size_t)t * MAX_TASK_ROWS;
+            const size_t at = (size_t)t * stride;
             float *y = x->inner.f32 + (size_t)(first_row + t) * (size_t)n_ffn + (size_t)first;
             kernels->silu_mul(gates + at, ups + at, (size_t)n_rows, y);
             quantize(kernels, &x->inner, first_row + t, (size_t)first, (size_t)n_rows);
@@ -111,17 +113,19 @@ static void project_gate_up(worker *w, const phi_feed_forward *experts) {
 static void project_down(worker *w, const phi_feed_forward *experts) {
     const forward_pass *f = w->f;
     const expert_rows *x = &f->experts;
-    const int n_embd = f->model->n_embd, chunk = task_rows(f, n_embd, MAX_TASK_ROWS);
+    const int n_embd = f->model->n_embd, max_rows = f->model->tuning.max_task_rows;
+    const int chunk = task_rows(f, n_embd, max_rows);
+    const size_t stride = (size_t)max_rows;
     float *out = f->scratch + (size_t)w->thread * f->scratch_floats;
     FOR_EACH_TASK(w, task, ceil_div(n_embd, chunk)) {
         const int first = task * chunk, n_rows = min_int(chunk, n_embd - first);
         for (int i = 0; i < x->n_active; i++) {
             const int e = x->active[i], first_row = x->first_row[e];
-            multiply_rows(f, &experts[e].down, first, n_rows, &x->inner, first_row, x->n_rows[e], out, MAX_TASK_ROWS);
+            multiply_rows(f, &experts[e].down, first, n_rows, &x->inner, first_row, x->n_rows[e], out, stride);
             for (int t = 0; t < x->n_rows[e]; t++) {
                 const int token = x->token[first_row + t];
                 const float weight = x->weights[token * PHI_EXPERTS_USED + x->slot[first_row + t]];
-                float *y = out + (size_t)t * MAX_TASK_ROWS;
+                float *y = out + (size_t)t * stride;
                 for (int r = 0; r < n_rows; r++) y[r] *= weight;
                 f->model->kernels->add(y, (size_t)n_rows, f->residual + (size_t)token * (size_t)n_embd + (size_t)first);
             }

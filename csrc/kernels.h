@@ -83,13 +83,6 @@ typedef struct {
     phi_tiled tiled;
 } phi_activations;
 
-/* Prefetch distances ahead of the weights being multiplied, in bytes; 0: no prefetch. */
-typedef struct {
-    size_t l1_bytes;        /* into L1, for batches of any size */
-    size_t l2_bytes;        /* into L2, for two or more tokens */
-    size_t decode_l2_bytes; /* into L2, for a single token */
-} phi_prefetch;
-
 /* A matrix product: out[t, r] = dot(weight row r, activations of token first_token + t). */
 typedef struct {
     const uint8_t *rows; /* [n_rows, row_bytes]; packed: [n_rows / 16, 16 * row_bytes] */
@@ -100,6 +93,7 @@ typedef struct {
     float *out;                /* [n_tokens, out_stride]; columns from n_rows on are left unchanged */
     size_t out_stride;         /* floats from one token to the next */
     phi_prefetch prefetch;     /* used by packed products in decode and small batches */
+    int max_small_batch;       /* largest n_tokens that takes the small-batch path of packed products */
 } phi_matmul;
 
 /* Attention of the query heads that share one KV head, for tokens at consecutive positions of one sequence. */
@@ -141,8 +135,7 @@ static inline size_t phi_attention_scratch_floats(int head_dim) {
 typedef void (*phi_pack_fn)(const uint8_t *rows, size_t row_bytes, uint8_t *panel);
 
 struct phi_kernels {
-    const char *name;      /* of the tier */
-    phi_prefetch prefetch; /* for phi_matmul; set by dispatch.c, since it depends on the CPU's vendor and family */
+    const char *name; /* of the tier */
     /* Largest batch whose products have the same bits as those of single tokens. 0: unlimited. */
     int max_exact_batch;
 

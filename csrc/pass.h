@@ -10,7 +10,6 @@
 #include "threads.h"
 
 enum {
-    MAX_TASK_ROWS = 64, /* weight rows per task; PHI_TILED_TASK_ROWS for products with tiled activations */
     OBSERVER_COLS = 64, /* columns per task of phi_observer */
 };
 
@@ -105,6 +104,7 @@ static inline void quantize_all_tiled(worker *w, const phi_activations *x, int n
 static inline void multiply_rows(const forward_pass *f, const phi_matrix *w, int first_row, int n_rows,
                                  const phi_activations *x, int first_token, int n_tokens, float *out,
                                  size_t out_stride) {
+    const phi_tuning *tuning = &f->model->tuning;
     const size_t row_bytes = phi_row_bytes(w->type, (size_t)w->n_cols);
     const phi_matmul m = {
         .rows = (const uint8_t *)w->data + (size_t)first_row * row_bytes,
@@ -116,7 +116,8 @@ static inline void multiply_rows(const forward_pass *f, const phi_matrix *w, int
         .n_tokens = n_tokens,
         .out = out,
         .out_stride = out_stride,
-        .prefetch = f->model->kernels->prefetch,
+        .prefetch = tuning->prefetch[w->type][phi_batch_class_of(n_tokens)],
+        .max_small_batch = tuning->max_small_batch[w->type],
     };
     const phi_kernels *k = f->model->kernels;
     (w->layout == PHI_LAYOUT_PANELS ? k->matmul_packed : k->matmul)[w->type](&m);
@@ -131,15 +132,20 @@ static inline void multiply(const forward_pass *f, const phi_matrix *w, int firs
 }
 
 /* Maximum number of weight rows per task for products with x. */
-static inline int max_task_rows(const phi_activations *x) {
-    return x->tiled.tiles ? PHI_TILED_TASK_ROWS : MAX_TASK_ROWS;
+static inline int max_task_rows(const forward_pass *f, const phi_activations *x) {
+    return x->tiled.tiles ? PHI_TILED_TASK_ROWS : f->model->tuning.max_task_rows;
 }
 
-/* Weight rows per task, at most max_rows. Aims at eight tasks per thread, so that no thread waits long at the barrier,
- * but keeps whole blocks of PHI_Q8_BLOCK rows, which are columns of the next product. */
+/* Number of tasks that a phase is divided into, so that no thread waits long at its barrier. */
+static inline int min_tasks(const forward_pass *f) {
+    return f->model->tuning.tasks_per_thread * phi_pool_size(f->model->pool);
+}
+
+/* Weight rows per task: max_rows, or fewer for min_tasks, but whole blocks of PHI_Q8_BLOCK rows, which are columns of
+ * the next product. */
 static inline int task_rows(const forward_pass *f, int n_rows, int max_rows) {
     int chunk = max_rows;
-    while (chunk > PHI_Q8_BLOCK && n_rows / chunk < 8 * phi_pool_size(f->model->pool)) chunk /= 2;
+    while (chunk > PHI_Q8_BLOCK && n_rows / chunk < min_tasks(f)) chunk /= 2;
     return chunk;
 }
 

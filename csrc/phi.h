@@ -73,12 +73,52 @@ typedef struct phi_pool phi_pool;
 /* Creates a pool of n_threads threads: the calling thread and n_threads - 1 workers, which sleep between calls. */
 phi_status phi_pool_create(int n_threads, phi_pool **pool);
 void phi_pool_free(phi_pool *pool);
+/* Sets how often a waiting thread checks before it sleeps; a check takes 40 to 140 cycles. */
+void phi_pool_set_spins(phi_pool *pool, int spins);
 
 /* Clock time in seconds; only differences are meaningful. */
 double phi_seconds(void);
 /* Measures memory read bandwidth: all threads of the pool read a buffer of n_bytes together, n_runs times. Returns the
  * highest rate in bytes per second, or 0 if the buffer cannot be allocated. */
 double phi_read_bandwidth(phi_pool *pool, size_t n_bytes, int n_runs);
+
+/* ---- tuning ---- */
+
+/* Software prefetch of weights, ahead of those being multiplied; zeros: none. */
+typedef struct {
+    size_t l1_bytes; /* distance of the prefetch into L1, in bytes */
+    size_t l2_bytes; /* distance of the prefetch into L2, in bytes */
+    bool next_page;  /* the first two lines of the next 4 KiB page, where hardware prefetchers stop */
+} phi_prefetch;
+
+enum { PHI_MAX_SMALL_BATCH = 16 }; /* tokens; larger batches take the prefill path of packed products */
+
+/* Batch sizes that have a prefetch of their own. */
+typedef enum {
+    PHI_BATCH_1,  /* decode of one sequence */
+    PHI_BATCH_4,  /* 2 to 4 tokens */
+    PHI_BATCH_8,  /* 5 to 8 tokens */
+    PHI_BATCH_16, /* 9 to PHI_MAX_SMALL_BATCH tokens */
+    PHI_N_BATCH_CLASSES
+} phi_batch_class;
+
+static inline phi_batch_class phi_batch_class_of(int n_tokens) {
+    return n_tokens == 1 ? PHI_BATCH_1 : n_tokens <= 4 ? PHI_BATCH_4 : n_tokens <= 8 ? PHI_BATCH_8 : PHI_BATCH_16;
+}
+
+/* Settings that change the speed of a model, never its results. */
+typedef struct {
+    phi_prefetch prefetch[PHI_N_TYPES][PHI_N_BATCH_CLASSES]; /* of packed products */
+    /* Largest batch that takes the small-batch path of packed products, 1 to PHI_MAX_SMALL_BATCH tokens. A tier may
+     * have a lower limit. */
+    int max_small_batch[PHI_N_TYPES];
+    int max_task_rows;    /* weight rows per task: 32, 64, 128 or 256; PHI_TILED_TASK_ROWS with tiled activations */
+    int tasks_per_thread; /* that a phase is divided into, as far as tasks have 32 rows */
+    int spins;            /* of a waiting thread before it sleeps, set by phi_pool_set_spins */
+} phi_tuning;
+
+/* The settings without measurement, the same on every CPU. */
+phi_tuning phi_default_tuning(void);
 
 /* ---- model ---- */
 
@@ -155,7 +195,36 @@ typedef struct {
     const phi_layer *layers; /* [n_layers] */
     const phi_kernels *kernels;
     phi_pool *pool;
+    phi_tuning tuning;
 } phi_model;
+
+/* What phi_tune measured for one tensor type and batch class. */
+typedef struct {
+    bool measured;          /* else the fields below are 0 */
+    phi_prefetch chosen;    /* the fastest candidate, or the default setting if none is clearly faster */
+    double default_seconds; /* with the default setting, per byte of weights; median */
+    double chosen_seconds;  /* with the choice: default_seconds times the median of the ratios of each round */
+    int n_samples;          /* of each */
+} phi_tune_result;
+
+typedef struct {
+    double seconds;             /* budget */
+    bool is_known[PHI_N_TYPES]; /* types whose settings in `tuning` are kept */
+    bool (*poll)(void *);       /* called between measurements by the calling thread; true cancels. NULL: never */
+    void *poll_context;
+    phi_tune_result results[PHI_N_TYPES][PHI_N_BATCH_CLASSES]; /* out */
+} phi_tune_call;
+
+/* Chooses the prefetch of each type and batch class by measuring products with the model's own packed weights, which
+ * continue where the last measurement ended, so that they come from memory as in decode. Single tokens and the types
+ * with the most bytes come first; what the budget does not reach keeps its setting. Types with less than 2 % of the
+ * bytes take the setting of the most similar type. Writes to `tuning`; the model's own tuning is not changed.
+ *
+ * Returns PHI_OK, PHI_CANCELLED or PHI_OUT_OF_MEMORY. */
+phi_status phi_tune(const phi_model *model, phi_tune_call *call, phi_tuning *tuning);
+
+/* The candidates of a batch class; *n: their number. The first is the default setting. */
+const phi_prefetch *phi_tune_candidates(phi_batch_class batch_class, int *n);
 
 /* Bytes that phi_pack writes for a matrix; 0 if these kernels use it in PHI_LAYOUT_ROWS. */
 size_t phi_packed_bytes(const phi_kernels *kernels, const phi_matrix *matrix);

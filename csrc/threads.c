@@ -31,8 +31,6 @@ typedef pthread_cond_t condition_t;
 #define condition_wake_all(c) pthread_cond_broadcast(c)
 #endif
 
-enum { SPINS = 2000 }; /* of 40 to 140 cycles each (the pause instruction): 20 to 80 microseconds */
-
 typedef struct {
     phi_pool *pool;
     int thread;
@@ -49,6 +47,7 @@ struct phi_pool {
     atomic_uint barrier; /* number of barriers passed */
     atomic_int arrived;  /* threads waiting at the current barrier */
     atomic_int sleepers;
+    atomic_int spins;
     lock_t lock;
     condition_t wake;
 #ifndef _WIN32
@@ -66,7 +65,7 @@ static inline void cpu_pause(void) {
 
 /* Waits until the counter differs from `seen`. */
 static void wait_for_change(phi_pool *pool, atomic_uint *counter, unsigned seen) {
-    for (int i = 0; i < SPINS; i++) {
+    for (int i = atomic_load_explicit(&pool->spins, memory_order_relaxed); i > 0; i--) {
         if (atomic_load(counter) != seen) return;
         cpu_pause();
     }
@@ -170,6 +169,7 @@ phi_status phi_pool_create(int n_threads, phi_pool **pool) {
     phi_pool *p = calloc(1, sizeof *p);
     if (!p) return PHI_OUT_OF_MEMORY;
     p->n_threads = n_threads;
+    phi_pool_set_spins(p, PHI_DEFAULT_SPINS);
     p->workers = calloc((size_t)n_threads, sizeof *p->workers);
     p->arguments = calloc((size_t)n_threads, sizeof *p->arguments);
     if (!p->workers || !p->arguments || start_workers(p) != PHI_OK) {
@@ -198,6 +198,8 @@ void phi_pool_free(phi_pool *pool) {
     free(pool->arguments);
     free(pool);
 }
+
+void phi_pool_set_spins(phi_pool *pool, int spins) { atomic_store_explicit(&pool->spins, spins, memory_order_relaxed); }
 
 int phi_pool_size(const phi_pool *pool) { return pool->n_threads; }
 

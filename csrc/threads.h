@@ -4,6 +4,8 @@
 
 #include "phi.h"
 
+enum { PHI_DEFAULT_SPINS = 2000 }; /* of 40 to 140 cycles each (the pause instruction): 20 to 80 microseconds */
+
 typedef void (*phi_task)(void *context, int thread);
 
 /* Number of threads, the caller of phi_pool_run included. */

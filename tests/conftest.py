@@ -17,6 +17,9 @@ settings.load_profile("phi-c")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Tests of tuning turn it on, with a cache folder of their own; other tests neither measure nor write a profile.
+os.environ["PHI_C_TUNE"] = "off"
+
 _DESELECTED = pytest.StashKey[int]()
 
 

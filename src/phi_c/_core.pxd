@@ -29,7 +29,20 @@ cdef extern from "phi.h":
     size_t phi_row_bytes(phi_type type, size_t n_cols) nogil
 
     ctypedef struct phi_prefetch:
-        size_t l1_bytes, l2_bytes, decode_l2_bytes
+        size_t l1_bytes, l2_bytes
+        c_bool next_page
+    const int PHI_N_BATCH_CLASSES
+    const int PHI_MAX_SMALL_BATCH
+    ctypedef enum phi_batch_class:
+        PHI_BATCH_1
+    phi_batch_class phi_batch_class_of(int n_tokens) nogil
+    ctypedef struct phi_tuning:
+        phi_prefetch prefetch[32][4]
+        int max_small_batch[32]
+        int max_task_rows
+        int tasks_per_thread
+        int spins
+    phi_tuning phi_default_tuning() nogil
     ctypedef struct phi_q8:
         int8_t *quants
         float *scales
@@ -43,7 +56,6 @@ cdef extern from "phi.h":
         size_t n_tokens
     ctypedef struct phi_kernels:
         const char *name
-        phi_prefetch prefetch
         int max_exact_batch
         void (*dequantize[32])(const void *row, size_t n, float *y) noexcept nogil
         void (*matmul[32])(const phi_matmul *m) noexcept nogil
@@ -68,6 +80,7 @@ cdef extern from "phi.h":
         pass
     phi_status phi_pool_create(int n_threads, phi_pool **pool) nogil
     void phi_pool_free(phi_pool *pool) nogil
+    void phi_pool_set_spins(phi_pool *pool, int spins) nogil
     double phi_seconds() nogil
     double phi_read_bandwidth(phi_pool *pool, size_t n_bytes, int n_runs) nogil
 
@@ -120,6 +133,22 @@ cdef extern from "phi.h":
         const phi_layer *layers
         const phi_kernels *kernels
         phi_pool *pool
+        phi_tuning tuning
+
+    ctypedef struct phi_tune_result:
+        c_bool measured
+        phi_prefetch chosen
+        double default_seconds
+        double chosen_seconds
+        int n_samples
+    ctypedef struct phi_tune_call:
+        double seconds
+        c_bool is_known[32]
+        c_bool (*poll)(void *) noexcept nogil
+        void *poll_context
+        phi_tune_result results[32][4]
+    phi_status phi_tune(const phi_model *model, phi_tune_call *call, phi_tuning *tuning) nogil
+    const phi_prefetch *phi_tune_candidates(phi_batch_class batch_class, int *n) nogil
 
     size_t phi_packed_bytes(const phi_kernels *kernels, const phi_matrix *matrix) nogil
     phi_status phi_pack(const phi_kernels *kernels, phi_pool *pool, phi_matrix *matrix, uint8_t *memory) nogil
@@ -181,6 +210,7 @@ cdef extern from "kernels.h":
         float *out
         size_t out_stride
         phi_prefetch prefetch
+        int max_small_batch
     ctypedef struct phi_attention:
         const float *q
         int n_tokens, n_queries, head_dim

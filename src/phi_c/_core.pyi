@@ -1,3 +1,4 @@
+from collections.abc import Iterable
 from mmap import mmap
 from typing import IO, Any, Final, NamedTuple
 
@@ -133,6 +134,32 @@ class Model:
     def write_panels(self, file: IO[bytes]) -> None: ...
     def close(self) -> None: ...
 
+class Prefetch(NamedTuple):
+    l1_bytes: int
+    l2_bytes: int
+    next_page: bool
+
+class Tuning(NamedTuple):
+    prefetch: dict[str, tuple[Prefetch, ...]]
+    max_small_batch: dict[str, int]
+    max_task_rows: int
+    tasks_per_thread: int
+    spins: int
+
+class TuneResult(NamedTuple):
+    type_name: str
+    n_tokens: int
+    prefetch: Prefetch
+    default_seconds: float
+    chosen_seconds: float
+    n_samples: int
+
+BATCH_CLASSES: Final[tuple[int, ...]]
+MAX_SMALL_BATCH: Final[int]
+
+def default_tuning() -> Tuning: ...
+def prefetch_candidates(n_tokens: int) -> list[Prefetch]: ...
+
 @disjoint_base
 class KvCache:
     def __init__(self, model: Model, n_pages: int, kv_type: str = "f16") -> None: ...
@@ -172,6 +199,11 @@ class Observer:
     def n_tokens(self) -> int: ...
     def clear(self) -> None: ...
 
+def get_tuning(model: Model) -> Tuning: ...
+def set_tuning(model: Model, tuning: Tuning) -> None: ...
+def tune(
+    model: Model, seconds: float, known: Iterable[str] = (), cancel: CancelFlag | None = None
+) -> tuple[Tuning, list[TuneResult]]: ...
 def forward(
     model: Model,
     kv: KvCache,

@@ -300,6 +300,7 @@ cdef class Model:
         self.lock = ForkLock(MODEL)
         self.keep_alive = []
         m.kernels = _kernels(tier)
+        m.tuning = phi_default_tuning()
         self.tier = m.kernels.name.decode()
         self.n_threads = n_threads
         m.n_layers, m.n_embd, m.n_ffn = config.n_layers, config.n_embd, config.n_ffn
@@ -481,3 +482,4 @@ cdef class Model:
 
 
 include "_forward.pxi"
+include "_tuning.pxi"

@@ -128,7 +128,8 @@ def matmul(Matrix weights not None, const float[:, ::1] x not None, tier=None):
     m.first_token, m.n_tokens = 0, n_tokens
     m.out = &out[0, 0]
     m.out_stride = n_rows
-    m.prefetch = kernels.prefetch
+    m.prefetch = phi_default_tuning().prefetch[w.type][<int>phi_batch_class_of(n_tokens)]
+    m.max_small_batch = PHI_MAX_SMALL_BATCH
     with nogil:
         if w.layout == PHI_LAYOUT_PANELS:
             kernels.matmul_packed[w.type](&m)

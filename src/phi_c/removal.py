@@ -1,4 +1,4 @@
-"""Finds and removes what phi-c keeps on disk: downloaded models, packed weights, prefix cache, random models."""
+"""Finds and removes what phi-c keeps on disk: models, packed weights, prefix cache, random models, tuning."""
 
 import contextlib
 import dataclasses
@@ -22,6 +22,7 @@ CACHES = {
     "packed": "packed-weight cache",
     "prefix": "prefix cache",
     "random": "random models of `phi-c bench`",
+    "tuning": "tuning profiles",
 }
 
 

@@ -25,7 +25,7 @@ from tiny_gguf import write_tiny
 
 KEYS = {
     "model", "prefill_tok_s", "decode_tok_s", "batch", "context", "read_gb_s", "weight_bytes_per_token",
-    "bandwidth_share", "load_s", "first_token_s", "peak_rss_bytes", "tier", "n_threads", "logits_hash",
+    "bandwidth_share", "load_s", "first_token_s", "peak_rss_bytes", "tier", "n_threads", "tuning", "logits_hash",
 }  # fmt: skip
 QUICK = ("--prefill", "40", "--decode", "3", "--batch", "1,3", "--repeat", "2", "--threads", "1")
 TINY = Shape("tiny", 8, 512, 768, 4, 2, 96, 300, 8192, 4096)

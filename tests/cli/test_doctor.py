@@ -15,11 +15,12 @@ from phi_c.cli import doctor
 
 
 @pytest.fixture(autouse=True)
-def quick_and_isolated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure bandwidth on little memory, with one model in the cache."""
+def quick_and_isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Measure bandwidth on little memory, with one model in the cache and no profiles."""
     model = SimpleNamespace(name="smollm2", source="pypi:p", path=Path("/cache/m.gguf"), n_bytes=93_000_000)
     monkeypatch.setattr(memory, "_MAX_READ_BYTES", 16 << 20)
     monkeypatch.setattr(hub, "cached", lambda: [model])
+    monkeypatch.setenv("PHI_C_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(hub, "cache_dir", lambda: Path("/cache"))
     monkeypatch.delenv("PHI_C_ISA", raising=False)
 

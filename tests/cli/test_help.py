@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from phi_c.cli import SECTIONS, VERBS, group
 
 RUNS_A_MODEL = {"generate", "chat", "score", "embed", "bench", "perplexity", "compare", "imatrix"}
-TAKES_A_MODEL = RUNS_A_MODEL | {"tokens", "inspect"}
+TAKES_A_MODEL = RUNS_A_MODEL | {"tokens", "inspect", "doctor"}
 HAS_A_DEFAULT_MODEL = {"generate", "chat", "score", "embed", "tokens", "perplexity"}
 LOADING_OPTIONS = {
     "n_ctx": ["-c", "--ctx-size"],
@@ -108,7 +108,7 @@ def test_loading_options(verb: str) -> None:
     for name, opts in LOADING_OPTIONS.items():
         if verb in RUNS_A_MODEL or name in options:
             assert options[name].opts == opts
-    assert ("tier" in options) == (verb in RUNS_A_MODEL)
+    assert ("tier" in options) == (verb in RUNS_A_MODEL or verb == "doctor")
     names = {name for option in options.values() for name in option.opts}
     assert {name for name in names if "ctx" in name or "batch" in name} <= {"--ctx-size", "--batch-size", "--batch"}
 

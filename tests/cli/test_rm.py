@@ -29,6 +29,7 @@ def cache(tmp_path: Path) -> Path:
         "prefix/0123/a.pages": 2000,
         "prefix/4567/b.pages": 1000,
         "random/tiny.gguf": 100,
+        "tuning/0123.json": 50,
         "chat_history": 7,
     }.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +65,8 @@ def files_below(folder: Path) -> set[str]:
         (["pypi:other==1.0/m.gguf"], ["wheels/other-1.0"], "1 file, 300 bytes"),
         (["packed"], ["packed"], "2 files, 4.0 kB"),
         (["prefix", "random", "prefix"], ["prefix", "random"], "3 files, 3.1 kB"),
-        (["all"], ["wheels", "packed", "prefix", "random"], "7 files, 12.4 kB"),
+        (["tuning"], ["tuning"], "1 file, 50 bytes"),
+        (["all"], ["wheels", "packed", "prefix", "random", "tuning"], "8 files, 12.5 kB"),
     ],
 )
 def test_removes_what_is_named(cache: Path, names: list[str], removed: list[str], total: str) -> None:
@@ -201,6 +203,7 @@ def test_list_shows_sizes(cache: Path) -> None:
         {"name": "packed", "path": str(cache / "packed"), "n_bytes": 4010},
         {"name": "prefix", "path": str(cache / "prefix"), "n_bytes": 3000},
         {"name": "random", "path": str(cache / "random"), "n_bytes": 100},
+        {"name": "tuning", "path": str(cache / "tuning"), "n_bytes": 50},
     ]
     assert {(m["name"], m["n_bytes"]) for m in report["cached"]} == {("smollm2", 5000), ("m.gguf", 300)}
     lines = run_cli("list", COLUMNS="100", **environment).stdout.splitlines()

@@ -113,6 +113,7 @@ static any_model *make_model(input *in, const phi_kernels *k, phi_pool *pool) {
     make_sizes(in, model);
     model->kernels = k;
     model->pool = pool;
+    model->tuning = phi_default_tuning();
     m->packed = pick(in, 0, 1);
     m->biases = pick(in, 0, 1);
     for (int i = 0; i < 10; i++) types[i] = (phi_type)pick(in, 0, PHI_N_TYPES - 1);

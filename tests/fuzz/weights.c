@@ -132,7 +132,8 @@ static void check_products(const phi_kernels *k, const matrix *m, const phi_acti
                           .n_tokens = m->n_tokens,
                           .out = together,
                           .out_stride = n_rows,
-                          .prefetch = k->prefetch};
+                          .prefetch = phi_default_tuning().prefetch[m->type][PHI_BATCH_16],
+                          .max_small_batch = PHI_MAX_SMALL_BATCH};
     void (*multiply)(const phi_matmul *) = (packed ? k->matmul_packed : k->matmul)[m->type];
     multiply(&product);
     product.n_tokens = 1;

@@ -19,23 +19,10 @@ static void check_table(const char *tier) {
     }
 }
 
-static void check_prefetch(void) {
-    const phi_prefetch zen4 = phi_prefetch_for(&(phi_cpu){.amd_family = 0x19});
-    const phi_prefetch zen5 = phi_prefetch_for(&(phi_cpu){.amd_family = 0x1a});
-    const phi_prefetch other = phi_prefetch_for(&(phi_cpu){.amd_family = 0});
-    CHECK(zen4.decode_l2_bytes == 0 && zen4.l2_bytes == 16384 && zen4.l1_bytes == 0,
-          "wrong prefetch distances for Zen 4");
-    CHECK(zen5.decode_l2_bytes == 16384 && zen5.l2_bytes == 16384 && zen5.l1_bytes == 0,
-          "wrong prefetch distances for Zen 5");
-    CHECK(other.decode_l2_bytes == 4096 && other.l2_bytes == 4096 && other.l1_bytes == 2048,
-          "wrong prefetch distances for other CPUs");
-}
-
 void test_dispatch(const phi_kernels *k) {
     const char *const *names = phi_tier_names();
     const phi_kernels *chosen = NULL, *none = NULL;
     (void)k;
-    check_prefetch();
     CHECK(names[0] && strcmp(names[0], "scalar") == 0, "the first tier is not scalar");
     for (int i = 0; names[i]; i++) {
         if (phi_tier_available(names[i]))

@@ -1,5 +1,5 @@
-/* Forward passes of a tiny model with random weights: a token's logits have the same bits in any batch and with any
- * number of threads, and those of every tier are close to the scalar tier's. */
+/* Forward passes of a tiny model with random weights: a token's logits have the same bits in any batch, with any number
+ * of threads and any tuning, and those of every tier are close to the scalar tier's. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -92,6 +92,7 @@ static tiny *make_tiny(const phi_kernels *k, phi_pool *pool, phi_rope_style styl
         .layers = m->layers,
         .kernels = k,
         .pool = pool,
+        .tuning = phi_default_tuning(),
     };
     m->embeddings = (uint16_t *)(void *)m->model.token_embd.data;
     for (int l = 0; packed && l < N_LAYERS; l++) {
@@ -191,6 +192,59 @@ static void check_nan(const tiny *m, phi_kv_type type, int chunk, bool two_seque
     free(logits);
 }
 
+/* Settings other than the default in every field. */
+static phi_tuning other_tuning(int max_task_rows, int max_small_batch) {
+    phi_tuning tuning = {.max_task_rows = max_task_rows, .tasks_per_thread = 1 + max_small_batch, .spins = 10};
+    for (int type = 0; type < PHI_N_TYPES; type++) {
+        tuning.max_small_batch[type] = max_small_batch;
+        for (int c = 0; c < PHI_N_BATCH_CLASSES; c++)
+            tuning.prefetch[type][c] = (phi_prefetch){(size_t)(64 * type), (size_t)(100 * c), type % 2 == 0};
+    }
+    return tuning;
+}
+
+static bool is_candidate(phi_prefetch p, phi_batch_class batch_class) {
+    int n;
+    const phi_prefetch *candidates = phi_tune_candidates(batch_class, &n);
+    for (int i = 0; i < n; i++) {
+        const phi_prefetch *c = &candidates[i];
+        if (p.l1_bytes == c->l1_bytes && p.l2_bytes == c->l2_bytes && p.next_page == c->next_page) return true;
+    }
+    return false;
+}
+
+/* Measures a model: every choice is a candidate, known types keep their settings, and the model is left unchanged. */
+static phi_tuning check_tune(const tiny *m) {
+    const phi_tuning before = m->model.tuning, start = other_tuning(64, 16);
+    const bool packs = m->layers[0].wo.layout == PHI_LAYOUT_PANELS;
+    phi_tuning tuning = start;
+    phi_tune_call call = {.seconds = 0.0};
+    CHECK(phi_tune(&m->model, &call, &tuning) == PHI_OK, "phi_tune failed without a budget");
+    CHECK(!call.results[PHI_TYPE_Q4_K][PHI_BATCH_1].measured, "phi_tune measures without a budget");
+    call = (phi_tune_call){.seconds = 0.03, .is_known = {[PHI_TYPE_Q6_K] = true}};
+    CHECK(phi_tune(&m->model, &call, &tuning) == PHI_OK, "phi_tune failed");
+    CHECK(call.results[PHI_TYPE_Q4_K][PHI_BATCH_1].measured == packs, "phi_tune does not measure Q4_K, or unpacked");
+    for (int type = 0; type < PHI_N_TYPES; type++) {
+        for (int c = 0; c < PHI_N_BATCH_CLASSES; c++) {
+            const phi_tune_result *r = &call.results[type][c];
+            if (!r->measured) continue;
+            CHECK(type != PHI_TYPE_Q6_K, "phi_tune measures a known type");
+            CHECK(is_candidate(r->chosen, (phi_batch_class)c), "the choice of %s is not a candidate",
+                  phi_types[type].name);
+            CHECK(memcmp(&r->chosen, &tuning.prefetch[type][c], sizeof r->chosen) == 0, "the choice is not used");
+            CHECK(r->n_samples > 0 && r->chosen_seconds > 0.0 && r->chosen_seconds <= r->default_seconds,
+                  "%s: %d samples, %g s with the choice, %g s by default", phi_types[type].name, r->n_samples,
+                  r->chosen_seconds, r->default_seconds);
+        }
+    }
+    CHECK(memcmp(tuning.prefetch[PHI_TYPE_Q6_K], start.prefetch[PHI_TYPE_Q6_K], sizeof start.prefetch[0]) == 0,
+          "phi_tune changes a known type");
+    CHECK(memcmp(&before, &m->model.tuning, sizeof before) == 0, "phi_tune changes the model's tuning");
+    call = (phi_tune_call){.seconds = 60.0, .poll = always_true};
+    CHECK(phi_tune(&m->model, &call, &tuning) == (packs ? PHI_CANCELLED : PHI_OK), "phi_tune was not cancelled");
+    return tuning;
+}
+
 static void check_batches(const phi_kernels *k, phi_kv_type type, phi_rope_style style, bool packed,
                           const float *expected) {
     enum { N_LOGITS = N_TOKENS * N_VOCAB };
@@ -205,6 +259,8 @@ static void check_batches(const phi_kernels *k, phi_kv_type type, phi_rope_style
         tiny *m = make_tiny(k, pool, style, packed);
         const bool rounds_differently =
             k->max_exact_batch && cases[i].chunk * (cases[i].two_sequences ? 2 : 1) > k->max_exact_batch;
+        if (i) m->model.tuning = i % 3 == 0 ? other_tuning(32, 1) : i % 3 == 1 ? other_tuning(256, 5) : check_tune(m);
+        phi_pool_set_spins(pool, m->model.tuning.spins);
         run(m, type, cases[i].chunk, cases[i].two_sequences, i ? logits : first);
         if (i == 0) check_cancel(m);
         if (i && !rounds_differently) {

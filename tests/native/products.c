@@ -149,7 +149,8 @@ static void multiply(const phi_kernels *k, const product *p, bool packed, int fi
         .n_tokens = n_tokens,
         .out = out,
         .out_stride = OUT_STRIDE,
-        .prefetch = k->prefetch,
+        .prefetch = phi_default_tuning().prefetch[p->type][phi_batch_class_of(n_tokens)],
+        .max_small_batch = PHI_MAX_SMALL_BATCH,
     };
     for (int i = 0; i < MAX_TOKENS * OUT_STRIDE; i++) out[i] = 12345.0f;
     (packed ? k->matmul_packed : k->matmul)[p->type](&m);

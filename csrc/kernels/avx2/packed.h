@@ -261,13 +261,10 @@ PHI_INLINE void multiply_small_batch(const format f, const uint8_t *panel, const
     }
     for (size_t b = 0; b < a.n_blocks; b += (size_t)f.sub_blocks, panel += f.unit_bytes) {
         groups g;
-        if (n_tokens == 1) prefetch_next_page(panel + f.unit_bytes);
         f.unpack_groups(panel, &g);
         UNROLL for (int j = 0; j < f.sub_blocks; j++) {
             const uint8_t *block_start = panel + (size_t)j * block_bytes;
-            if (m->prefetch.l1_bytes) prefetch_l1(block_start + m->prefetch.l1_bytes, block_bytes);
-            const size_t l2_bytes = n_tokens == 1 ? m->prefetch.decode_l2_bytes : m->prefetch.l2_bytes;
-            if (l2_bytes) prefetch_l2(block_start + l2_bytes, block_bytes);
+            prefetch_ahead(&m->prefetch, block_start, block_bytes, j == 0 ? panel + f.unit_bytes : NULL);
             add_block(f, panel, NULL, &g, j, &a, b + (size_t)j, n_tokens, total);
         }
     }

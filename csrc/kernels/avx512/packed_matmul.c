@@ -68,14 +68,11 @@ PHI_INLINE void multiply_small_batch_tile(const format f, const uint8_t *panel, 
     for (int t = 0; t < n_tokens; t++) total[t] = _mm512_setzero_ps();
     for (size_t b = 0; b < n_blocks; b += (size_t)f.sub_blocks, panel += f.unit_bytes) {
         groups g;
-        if (n_tokens == 1) prefetch_next_page(panel + f.unit_bytes);
         f.unpack_groups(panel, &g);
         UNROLL for (int j = 0; j < f.sub_blocks; j++) {
             __m512i q[LINES];
             const uint8_t *block_start = panel + (size_t)j * block_bytes;
-            if (m->prefetch.l1_bytes) prefetch_l1(block_start + m->prefetch.l1_bytes, block_bytes);
-            const size_t l2_bytes = n_tokens == 1 ? m->prefetch.decode_l2_bytes : m->prefetch.l2_bytes;
-            if (l2_bytes) prefetch_l2(block_start + l2_bytes, block_bytes);
+            prefetch_ahead(&m->prefetch, block_start, block_bytes, j == 0 ? panel + f.unit_bytes : NULL);
             f.unpack_lines(panel, j, q);
             UNROLL for (int t = 0; t < n_tokens; t++) {
                 const x_block x = x_block_of(f, m, token + t, b + (size_t)j);
@@ -214,7 +211,7 @@ PHI_INLINE void matmul(const format f, const phi_matmul *m) {
     for (int r = 0; r < m->n_rows;) {
         const uint8_t *panel = m->rows + (size_t)r * m->row_bytes;
         float *out = m->out + r;
-        if (m->n_tokens > MAX_SMALL_BATCH) {
+        if (m->n_tokens > MAX_SMALL_BATCH || m->n_tokens > m->max_small_batch) {
             const int n_panels = panels_from(m, r);
             multiply_prefill(f, panel, m, n_panels, out);
             r += n_panels * PHI_PANEL_ROWS;

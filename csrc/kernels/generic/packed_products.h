@@ -19,7 +19,7 @@ PHI_INLINE void multiply_packed(const format f, const phi_matmul *m) {
         const uint8_t *panel = m->rows + (size_t)r * m->row_bytes;
         float *out = m->out + r;
         int n_panels = 1;
-        switch (m->n_tokens) {
+        switch (m->n_tokens <= m->max_small_batch ? m->n_tokens : 0) {
         case 1:
             multiply_small_batch(f, panel, m, 1, out);
             break;

@@ -1,4 +1,4 @@
-/* Software prefetch, for the AVX2, AVX-512 and AMX tiers. The distances come from phi_matmul.prefetch. */
+/* Software prefetch, for the AVX2, AVX-512 and AMX tiers. phi_matmul.prefetch has the distances. */
 #ifndef PHI_X86_PREFETCH_H
 #define PHI_X86_PREFETCH_H
 
@@ -6,6 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "../../phi.h"
 #include "../generic/unroll.h"
 
 enum { CACHE_LINE_BYTES = 64, SMALL_PAGE_BYTES = 4096 /* a virtual-memory page, not one of the KV cache */ };
@@ -25,6 +26,14 @@ PHI_INLINE void prefetch_l2(const uint8_t *bytes, size_t n_bytes) {
 PHI_INLINE void prefetch_next_page(const uint8_t *bytes) {
     const uint8_t *page = bytes + (-(uintptr_t)bytes & (SMALL_PAGE_BYTES - 1));
     prefetch_l2(page, (size_t)2 * CACHE_LINE_BYTES);
+}
+
+/* Issues what p requests while the n_bytes at `bytes` are multiplied. next_unit: the unit after the current one, for
+ * its first sub-block, else NULL; so the next page is prefetched once per unit. */
+PHI_INLINE void prefetch_ahead(const phi_prefetch *p, const uint8_t *bytes, size_t n_bytes, const uint8_t *next_unit) {
+    if (next_unit && p->next_page) prefetch_next_page(next_unit);
+    if (p->l1_bytes) prefetch_l1(bytes + p->l1_bytes, n_bytes);
+    if (p->l2_bytes) prefetch_l2(bytes + p->l2_bytes, n_bytes);
 }
 
 #endif

@@ -86,6 +86,7 @@ def measure(
             "model": config.name,
             "tier": model.tier,
             "n_threads": model.n_threads,
+            "tuning": model.tuning,
             "prefill_tok_s": round(statistics.median(runner.prefill_speeds), 3),
             "decode_tok_s": decode,
             "batch": [{"n_seqs": n, "tok_s": runner.decode_tok_s(_DecodeCase(n, 0))} for n in workload.batch_sizes],

@@ -165,6 +165,7 @@ def _print_report(report: dict[str, Any], workload: "Workload") -> None:
     rows = [
         ("model", report["model"]),
         ("tier", f"{report['tier']}, {report['n_threads']} threads"),
+        ("tuning", report["tuning"]),
         (f"prefill {workload.n_prefill}", f"{report['prefill_tok_s']:.1f} tok/s"),
         ("decode", f"{report['decode_tok_s']:.2f} tok/s"),
     ]

@@ -19,6 +19,7 @@ from phi_c.cli import options as opt
 from phi_c.cli.output import name_value_table
 from phi_c.engine import prefix_cache
 from phi_c.errors import PhiError
+from phi_c.model import tuning
 from phi_c.params import TIER_VARIABLE, choose_tier
 from phi_c.storage import cache_dir
 
@@ -26,17 +27,35 @@ _EPILOG = """\b
 Examples:
   phi-c doctor
   phi-c doctor --json > machine.json
+  phi-c doctor --tune -m phi-3-mini
   PHI_C_ISA=scalar phi-c doctor
 """
 
 
 @cloup.command("doctor", epilog=_EPILOG)
+@cloup.option_group(
+    "Tuning options",
+    cloup.option("--tune", is_flag=True, help="Measure the kernels' settings and store the best."),
+    opt.model_option(help="Model to measure with.  [default: random weights of every type]"),
+    opt.threads(),
+    opt.tier(),
+)
 @cloup.option_group("Output options", opt.json_flag())
-def command(as_json: bool) -> None:
+def command(tune: bool, model: str | None, n_threads: int | None, tier: str | None, as_json: bool) -> None:
     """Show the CPU, its cores, the memory and its measured bandwidth, and the caches.
+
+    With --tune, measure prefetch, batch and task sizes and waiting times of the kernels for a minute or more, and store
+    the best in the tuning profile of this machine, which later loads with as many threads use. Results never change.
 
     The exit code is 2 if PHI_C_ISA names a tier that this machine does not support, and 1 for other errors.
     """
+    if tune:
+        from phi_c.cli.tuning import run_tuning  # noqa: PLC0415 - imports numpy
+
+        run_tuning(model, n_threads, tier, as_json=as_json)
+        return
+    if model is not None or n_threads is not None or tier is not None:
+        raise click.UsageError("--model, --threads and --tier need --tune")
     report, faults = examine()
     if as_json:
         click.echo(json.dumps(report, indent=2))
@@ -50,7 +69,7 @@ def examine() -> tuple[dict[str, Any], list[PhiError]]:
     """Return the report, ready for JSON (None: unknown), and the errors found."""
     faults: list[PhiError] = []
     tier: str | None = None
-    cache: dict[str, Any] = {"folder": None, "models": [], "prefix_bytes": None}
+    cache: dict[str, Any] = {"folder": None, "models": [], "prefix_bytes": None, "tuning": []}
     try:
         tier = choose_tier(None) or _core.default_tier()
     except PhiError as error:
@@ -61,6 +80,7 @@ def examine() -> tuple[dict[str, Any], list[PhiError]]:
             {"name": m.name, "source": m.source, "path": str(m.path), "n_bytes": m.n_bytes} for m in hub.cached()
         ]
         cache["prefix_bytes"] = prefix_cache.stored_bytes()
+        cache["tuning"] = [{**vars(p.key), "types": sorted(p.prefetch)} for p in tuning.load_all()]
     except PhiError as error:
         faults.append(error)
     n_threads = machine.default_threads()
@@ -128,9 +148,15 @@ def _table(report: Mapping[str, Any]) -> Table:
         ("bandwidth", "; ".join(rates)),
         ("cache", cache["folder"] or "unknown"),
         ("models", "\n".join(models) or "none"),
+        ("tuning", "\n".join(map(_profile, cache["tuning"])) or "none measured yet"),
         ("prefix cache", f"{_size(cache['prefix_bytes'])} in {prefix_cache.default_folder()}"),
     ]
     return name_value_table(rows)
+
+
+def _profile(stored: Mapping[str, Any]) -> str:
+    threads = f"{stored['n_threads']} thread{'s' if stored['n_threads'] > 1 else ''}"
+    return f"{stored['cpu']}, {threads}, {stored['tier']}, phi-c {stored['version']}: {', '.join(stored['types'])}"
 
 
 def _size(n_bytes: float | None) -> str:

@@ -94,6 +94,15 @@ def threads() -> Decorator:
     )
 
 
+def tier() -> Decorator:
+    """Return --tier."""
+    return cloup.option(
+        "--tier",
+        metavar="NAME",
+        help="Instruction-set tier, such as avx2; `phi-c doctor` lists them.  [default: PHI_C_ISA, else the best one]",
+    )
+
+
 def tokenizer() -> Decorator:
     """Return --tokenizer."""
     return cloup.option(
@@ -163,12 +172,7 @@ def loading_options(*first: Decorator, more: tuple[Decorator, ...] = ()) -> Deco
             help="Weight layout: packed at every start, packed once and saved on disk, or used in place from the "
             "model file (fast start, lower speed).  [default: packed]",
         ),
-        cloup.option(
-            "--tier",
-            metavar="NAME",
-            help="Instruction-set tier, such as avx2; `phi-c doctor` lists them.  "
-            "[default: PHI_C_ISA, else the best one]",
-        ),
+        tier(),
         cloup.option(
             "--rope",
             type=click.Choice(["auto", "long", "short"]),

@@ -26,7 +26,7 @@ Examples:
     required=True,
     metavar="NAME...",
     help="Preset; source as `phi-c list` prints it; or packed (packed-weight cache), prefix (prefix cache), "
-    "random (random models of `phi-c bench`) or all.",
+    "random (random models of `phi-c bench`), tuning (tuning profiles) or all.",
 )
 @cloup.option_group(
     "Removal options",
