@@ -481,3 +481,4 @@ cdef class Model:
 
 
 include "_forward.pxi"
+include "_bench.pxi"
