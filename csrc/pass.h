@@ -36,16 +36,18 @@ typedef struct {
     const phi_model *model;
     const phi_kv *kv;
     const phi_batch *batch;
-    float *residual;           /* [n_tokens, n_embd] */
-    float *q;                  /* [n_tokens, n_heads * head_dim] */
-    float *cos, *sin;          /* [n_tokens, rope_dims / 2] */
-    bool all_tiled;            /* all products of all layers read tiled activations only */
-    phi_activations *normed;   /* [n_normed], each [n_tokens, n_embd]: output of a norm */
-    int n_normed;              /* 1: shared by all threads; n_threads: a copy per thread */
-    phi_activations attn_out;  /* [n_tokens, n_heads * head_dim]: input of wo */
-    phi_activations ffn_inner; /* [n_tokens, n_ffn]: input of down; unset with experts */
-    expert_rows experts;       /* unset without experts */
-    token_run *runs;           /* [n_runs] */
+    const phi_timings *timings; /* NULL: none */
+    double start;               /* phi_seconds() at the start of the call; unset without timings */
+    float *residual;            /* [n_tokens, n_embd] */
+    float *q;                   /* [n_tokens, n_heads * head_dim] */
+    float *cos, *sin;           /* [n_tokens, rope_dims / 2] */
+    bool all_tiled;             /* all products of all layers read tiled activations only */
+    phi_activations *normed;    /* [n_normed], each [n_tokens, n_embd]: output of a norm */
+    int n_normed;               /* 1: shared by all threads; n_threads: a copy per thread */
+    phi_activations attn_out;   /* [n_tokens, n_heads * head_dim]: input of wo */
+    phi_activations ffn_inner;  /* [n_tokens, n_ffn]: input of down; unset with experts */
+    expert_rows experts;        /* unset without experts */
+    token_run *runs;            /* [n_runs] */
     int n_runs;
     float *scratch; /* [n_threads, scratch_floats]: buffers of the current task */
     size_t scratch_floats;
@@ -58,6 +60,7 @@ typedef struct {
     forward_pass *f;
     int thread; /* index in the pool; 0 is the calling thread */
     int phase;  /* number of phases ended */
+    double lap; /* phi_seconds() when the last measured time ended; unset without timings */
 } worker;
 
 static inline int max_int(int a, int b) { return a > b ? a : b; }
@@ -70,12 +73,29 @@ static inline int claim_task(const worker *w) { return atomic_fetch_add(&w->f->n
 /* Runs the body for the tasks 0 .. n_tasks - 1 that this thread claims. */
 #define FOR_EACH_TASK(w, task, n_tasks) for (int task; (task = claim_task(w)) < (n_tasks);)
 
+/* Adds the seconds since the end of the last measured time to one of the thread's times [n_threads, PHI_N_PHASES]. */
+static inline void add_time(worker *w, phi_phase name, double *times) {
+    const double now = phi_seconds();
+    times[w->thread * (int)PHI_N_PHASES + (int)name] += now - w->lap;
+    w->lap = now;
+}
+
+/* Ends the work of a phase without a barrier. */
+static inline void end_work(worker *w, phi_phase name) {
+    if (w->f->timings) add_time(w, name, w->f->timings->working);
+}
+
 /* Waits until all threads have ended the phase. */
-static inline void end_phase(worker *w) {
+static inline void end_phase(worker *w, phi_phase name) {
+    const phi_timings *timings = w->f->timings;
+    end_work(w, name);
     /* Resets the counter of the phase after the next. Its last users passed the previous barrier. */
     if (w->thread == 0) atomic_store(&w->f->next_task[(w->phase + 2) % 3], 0);
     phi_pool_barrier(w->f->model->pool);
     w->phase++;
+    if (!timings) return;
+    add_time(w, name, timings->waiting);
+    if (w->thread == 0) timings->n_barriers[name]++;
 }
 
 /* Quantises columns first_col .. first_col + n - 1 of a token to int8. Without whole blocks of PHI_Q8_BLOCK columns
@@ -98,7 +118,7 @@ static inline void quantize_tiled(const phi_kernels *k, const phi_activations *x
 static inline void quantize_all_tiled(worker *w, const phi_activations *x, int n_rows) {
     if (!x->tiled.tiles) return;
     FOR_EACH_TASK(w, t, n_rows) quantize_tiled(w->f->model->kernels, x, t);
-    end_phase(w);
+    end_phase(w, PHI_PHASE_QUANTIZE);
 }
 
 /* out[t, r] = dot(row first_row + r of the weights, token first_token + t of x) + bias[first_row + r] */

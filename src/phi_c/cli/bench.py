@@ -1,6 +1,7 @@
 """`phi-c bench`: speed of a model, or of each kernel, on this machine."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -9,20 +10,21 @@ import click
 import cloup
 
 from phi_c.cli import options as opt
-from phi_c.cli.output import name_value_table
 from phi_c.cli.progress import status_line
 from phi_c.errors import OptionError
 
 if TYPE_CHECKING:
     from phi_c.bench.kernels import KernelSpeed
-    from phi_c.bench.speed import Workload
 
+_MAX_NUMBERS = 1000  # in a range
 _EPILOG = """\b
 Examples:
   phi-c bench -m smollm2
   phi-c bench -m phi-3-mini --batch 1,16 --context 0,2000 --json
   phi-c bench --random phi-3-mini    # writes 2.4 GB to the cache
   phi-c bench -m smollm2 --tier avx2
+  phi-c bench -m smollm2 --batch 1..32    # is any batch slower than the one before?
+  phi-c bench -m smollm2 --phases         # where the time of a step goes
   phi-c bench --kernels
 """
 
@@ -52,16 +54,15 @@ Examples:
     opt.count_option(
         "--decode",
         "n_decode",
-        default=64,
-        show_default=True,
-        help="Number of tokens to decode per sequence.",
+        help="Number of tokens to decode per sequence.  [default: 64; 4 with more than 8 batch sizes]",
     ),
     cloup.option(
         "--batch",
         default="1,4,8,16",
         show_default=True,
-        metavar="N,...",
-        help="Numbers of concurrent sequences to measure.",
+        metavar="N,N..N,...",
+        help="Numbers of concurrent sequences to measure, also as ranges, such as 1..8,16. More than 4 are drawn as a "
+        "chart, with the ratio of each to the one before.",
     ),
     cloup.option(
         "--context",
@@ -77,6 +78,12 @@ Examples:
         show_default=True,
         help="Number of repetitions; the median is reported.",
     ),
+    cloup.option(
+        "--phases",
+        is_flag=True,
+        help="Also report the time of each phase of the forward pass: computing, waiting for other threads, weights "
+        "read per second.",
+    ),
 )
 @cloup.option_group("Output options", opt.json_flag())
 def command(
@@ -84,10 +91,11 @@ def command(
     random_name: str | None,
     kernels: bool,
     n_prefill: int,
-    n_decode: int,
+    n_decode: int | None,
     batch: str,
     context: str,
     n_repeats: int,
+    phases: bool,
     as_json: bool,
     **loading: Any,
 ) -> None:
@@ -109,19 +117,30 @@ def command(
         hub.resolve(model, progress=sys.stderr.isatty())  # a download shows its own bar
     with status_line() as show:
         source = model or _random_model(random_name or "", show)
-        workload = speed.Workload(n_prefill, n_decode, batch_sizes, contexts, n_repeats)
+        n_decode = n_decode or speed.default_n_decode(len(batch_sizes))
+        workload = speed.Workload(n_prefill, n_decode, batch_sizes, contexts, n_repeats, phases)
         report = speed.measure(source, workload, progress=show, **opt.specified(loading))
     if as_json:
         click.echo(json.dumps(report))
     else:
-        _print_report(report, workload)
+        from phi_c.cli.bench_report import print_report  # noqa: PLC0415
+
+        print_report(report, workload)
 
 
 def _parse_counts(option: str, text: str, minimum: int) -> tuple[int, ...]:
-    parts = text.split(",")
-    if not all(part.strip().isascii() and part.strip().isdigit() and int(part) >= minimum for part in parts):
-        raise OptionError(f"{option} is {text!r}, expected integers of at least {minimum}, such as {minimum},16")
-    return tuple(int(part) for part in parts)
+    """Return the numbers of a list such as 1..8,16, in its order and without repeats."""
+    numbers: dict[int, None] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,9})(?:\.\.([0-9]{1,9}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (minimum - 1, 0)
+        if not minimum <= first <= last < first + _MAX_NUMBERS:
+            raise OptionError(
+                f"{option} is {text!r}, expected integers of at least {minimum}, such as {minimum},16, or ranges, such "
+                f"as {minimum}..16, of at most {_MAX_NUMBERS} numbers"
+            )
+        numbers.update(dict.fromkeys(range(first, last + 1)))
+    return tuple(numbers)
 
 
 def _random_model(name: str, show: Callable[[str], None]) -> str:
@@ -156,36 +175,6 @@ def _kernel_row(row: "KernelSpeed") -> dict[str, Any]:
         "gb_s": round(row.gb_s, 2),
         "gmac_s": round(row.gmac_s, 2),
     }
-
-
-def _print_report(report: dict[str, Any], workload: "Workload") -> None:
-    from rich.console import Console  # noqa: PLC0415 - with the next: not needed for `--json`
-    from rich.filesize import decimal  # noqa: PLC0415
-
-    rows = [
-        ("model", report["model"]),
-        ("tier", f"{report['tier']}, {report['n_threads']} threads"),
-        (f"prefill {workload.n_prefill}", f"{report['prefill_tok_s']:.1f} tok/s"),
-        ("decode", f"{report['decode_tok_s']:.2f} tok/s"),
-    ]
-    rows += [(f"batch {row['n_seqs']}", f"{row['tok_s']:.2f} tok/s") for row in report["batch"] if row["n_seqs"] > 1]
-    rows += [
-        (f"decode after {row['n_tokens']} tokens", f"{row['tok_s']:.2f} tok/s")
-        for row in report["context"]
-        if row["n_tokens"] > 0
-    ]
-    rows.append(("weights", f"{decimal(report['weight_bytes_per_token'])} read per token"))
-    if report["read_gb_s"] is None:
-        rows.append(("bandwidth", "unknown: not enough free memory to measure it"))
-    else:
-        rows.append(("bandwidth", f"{report['read_gb_s']:.1f} GB/s; decoding reaches {report['bandwidth_share']:.0%}"))
-    peak = report["peak_rss_bytes"]
-    rows += [
-        ("peak memory", "unknown" if peak is None else decimal(peak)),
-        ("start", f"{report['load_s']:.2f} s to load, {report['first_token_s']:.2f} s to the first token"),
-        ("logits hash", report["logits_hash"]),
-    ]
-    Console(highlight=False).print(name_value_table(rows))
 
 
 def _print_kernels(rows: list["KernelSpeed"]) -> None:
