@@ -1,5 +1,5 @@
-/* The forward pass of a batch. All threads of the pool run the same phases; within a phase they claim tasks from a
- * shared counter (pass.h).
+/* The forward pass of a batch. All threads of the pool run the same phases; within a phase they share its tasks
+ * (pass.h).
  *
  * Phases of a layer, with the unit of a task:
  *   norm             token                       up to MAX_REPLICATED_TOKENS: every thread computes all of it itself
@@ -328,6 +328,12 @@ static void *allot(arena *a, size_t n_bytes) {
     return p;
 }
 
+static void allot_ranges(forward_pass *f, arena *a) {
+    const int n = 3 * phi_pool_size(f->model->pool);
+    f->ranges = allot(a, (size_t)n * sizeof *f->ranges);
+    for (int i = 0; a->memory && i < n; i++) atomic_init(&f->ranges[i].n_claimed, 0);
+}
+
 /* Floats and int8. */
 static phi_activations allot_untiled(arena *a, size_t n_tokens, int n_cols) {
     const size_t n = n_tokens * (size_t)n_cols;
@@ -414,6 +420,7 @@ static void lay_out(forward_pass *f, arena *a) {
     const size_t products = 2 * n_tokens * (size_t)max_int(max_rows, model->head_dim);
     f->scratch_floats = round_up(attention > products ? attention : products, PHI_ALIGN_BYTES / sizeof(float));
 
+    allot_ranges(f, a);
     f->residual = allot(a, n_tokens * (size_t)model->n_embd * sizeof(float));
     f->q = allot(a, n_tokens * (size_t)q_dim * sizeof(float));
     f->cos = allot(a, n_tokens * (size_t)model->rope_dims / 2 * sizeof(float));
@@ -469,7 +476,7 @@ phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batc
 /* ---- LM head ---- */
 
 typedef struct {
-    forward_pass f; /* model and normed only */
+    forward_pass f; /* model, normed and ranges only */
     int n_rows;
     const float *hidden_states; /* [n_rows, n_embd] */
     float *logits;              /* [n_rows, n_vocab] */
@@ -492,10 +499,12 @@ static void run_lm_head(void *context, int thread) {
 phi_status phi_lm_head(const phi_model *model, phi_kv *kv, int n_rows, const float *hidden_states, float *logits) {
     lm_head_call c = {.f = {.model = model}, .n_rows = n_rows, .hidden_states = hidden_states, .logits = logits};
     arena a = {NULL, 0};
+    allot_ranges(&c.f, &a);
     allot_activations(&a, model->kernels, (size_t)n_rows, model->n_embd, false);
     a.memory = phi_kv_scratch(kv, a.used);
     if (!a.memory) return PHI_OUT_OF_MEMORY;
     a.used = 0;
+    allot_ranges(&c.f, &a);
     phi_activations x = allot_activations(&a, model->kernels, (size_t)n_rows, model->n_embd, false);
     c.f.normed = &x;
     return phi_pool_run(model->pool, run_lm_head, &c);

@@ -1,7 +1,7 @@
 /* Shared by forward.c and experts.c: the state of a forward pass, its tasks, and matrix products.
  *
- * A pass is a sequence of phases. Within a phase, the threads of the pool claim tasks from a shared counter; a barrier
- * ends it. */
+ * A pass is a sequence of phases. Within a phase, every thread has a range of tasks, and helps with the ranges of
+ * others when its own is done; a barrier ends the phase. */
 #ifndef PHI_PASS_H
 #define PHI_PASS_H
 
@@ -32,6 +32,12 @@ typedef struct {
     phi_activations inner;   /* [n_tokens * PHI_EXPERTS_USED, n_ffn]: input of down */
 } expert_rows;
 
+/* How many tasks of one thread's range are claimed; alone on its cache line. */
+typedef struct {
+    atomic_int n_claimed;
+    char padding[PHI_ALIGN_BYTES - sizeof(atomic_int)];
+} task_range;
+
 typedef struct {
     const phi_model *model;
     const phi_kv *kv;
@@ -51,8 +57,8 @@ typedef struct {
     int n_runs;
     float *scratch; /* [n_threads, scratch_floats]: buffers of the current task */
     size_t scratch_floats;
-    atomic_int next_task[3]; /* task counters, indexed by phase modulo 3 */
-    atomic_bool stop;        /* poll returned true */
+    task_range *ranges; /* [3, n_threads], indexed by phase modulo 3 */
+    atomic_bool stop;   /* poll returned true */
 } forward_pass;
 
 /* One thread of a pass. */
@@ -68,10 +74,28 @@ static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int ceil_div(int n, int by) { return (n + by - 1) / by; }
 static inline size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-static inline int claim_task(const worker *w) { return atomic_fetch_add(&w->f->next_task[w->phase % 3], 1); }
+/* First task of a thread's range. */
+static inline int first_task(int n_tasks, int thread, int n_threads) {
+    return (int)((int64_t)n_tasks * thread / n_threads);
+}
+
+/* Returns a task that is not claimed yet, n_tasks if there is none. A thread claims the tasks of its range in order, so
+ * that it reads a matrix as one stream and what a kernel prefetches beyond a task is the thread's next one. */
+static inline int claim_task(const worker *w, int n_tasks) {
+    const int n_threads = phi_pool_size(w->f->model->pool);
+    task_range *ranges = w->f->ranges + w->phase % 3 * n_threads;
+    for (int i = 0; i < n_threads; i++) {
+        const int owner = (w->thread + i) % n_threads;
+        const int first = first_task(n_tasks, owner, n_threads), end = first_task(n_tasks, owner + 1, n_threads);
+        if (first + atomic_load(&ranges[owner].n_claimed) >= end) continue; /* does not take the line from the owner */
+        const int task = first + atomic_fetch_add(&ranges[owner].n_claimed, 1);
+        if (task < end) return task;
+    }
+    return n_tasks;
+}
 
 /* Runs the body for the tasks 0 .. n_tasks - 1 that this thread claims. */
-#define FOR_EACH_TASK(w, task, n_tasks) for (int task; (task = claim_task(w)) < (n_tasks);)
+#define FOR_EACH_TASK(w, task, n_tasks) for (int task; (task = claim_task(w, n_tasks)) < (n_tasks);)
 
 /* Adds the seconds since the end of the last measured time to one of the thread's times [n_threads, PHI_N_PHASES]. */
 static inline void add_time(worker *w, phi_phase name, double *times) {
@@ -89,9 +113,10 @@ static inline void end_work(worker *w, phi_phase name) {
 static inline void end_phase(worker *w, phi_phase name) {
     const phi_timings *timings = w->f->timings;
     end_work(w, name);
-    /* Resets the counter of the phase after the next. Its last users passed the previous barrier. */
-    if (w->thread == 0) atomic_store(&w->f->next_task[(w->phase + 2) % 3], 0);
-    phi_pool_barrier(w->f->model->pool);
+    /* Resets the range for the phase after the next. Its last users passed the previous barrier. */
+    phi_pool *pool = w->f->model->pool;
+    atomic_store(&w->f->ranges[(w->phase + 2) % 3 * phi_pool_size(pool) + w->thread].n_claimed, 0);
+    phi_pool_barrier(pool);
     w->phase++;
     if (!timings) return;
     add_time(w, name, timings->waiting);

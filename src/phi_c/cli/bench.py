@@ -23,8 +23,8 @@ Examples:
   phi-c bench -m phi-3-mini --batch 1,16 --context 0,2000 --json
   phi-c bench --random phi-3-mini    # writes 2.4 GB to the cache
   phi-c bench -m smollm2 --tier avx2
-  phi-c bench -m smollm2 --batch 1..32    # is any batch slower than the one before?
-  phi-c bench -m smollm2 --phases         # where the time of a step goes
+  phi-c bench -m smollm2 --batch 1..32  # speed by batch size, as a chart
+  phi-c bench -m smollm2 --phases       # time of each phase of a step
   phi-c bench --kernels
 """
 
