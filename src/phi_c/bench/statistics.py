@@ -34,7 +34,7 @@ def paired_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, 
 
 
 def _n_outside(n: int) -> int:
-    """Return how many of n ordered samples lie outside the interval on each side.
+    """Return how many of n ordered samples are outside the interval on each side.
 
     The number of samples below the median is binomial with p = 1/2. The interval without the k smallest and the k
     largest samples misses the median with probability 2 * P(at most k).
