@@ -48,7 +48,7 @@ void phi_route(worker *w, int layer, const phi_activations *normed) {
         chosen[0] = choose_expert(scores, n, -1, &weights[0]);
         chosen[1] = choose_expert(scores, n, chosen[0], &weights[1]);
     }
-    end_phase(w);
+    end_phase(w, PHI_PHASE_ROUTER);
 }
 
 /* Sorts the (token, expert) pairs by expert, then by token. */
@@ -76,12 +76,12 @@ static void gather(worker *w, const phi_activations *normed) {
     expert_rows *x = &f->experts;
     const size_t n_embd = (size_t)f->model->n_embd;
     FOR_EACH_TASK(w, task, 1) assign_rows(f);
-    end_phase(w);
+    end_phase(w, PHI_PHASE_GATHER);
     FOR_EACH_TASK(w, row, f->batch->n_tokens * PHI_EXPERTS_USED) {
         memcpy(x->in.f32 + (size_t)row * n_embd, normed->f32 + (size_t)x->token[row] * n_embd, n_embd * sizeof(float));
         quantize(f->model->kernels, &x->in, row, 0, n_embd);
     }
-    end_phase(w);
+    end_phase(w, PHI_PHASE_GATHER);
 }
 
 /* inner = silu(gate) * up */
@@ -106,7 +106,7 @@ static void project_gate_up(worker *w, const phi_feed_forward *experts) {
             quantize(kernels, &x->inner, first_row + t, (size_t)first, (size_t)n_rows);
         }
     }
-    end_phase(w);
+    end_phase(w, PHI_PHASE_GATE_UP);
 }
 
 /* residual += weight * (inner @ down.T) for each chosen expert */
@@ -131,7 +131,7 @@ static void project_down(worker *w, const phi_feed_forward *experts) {
             }
         }
     }
-    end_phase(w);
+    end_phase(w, PHI_PHASE_DOWN);
 }
 
 void phi_run_experts(worker *w, int layer, const phi_activations *normed) {
@@ -156,5 +156,5 @@ void phi_observe_experts(worker *w, int layer) {
             observe_columns(&x->inner, row, n, c, observer->expert_inner + at * n_ffn);
         observer->expert_tokens[at] += n;
     }
-    end_phase(w);
+    end_phase(w, PHI_PHASE_OBSERVE);
 }

@@ -1,5 +1,5 @@
-/* The forward pass of a batch. All threads of the pool run the same phases; within a phase they claim tasks from a
- * shared counter (pass.h).
+/* The forward pass of a batch. All threads of the pool run the same phases; within a phase they share its tasks
+ * (pass.h).
  *
  * Phases of a layer, with the unit of a task:
  *   norm             token                       up to MAX_REPLICATED_TOKENS: every thread computes all of it itself
@@ -26,12 +26,18 @@ enum {
 
 /* ---- phases ---- */
 
+#define PHI_PHASE(name, text) text,
+const char *const phi_phase_names[PHI_N_PHASES] = {
+#include "phases.def"
+};
+#undef PHI_PHASE
+
 /* Adds x, the input of a matrix product, to the observer's sums [n_cols]. x must be complete. */
 static void observe(worker *w, const phi_activations *x, double *sums) {
     FOR_EACH_TASK(w, task, ceil_div(x->n_cols, OBSERVER_COLS)) {
         observe_columns(x, 0, w->f->batch->n_tokens, task, sums);
     }
-    end_phase(w);
+    end_phase(w, PHI_PHASE_OBSERVE);
 }
 
 /* Looks up the embeddings of all tokens and computes the cosines and sines of their positions. */
@@ -54,7 +60,7 @@ static void embed(worker *w) {
             f->sin[(size_t)t * n_freqs + i] = (float)sin((double)angle) * model->rope_attn_factor;
         }
     }
-    end_phase(w);
+    end_phase(w, PHI_PHASE_EMBED);
 }
 
 static void normalise_row(const forward_pass *f, int residual_row, const phi_norm *norm, const phi_activations *normed,
@@ -79,9 +85,10 @@ static const phi_activations *normalise(worker *w, const phi_norm *norm, int n_r
     const phi_activations *normed = &f->normed[f->n_normed == 1 ? 0 : w->thread];
     if (f->n_normed > 1) {
         for (int i = 0; i < n_rows; i++) normalise_row(f, rows ? rows[i] : i, norm, normed, i);
+        end_work(w, PHI_PHASE_NORM);
     } else {
         FOR_EACH_TASK(w, i, n_rows) normalise_row(f, rows ? rows[i] : i, norm, normed, i);
-        end_phase(w);
+        end_phase(w, PHI_PHASE_NORM);
     }
     return normed;
 }
@@ -142,7 +149,7 @@ static void project_qkv(worker *w, int layer, const phi_activations *normed) {
         for (int t = 0; !is_kv && t < n_tokens; t++)
             memcpy(q + (size_t)t * q_dim, heads + (size_t)t * stride, (size_t)(n * head_dim) * sizeof *q);
     }
-    end_phase(w);
+    end_phase(w, PHI_PHASE_QKV);
 }
 
 /* attn_out = attention of all tokens and heads */
@@ -179,15 +186,15 @@ static void run_attention(worker *w, int layer) {
         for (int t = run->first; whole_blocks && t < run->first + run->n_tokens; t++)
             quantize(model->kernels, &f->attn_out, t, first_col, group_dim);
     }
-    end_phase(w);
+    end_phase(w, PHI_PHASE_ATTENTION);
     quantize_all_tiled(w, &f->attn_out, f->batch->n_tokens);
     if (whole_blocks) return;
     FOR_EACH_TASK(w, t, f->batch->n_tokens) quantize(model->kernels, &f->attn_out, t, 0, q_dim);
-    end_phase(w);
+    end_phase(w, PHI_PHASE_QUANTIZE);
 }
 
 /* residual += x @ matrix.T */
-static void project_residual(worker *w, const phi_matrix *matrix, const phi_activations *x) {
+static void project_residual(worker *w, phi_phase name, const phi_matrix *matrix, const phi_activations *x) {
     const forward_pass *f = w->f;
     const size_t n_embd = (size_t)f->model->n_embd;
     float *out = f->scratch + (size_t)w->thread * f->scratch_floats;
@@ -200,7 +207,7 @@ static void project_residual(worker *w, const phi_matrix *matrix, const phi_acti
                                    f->residual + (size_t)t * n_embd + (size_t)first);
         }
     }
-    end_phase(w);
+    end_phase(w, name);
 }
 
 /* ffn_inner = silu(gate) * up, or gelu(up) */
@@ -227,7 +234,7 @@ static void project_gate_up(worker *w, const phi_feed_forward *ffn, const phi_ac
             quantize(kernels, &f->ffn_inner, t, (size_t)first, (size_t)n_rows);
         }
     }
-    end_phase(w);
+    end_phase(w, PHI_PHASE_GATE_UP);
     quantize_all_tiled(w, &f->ffn_inner, n_tokens);
 }
 
@@ -246,7 +253,7 @@ static void feed_forward(worker *w, int layer, const phi_activations *normed) {
     }
     project_gate_up(w, l->ffn, normed);
     if (observer) observe(w, &f->ffn_inner, observer->ffn_inner + (size_t)layer * (size_t)model->n_ffn);
-    project_residual(w, &l->ffn->down, &f->ffn_inner);
+    project_residual(w, PHI_PHASE_DOWN, &l->ffn->down, &f->ffn_inner);
 }
 
 /* logits [n_rows, n_vocab] = normed @ output.T */
@@ -258,6 +265,7 @@ static void project_logits(worker *w, const phi_activations *normed, int n_rows,
         const int first = task * chunk, n = min_int(chunk, model->n_vocab - first);
         multiply(f, &model->output, first, n, normed, n_rows, logits + first, (size_t)model->n_vocab);
     }
+    end_phase(w, PHI_PHASE_LM_HEAD);
 }
 
 /* The batch's logits and hidden states. */
@@ -282,7 +290,7 @@ static void run_layer(worker *w, int layer) {
     project_qkv(w, layer, normed);
     run_attention(w, layer);
     if (observer) observe(w, &f->attn_out, observer->attn_out + (size_t)layer * (size_t)f->attn_out.n_cols);
-    project_residual(w, &l->wo, &f->attn_out);
+    project_residual(w, PHI_PHASE_ATTN_OUTPUT, &l->wo, &f->attn_out);
     if (!model->parallel) normed = normalise(w, &l->ffn_norm, batch->n_tokens, NULL);
     if (w->thread == 0 && batch->poll && batch->poll(batch->poll_context)) atomic_store(&f->stop, true);
     feed_forward(w, layer, normed);
@@ -292,7 +300,8 @@ static void run_pass(void *context, int thread) {
     forward_pass *f = context;
     const phi_model *model = f->model;
     const phi_batch *batch = f->batch;
-    worker w = {.f = f, .thread = thread};
+    worker w = {.f = f, .thread = thread, .lap = f->start};
+    if (f->timings) add_time(&w, PHI_PHASE_START, thread == 0 ? f->timings->working : f->timings->waiting);
     embed(&w);
     for (int layer = 0; layer < model->n_layers; layer++) {
         run_layer(&w, layer);
@@ -317,6 +326,12 @@ static void *allot(arena *a, size_t n_bytes) {
     void *p = a->memory ? a->memory + a->used : NULL;
     a->used += round_up(n_bytes, PHI_ALIGN_BYTES);
     return p;
+}
+
+static void allot_ranges(forward_pass *f, arena *a) {
+    const int n = 3 * phi_pool_size(f->model->pool);
+    f->ranges = allot(a, (size_t)n * sizeof *f->ranges);
+    for (int i = 0; a->memory && i < n; i++) atomic_init(&f->ranges[i].n_claimed, 0);
 }
 
 /* Floats and int8. */
@@ -407,6 +422,7 @@ static void lay_out(forward_pass *f, arena *a) {
     const size_t products = 2 * n_tokens * (size_t)max_int(max_rows, model->head_dim);
     f->scratch_floats = round_up(attention > products ? attention : products, PHI_ALIGN_BYTES / sizeof(float));
 
+    allot_ranges(f, a);
     f->residual = allot(a, n_tokens * (size_t)model->n_embd * sizeof(float));
     f->q = allot(a, n_tokens * (size_t)q_dim * sizeof(float));
     f->cos = allot(a, n_tokens * (size_t)model->rope_dims / 2 * sizeof(float));
@@ -445,7 +461,8 @@ static void find_runs(forward_pass *f) {
 
 phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batch) {
     const bool all_tiled = all_take_tiled(model, (size_t)batch->n_tokens);
-    forward_pass f = {.model = model, .kv = kv, .batch = batch, .all_tiled = all_tiled};
+    forward_pass f = {.model = model, .kv = kv, .batch = batch, .timings = batch->timings, .all_tiled = all_tiled};
+    if (f.timings) f.start = phi_seconds();
     arena a = {NULL, 0};
     lay_out(&f, &a);
     a.memory = phi_kv_scratch(kv, a.used);
@@ -461,7 +478,7 @@ phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batc
 /* ---- LM head ---- */
 
 typedef struct {
-    forward_pass f; /* model and normed only */
+    forward_pass f; /* model, normed and ranges only */
     int n_rows;
     const float *hidden_states; /* [n_rows, n_embd] */
     float *logits;              /* [n_rows, n_vocab] */
@@ -477,17 +494,19 @@ static void run_lm_head(void *context, int thread) {
         quantize(c->f.model->kernels, x, i, 0, n_embd);
         quantize_tiled(c->f.model->kernels, x, i);
     }
-    end_phase(&w);
+    end_phase(&w, PHI_PHASE_NORM);
     project_logits(&w, x, c->n_rows, c->logits);
 }
 
 phi_status phi_lm_head(const phi_model *model, phi_kv *kv, int n_rows, const float *hidden_states, float *logits) {
     lm_head_call c = {.f = {.model = model}, .n_rows = n_rows, .hidden_states = hidden_states, .logits = logits};
     arena a = {NULL, 0};
+    allot_ranges(&c.f, &a);
     allot_activations(&a, model->kernels, (size_t)n_rows, model->n_embd, false);
     a.memory = phi_kv_scratch(kv, a.used);
     if (!a.memory) return PHI_OUT_OF_MEMORY;
     a.used = 0;
+    allot_ranges(&c.f, &a);
     phi_activations x = allot_activations(&a, model->kernels, (size_t)n_rows, model->n_embd, false);
     c.f.normed = &x;
     return phi_pool_run(model->pool, run_lm_head, &c);

@@ -1,3 +1,4 @@
+#define _POSIX_C_SOURCE 199309L /* clock_gettime */
 /* Clock and memory bandwidth. */
 #include "phi.h"
 
@@ -29,7 +30,11 @@ double phi_seconds(void) {
 #else
 double phi_seconds(void) {
     struct timespec t;
+#ifdef CLOCK_MONOTONIC
+    clock_gettime(CLOCK_MONOTONIC, &t);
+#else
     timespec_get(&t, TIME_UTC);
+#endif
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 #endif

@@ -1,7 +1,7 @@
 /* Shared by forward.c and experts.c: the state of a forward pass, its tasks, and matrix products.
  *
- * A pass is a sequence of phases. Within a phase, the threads of the pool claim tasks from a shared counter; a barrier
- * ends it. */
+ * A pass is a sequence of phases. Within a phase, every thread has a range of tasks, and helps with the ranges of
+ * others when its own is done; a barrier ends the phase. */
 #ifndef PHI_PASS_H
 #define PHI_PASS_H
 
@@ -31,25 +31,33 @@ typedef struct {
     phi_activations inner;   /* [n_tokens * PHI_EXPERTS_USED, n_ffn]: input of down */
 } expert_rows;
 
+/* How many tasks of one thread's range are claimed; alone on its cache line. */
+typedef struct {
+    atomic_int n_claimed;
+    char padding[PHI_ALIGN_BYTES - sizeof(atomic_int)];
+} task_range;
+
 typedef struct {
     const phi_model *model;
     const phi_kv *kv;
     const phi_batch *batch;
-    float *residual;           /* [n_tokens, n_embd] */
-    float *q;                  /* [n_tokens, n_heads * head_dim] */
-    float *cos, *sin;          /* [n_tokens, rope_dims / 2] */
-    bool all_tiled;            /* all products of all layers read tiled activations only */
-    phi_activations *normed;   /* [n_normed], each [n_tokens, n_embd]: output of a norm */
-    int n_normed;              /* 1: shared by all threads; n_threads: a copy per thread */
-    phi_activations attn_out;  /* [n_tokens, n_heads * head_dim]: input of wo */
-    phi_activations ffn_inner; /* [n_tokens, n_ffn]: input of down; unset with experts */
-    expert_rows experts;       /* unset without experts */
-    token_run *runs;           /* [n_runs] */
+    const phi_timings *timings; /* NULL: none */
+    double start;               /* phi_seconds() at the start of the call; unset without timings */
+    float *residual;            /* [n_tokens, n_embd] */
+    float *q;                   /* [n_tokens, n_heads * head_dim] */
+    float *cos, *sin;           /* [n_tokens, rope_dims / 2] */
+    bool all_tiled;             /* all products of all layers read tiled activations only */
+    phi_activations *normed;    /* [n_normed], each [n_tokens, n_embd]: output of a norm */
+    int n_normed;               /* 1: shared by all threads; n_threads: a copy per thread */
+    phi_activations attn_out;   /* [n_tokens, n_heads * head_dim]: input of wo */
+    phi_activations ffn_inner;  /* [n_tokens, n_ffn]: input of down; unset with experts */
+    expert_rows experts;        /* unset without experts */
+    token_run *runs;            /* [n_runs] */
     int n_runs;
     float *scratch; /* [n_threads, scratch_floats]: buffers of the current task */
     size_t scratch_floats;
-    atomic_int next_task[3]; /* task counters, indexed by phase modulo 3 */
-    atomic_bool stop;        /* poll returned true */
+    task_range *ranges; /* [3, n_threads], indexed by phase modulo 3 */
+    atomic_bool stop;   /* poll returned true */
 } forward_pass;
 
 /* One thread of a pass. */
@@ -57,6 +65,7 @@ typedef struct {
     forward_pass *f;
     int thread; /* index in the pool; 0 is the calling thread */
     int phase;  /* number of phases ended */
+    double lap; /* phi_seconds() when the last measured time ended; unset without timings */
 } worker;
 
 static inline int max_int(int a, int b) { return a > b ? a : b; }
@@ -64,17 +73,53 @@ static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int ceil_div(int n, int by) { return (n + by - 1) / by; }
 static inline size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-static inline int claim_task(const worker *w) { return atomic_fetch_add(&w->f->next_task[w->phase % 3], 1); }
+/* First task of a thread's range. */
+static inline int first_task(int n_tasks, int thread, int n_threads) {
+    return (int)((int64_t)n_tasks * thread / n_threads);
+}
+
+/* Returns a task that is not claimed yet, n_tasks if there is none. A thread claims the tasks of its range in order, so
+ * that it reads a matrix as one stream and what a kernel prefetches beyond a task is the thread's next one. */
+static inline int claim_task(const worker *w, int n_tasks) {
+    const int n_threads = phi_pool_size(w->f->model->pool);
+    task_range *ranges = w->f->ranges + w->phase % 3 * n_threads;
+    for (int i = 0; i < n_threads; i++) {
+        const int owner = (w->thread + i) % n_threads;
+        const int first = first_task(n_tasks, owner, n_threads), end = first_task(n_tasks, owner + 1, n_threads);
+        if (first + atomic_load(&ranges[owner].n_claimed) >= end) continue; /* does not take the line from the owner */
+        const int task = first + atomic_fetch_add(&ranges[owner].n_claimed, 1);
+        if (task < end) return task;
+    }
+    return n_tasks;
+}
 
 /* Runs the body for the tasks 0 .. n_tasks - 1 that this thread claims. */
-#define FOR_EACH_TASK(w, task, n_tasks) for (int task; (task = claim_task(w)) < (n_tasks);)
+#define FOR_EACH_TASK(w, task, n_tasks) for (int task; (task = claim_task(w, n_tasks)) < (n_tasks);)
+
+/* Adds the seconds since the end of the last measured time to one of the thread's times [n_threads, PHI_N_PHASES]. */
+static inline void add_time(worker *w, phi_phase name, double *times) {
+    const double now = phi_seconds();
+    times[w->thread * (int)PHI_N_PHASES + (int)name] += now - w->lap;
+    w->lap = now;
+}
+
+/* Ends the work of a phase without a barrier. */
+static inline void end_work(worker *w, phi_phase name) {
+    if (w->f->timings) add_time(w, name, w->f->timings->working);
+}
 
 /* Waits until all threads have ended the phase. */
-static inline void end_phase(worker *w) {
-    /* Resets the counter of the phase after the next. Its last users passed the previous barrier. */
-    if (w->thread == 0) atomic_store(&w->f->next_task[(w->phase + 2) % 3], 0);
-    phi_pool_barrier(w->f->model->pool);
+static inline void end_phase(worker *w, phi_phase name) {
+    const phi_timings *timings = w->f->timings;
+    end_work(w, name);
+    /* Resets the range for the phase after the next. Its last users passed the previous barrier. */
+    phi_pool *pool = w->f->model->pool;
+    atomic_store(&w->f->ranges[(w->phase + 2) % 3 * phi_pool_size(pool) + w->thread].n_claimed, 0);
+    phi_pool_barrier(pool);
     w->phase++;
+    if (!timings) return;
+    add_time(w, name, timings->waiting);
+    if (w->thread == 0) timings->n_barriers[name]++;
 }
 
 /* Quantises columns first_col .. first_col + n - 1 of a token to int8. Without whole blocks of PHI_Q8_BLOCK columns
@@ -97,7 +142,7 @@ static inline void quantize_tiled(const phi_kernels *k, const phi_activations *x
 static inline void quantize_all_tiled(worker *w, const phi_activations *x, int n_rows) {
     if (!x->tiled.tiles) return;
     FOR_EACH_TASK(w, t, n_rows) quantize_tiled(w->f->model->kernels, x, t);
-    end_phase(w);
+    end_phase(w, PHI_PHASE_QUANTIZE);
 }
 
 /* out[t, r] = dot(row first_row + r of the weights, token first_token + t of x) + bias[first_row + r] */

@@ -76,7 +76,7 @@ void phi_pool_free(phi_pool *pool);
 /* Sets how often a waiting thread checks before it sleeps; a check takes 40 to 140 cycles. */
 void phi_pool_set_spins(phi_pool *pool, int spins);
 
-/* Clock time in seconds; only differences are meaningful. */
+/* Monotonic clock in seconds, where the platform has one; only differences are meaningful. */
 double phi_seconds(void);
 /* Measures memory read bandwidth: all threads of the pool read a buffer of n_bytes together, n_runs times. Returns the
  * highest rate in bytes per second, or 0 if the buffer cannot be allocated. */
@@ -281,6 +281,24 @@ typedef struct {
     double *output;         /* [n_embd]: input of output, for every token of the batch; NULL: not collected */
 } phi_observer;
 
+/* PHI_PHASE_QKV, ...: one per row of phases.def */
+typedef enum {
+#define PHI_PHASE(name, text) PHI_PHASE_##name,
+#include "phases.def"
+#undef PHI_PHASE
+    PHI_N_PHASES
+} phi_phase;
+
+extern const char *const phi_phase_names[PHI_N_PHASES];
+
+/* Collects the time of each phase on each thread, added up over its occurrences. The times of a thread add up to the
+ * duration of the call. */
+typedef struct {
+    double *working;     /* [n_threads, PHI_N_PHASES] seconds of computing */
+    double *waiting;     /* [n_threads, PHI_N_PHASES] seconds at the barrier that ends the phase */
+    int64_t *n_barriers; /* [PHI_N_PHASES] barriers that ended the phase */
+} phi_timings;
+
 /* Tokens of one or more sequences. The cache holds the keys and values of all earlier positions of each sequence. */
 typedef struct {
     int n_tokens;
@@ -295,6 +313,7 @@ typedef struct {
     bool (*poll)(void *);         /* called once per layer by the calling thread; true cancels the pass. NULL: never */
     void *poll_context;           /* argument of poll */
     const phi_observer *observer; /* NULL: no statistics. A cancelled batch may have been added in part */
+    const phi_timings *timings;   /* NULL: the clock is not read. A cancelled batch has been added in part */
 } phi_batch;
 
 /* Runs a batch: writes its keys and values to the cache and its outputs to logits and hidden_states.

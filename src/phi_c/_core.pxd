@@ -182,6 +182,12 @@ cdef extern from "phi.h":
         double *expert_inner
         int64_t *expert_tokens
         double *output
+    const int PHI_N_PHASES
+    const char *const phi_phase_names[]
+    ctypedef struct phi_timings:
+        double *working
+        double *waiting
+        int64_t *n_barriers
     ctypedef struct phi_batch:
         int n_tokens
         const int32_t *tokens
@@ -195,6 +201,7 @@ cdef extern from "phi.h":
         c_bool (*poll)(void *) noexcept nogil
         void *poll_context
         const phi_observer *observer
+        const phi_timings *timings
     phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batch) nogil
     phi_status phi_lm_head(const phi_model *model, phi_kv *kv, int n_rows, const float *hidden_states,
                            float *logits) nogil

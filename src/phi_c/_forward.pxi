@@ -167,6 +167,41 @@ cdef class Observer:
         self.n_tokens = 0
 
 
+PHASES = tuple(phi_phase_names[i].decode() for i in range(PHI_N_PHASES))
+
+
+cdef class Timings:
+    """Collects the time of each phase of `forward`, summed over all calls with this object.
+
+    The phases are named in PHASES (csrc/phases.def). A thread's times add up to the duration of the calls.
+
+    n_calls: number of calls that ended without an error.
+    working: float64 [n_threads, n_phases], seconds of computing.
+    waiting: float64 [n_threads, n_phases], seconds at the barrier that ends the phase.
+    n_barriers: int64 [n_phases], barriers that ended the phase.
+    """
+
+    cdef phi_timings times  # pointers into the arrays
+    cdef Model model
+    cdef readonly object working, waiting, n_barriers
+    cdef readonly long long n_calls
+
+    def __init__(self, Model model not None):
+        self.model = model
+        self.working = np.zeros((model.n_threads, PHI_N_PHASES))
+        self.waiting = np.zeros((model.n_threads, PHI_N_PHASES))
+        self.n_barriers = np.zeros(PHI_N_PHASES, np.int64)
+        cdef int64_t[::1] n_barriers = self.n_barriers
+        self.times.working, self.times.waiting = _doubles(self.working), _doubles(self.waiting)
+        self.times.n_barriers = &n_barriers[0]
+
+    def clear(self):
+        """Reset all times and counts to 0. Required after a cancelled `forward`, which has added part of its times."""
+        for values in (self.working, self.waiting, self.n_barriers):
+            values.fill(0)
+        self.n_calls = 0
+
+
 cdef double *_doubles(double[:, ::1] array) noexcept:
     return &array[0, 0]
 
@@ -182,7 +217,7 @@ cdef int _check(const int32_t[::1] values, int low, int high, what) except -1:
 def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens not None,
             const int32_t[::1] positions not None, const int32_t[::1] seq_ids not None,
             list page_tables not None, list long_rope not None, const int32_t[::1] logit_rows not None,
-            CancelFlag cancel=None, Observer observer=None, bint hidden_states=False):
+            CancelFlag cancel=None, Observer observer=None, bint hidden_states=False, Timings timings=None):
     """Run a batch of tokens of one or more sequences; return the logits of selected tokens.
 
     tokens: int32 [n_tokens], token ids.
@@ -194,6 +229,7 @@ def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens
     cancel: flag that cancels the call.
     observer: an Observer of this model, to which the batch is added.
     hidden_states: return hidden states instead of logits: the input of the LM head, after the final norm.
+    timings: a Timings of this model, to which the times of the call are added.
 
     Returns float32 [n_logit_rows, n_vocab], or [n_logit_rows, n_embd] with hidden_states.
 
@@ -210,6 +246,8 @@ def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens
         raise ValueError("the KV cache belongs to another model")
     if observer is not None and observer.model is not model:
         raise ValueError("the observer belongs to another model")
+    if timings is not None and timings.model is not model:
+        raise ValueError("the timings belong to another model")
     _check(tokens, 0, model.model.n_vocab, "a token id")
     _check(seq_ids, 0, n_sequences, "a sequence id")
     _check(logit_rows, 0, n_tokens, "a logit row")
@@ -250,6 +288,7 @@ def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens
         batch.poll = _poll
         batch.poll_context = &watch
         batch.observer = &observer.sums if observer is not None else NULL
+        batch.timings = &timings.times if timings is not None else NULL
         with model.lock:  # a thread pool runs one call at a time
             if model.model.pool == NULL:
                 raise ModelClosedError("the model was closed")
@@ -265,6 +304,8 @@ def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens
         raise MemoryError("cannot allocate the working memory of a forward pass")
     if observer is not None:
         observer.n_tokens += n_tokens
+    if timings is not None:
+        timings.n_calls += 1
     return out
 
 

@@ -20,12 +20,12 @@ from phi_c.bench.random_model import make_plan, random_model
 from phi_c.bench.shapes import SHAPES, Shape
 from phi_c.cli import bench
 from phi_c.gguf.reader import GGUFFile
-from phi_c.model.config import read_config
 from tiny_gguf import write_tiny
 
 KEYS = {
-    "model", "prefill_tok_s", "decode_tok_s", "batch", "context", "read_gb_s", "weight_bytes_per_token",
-    "bandwidth_share", "load_s", "first_token_s", "peak_rss_bytes", "tier", "n_threads", "tuning", "logits_hash",
+    "model", "prefill_tok_s", "decode_tok_s", "batch", "batch_steps", "context", "read_gb_s", "weight_bytes_per_token",
+    "bandwidth_share", "load_s", "first_token_s", "peak_rss_bytes", "tier", "n_threads", "tuning",
+    "logits_hash",
 }  # fmt: skip
 QUICK = ("--prefill", "40", "--decode", "3", "--batch", "1,3", "--repeat", "2", "--threads", "1")
 TINY = Shape("tiny", 8, 512, 768, 4, 2, 96, 300, 8192, 4096)
@@ -75,15 +75,98 @@ def test_json_keys_and_ranges(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert tiny.stat().st_size < found["peak_rss_bytes"] < machine.memory_total()
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("architecture", ["phi3", "llama"])
-def test_weight_bytes_per_token(tmp_path: Path, architecture: str, tied: bool) -> None:
-    """2 layers, hidden size 256, feed-forward size 512, 4 heads and 2 KV heads of 64; Q8_0: 34 bytes per 32 weights."""
-    path = write_tiny(tmp_path / "tiny.gguf", architecture, "Q8_0", tied=tied)
-    layer = 256 * (4 + 2 + 2) * 64 + 4 * 64 * 256 + 3 * 256 * 512
-    with GGUFFile(path) as file:
-        n_vocab = read_config(file).n_vocab
-        assert speed.weight_bytes_per_token(file) == (2 * layer + 256 * n_vocab) // 32 * 34
+def test_weight_bytes_per_token(tiny: Path) -> None:
+    with GGUFFile(tiny) as file:
+        expected = sum(info.n_bytes for info in file.tensors.values() if len(info.shape) == 2)
+        expected -= file.tensors["token_embd.weight"].n_bytes
+    assert report("-m", tiny, *QUICK)["weight_bytes_per_token"] == expected
+
+
+def test_phases(tiny: Path) -> None:
+    """Prefill, one sequence, and each batch size, with the phases of a dense model, whose shares add up to 1."""
+    found = report("-m", tiny, *QUICK, "--context", "50", "--phases")
+    assert found.keys() == KEYS | {"phases"}
+    cases = [(case["kind"], case["n_seqs"], case["n_tokens"], case["n_steps"]) for case in found["phases"]]
+    assert cases == [("prefill", 1, 40, 1), ("decode", 1, 0, 3), ("decode", 3, 0, 3), ("decode", 1, 50, 3)]
+    for case in found["phases"]:
+        names = [row["phase"] for row in case["phases"]]
+        assert names == [
+            "start", "embed", "norm", "qkv", "attention", "attn_output", "gate_up", "down", "lm_head", "python",
+        ]  # fmt: skip
+        assert sum(row["share"] for row in case["phases"]) == pytest.approx(1, abs=0.01)
+        assert sum(row["ms"] for row in case["phases"]) == pytest.approx(case["step_ms"], rel=0.01)
+    weights = {row["phase"]: row["weight_bytes"] for row in found["phases"][1]["phases"] if "weight_bytes" in row}
+    assert list(weights) == ["qkv", "attn_output", "gate_up", "down", "lm_head"]
+    assert sum(weights.values()) == found["weight_bytes_per_token"]
+
+
+def test_phase_tables(tiny: Path) -> None:
+    text = run("-m", tiny, *QUICK, "--phases").stdout
+    for title in ("prefill of 40 tokens: ", "decode, batch 1: ", "decode, batch 3: "):
+        assert text.count(title) == 1
+    assert text.count("attn_output") == 3 and text.count("imbalance") == 3
+
+
+def test_ranges_of_batch_sizes(tiny: Path) -> None:
+    found = report("-m", tiny, "--prefill", "8", "--decode", "2", "--batch", "1..3, 6,2..4", "--repeat", "2")
+    assert [row["n_seqs"] for row in found["batch"]] == [1, 2, 3, 6, 4]
+    assert all(row["tok_s_low"] <= row["tok_s"] <= row["tok_s_high"] for row in found["batch"])
+    assert [(step["from"], step["to"]) for step in found["batch_steps"]] == [(1, 2), (2, 3), (3, 4), (4, 6)]
+    assert found["batch_steps"][0].keys() == {"from", "to", "ratio", "low", "high", "cliff"}
+
+
+def test_chart_of_batch_sizes(tiny: Path) -> None:
+    quick = ("--prefill", "8", "--decode", "2", "--repeat", "1")
+    lines = run("-m", tiny, *quick, "--batch", "1..5").stdout.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("batch "))
+    assert [line.split()[0] for line in lines[start + 1 : start + 6]] == ["1", "2", "3", "4", "5"]
+    assert "#" not in run("-m", tiny, *quick, "--batch", "1..4").stdout
+
+
+def test_neighbouring_batch_sizes_are_measured_in_turns(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up in one repetition, down in the next."""
+    order: list[int] = []
+    decode = speed._Runner._decode
+
+    def recording(self: Any, case: Any, prompts: Any) -> None:
+        order.append(case.n_seqs)
+        decode(self, case, prompts)
+
+    monkeypatch.setattr(speed._Runner, "_decode", recording)
+    report("-m", tiny, "--prefill", "8", "--decode", "2", "--batch", "1..3", "--repeat", "3")
+    assert order == [1, 2, 3, 3, 2, 1, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("workload", "n_ctx", "kv_cache_tokens"),
+    [
+        (speed.Workload(n_prefill=40, n_decode=3, batch_sizes=(1, 3)), 64, 96),
+        (speed.Workload(n_prefill=40, n_decode=4, batch_sizes=tuple(range(1, 33))), 64, 32 * 32),
+        (speed.Workload(n_prefill=8, n_decode=31, batch_sizes=(2, 1)), 32, 64),
+        (speed.Workload(n_prefill=8, n_decode=32, batch_sizes=(2, 1)), 64, 128),  # 33 positions per sequence: 2 pages
+        (speed.Workload(n_prefill=8, n_decode=8, batch_sizes=(1,), contexts=(100,)), 128, 128),
+    ],
+)
+def test_context_and_cache_of_a_workload(workload: speed.Workload, n_ctx: int, kv_cache_tokens: int) -> None:
+    assert (workload.n_ctx, workload.kv_cache_tokens) == (n_ctx, kv_cache_tokens)
+
+
+def test_all_sequences_of_a_range_are_decoded_together(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache holds more tokens than the model's context, and no sequence waits for pages of another."""
+    sizes: list[int] = []
+    forward = _core.forward
+
+    def counting(model: Any, kv: Any, tokens: Any, *rest: Any, **options: Any) -> Any:
+        sizes.append(len(tokens))
+        return forward(model, kv, tokens, *rest, **options)
+
+    monkeypatch.setattr("phi_c.engine.engine.forward", counting)
+    report("-m", tiny, "--prefill", "8", "--decode", "4", "--batch", "20,40", "--repeat", "1")
+    assert sizes.count(20) == sizes.count(40) == 5  # the first token, and 4 timed ones
+
+
+def test_few_tokens_are_decoded_if_there_are_many_batch_sizes() -> None:
+    assert (speed.default_n_decode(8), speed.default_n_decode(9), speed.default_n_decode(32)) == (64, 4, 4)
 
 
 def test_logits_hash_depends_on_the_weights_only(tiny: Path, tmp_path: Path) -> None:
@@ -161,11 +244,24 @@ def test_tensor_types_match_the_published_file() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch", "1,x"], "--batch is '1,x', expected integers of at least 1, such as 1,16"),
+        (
+            ["--batch", "1,x"],
+            "--batch is '1,x', expected integers of at least 1, such as 1,16, or ranges, such as 1..16",
+        ),
+        (["--batch", "8..1"], "--batch is '8..1', expected integers of at least 1"),
+        (["--batch", "1..2..3"], "--batch is '1..2..3', expected integers of at least 1"),
+        (["--batch", "1.."], "--batch is '1..', expected integers of at least 1"),
+        (["--batch", "1..99999"], "--batch is '1..99999', expected integers of at least 1"),
+        (
+            ["--kv-cache-tokens", "64", "--prefill", "8", "--decode", "2", "--batch", "3"],
+            "kv_cache_tokens is 64, expected at least 96, which the workload needs",
+        ),
         (["--batch", "0"], "--batch is '0', expected integers of at least 1"),
         (["--context", "-1"], "--context is '-1', expected integers of at least 0"),
-        (["--batch", "300"], "the workload needs a context of 28800 tokens, the model has 512: lower --prefill"),
-        (["--prefill", "600", "--batch", "1"], "the workload needs a context of 608 tokens, the model has 512"),
+        (
+            ["--prefill", "600", "--batch", "1"],
+            "the workload needs a context of 608 tokens, the model has 512: lower --prefill, --decode or --context",
+        ),
         (
             ["--ctx-size", "64", "--prefill", "40", "--batch", "1"],
             "n_ctx is 64, expected at least 96, which the workload",

@@ -40,6 +40,7 @@ class Runner:
         long_rope: bool = False,
         cancel: _core.CancelFlag | None = None,
         observer: _core.Observer | None = None,
+        timings: _core.Timings | None = None,
     ) -> Floats:
         """Return the logits of tokens at positions start, start + 1, ...: float32 [n_tokens, n_vocab]."""
         n = len(tokens)
@@ -54,4 +55,5 @@ class Runner:
             np.arange(n, dtype=np.int32),
             cancel,
             observer,
+            timings=timings,
         )

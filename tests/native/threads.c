@@ -1,10 +1,11 @@
 /* The thread pool: every thread runs the task once, barriers order writes and reads, and workers survive sleeping, many
- * runs and a fork. Run under TSan to detect races. */
+ * runs and a fork. The tasks of a phase: each runs once, whichever thread claims it. Run under TSan to detect races. */
 #include "threads.h"
 
 #include <stdlib.h>
 
 #include "check.h"
+#include "pass.h"
 
 #if defined(__SANITIZE_THREAD__)
 #define UNDER_TSAN 1
@@ -49,6 +50,50 @@ static void check_run(phi_pool *pool, int n_threads) {
         CHECK(s.wrong[i] == 0, "thread %d of %d passed a barrier too early", i, n_threads);
 }
 
+enum { MAX_TASKS = 40, N_TASK_PHASES = 7 };
+
+typedef struct {
+    forward_pass f;
+    int n_tasks;
+    bool only_thread_0;                        /* claims tasks: it must find those of all ranges */
+    int n_run[N_TASK_PHASES][MAX_TASKS];       /* how often each task ran */
+    int claimed[MAX_THREADS][MAX_TASKS];       /* the tasks of each thread in the last phase, in order */
+    int n_claimed[MAX_THREADS][N_TASK_PHASES]; /* their number */
+} task_state;
+
+static void run_tasks(void *context, int thread) {
+    task_state *s = context;
+    worker w = {.f = &s->f, .thread = thread};
+    for (int phase = 0; phase < N_TASK_PHASES; phase++) {
+        int n = 0;
+        if (!s->only_thread_0 || thread == 0) {
+            FOR_EACH_TASK(&w, task, s->n_tasks) {
+                s->n_run[phase][task]++; /* a task that two threads claim is a race, too */
+                s->claimed[thread][n++] = task;
+            }
+        }
+        s->n_claimed[thread][phase] = n;
+        end_phase(&w, PHI_PHASE_QKV);
+    }
+}
+
+static void check_tasks(phi_pool *pool, int n_threads, int n_tasks, bool only_thread_0) {
+    const phi_model model = {.pool = pool};
+    task_range ranges[3 * MAX_THREADS];
+    task_state s = {.f = {.model = &model, .ranges = ranges}, .n_tasks = n_tasks, .only_thread_0 = only_thread_0};
+    for (int i = 0; i < 3 * n_threads; i++) atomic_init(&ranges[i].n_claimed, 0);
+    CHECK(phi_pool_run(pool, run_tasks, &s) == PHI_OK, "phi_pool_run failed");
+    for (int phase = 0; phase < N_TASK_PHASES; phase++) {
+        for (int task = 0; task < n_tasks; task++)
+            CHECK(s.n_run[phase][task] == 1, "%d threads ran task %d of %d %d times in phase %d", n_threads, task,
+                  n_tasks, s.n_run[phase][task], phase);
+    }
+    if (!only_thread_0) return;
+    CHECK(s.n_claimed[0][N_TASK_PHASES - 1] == n_tasks, "a thread alone ran not all of %d tasks", n_tasks);
+    for (int i = 0; i < n_tasks; i++)
+        CHECK(s.claimed[0][i] == i, "a thread alone ran task %d of %d as number %d", s.claimed[0][i], n_tasks, i);
+}
+
 /* Longer than waiting threads spin. */
 static void sleep_2_ms(void) {
     const double end = phi_seconds() + 0.002;
@@ -65,6 +110,10 @@ void test_threads(const phi_kernels *k) {
         for (int run = 0; run < N_RUNS; run++) {
             check_run(pool, sizes[i]);
             if (run % 500 == 0) sleep_2_ms();
+        }
+        for (int n_tasks = 0; n_tasks <= MAX_TASKS; n_tasks++) {
+            check_tasks(pool, sizes[i], n_tasks, false);
+            check_tasks(pool, sizes[i], n_tasks, true);
         }
         phi_pool_free(pool);
     }

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from phi_c import hub, llm, machine
-from phi_c._core import PAGE_TOKENS
+from phi_c._core import PAGE_TOKENS, Timings
+from phi_c.bench import batch_curve
 from phi_c.bench.memory import read_rate
+from phi_c.bench.phases import Case, PhaseSample, phase_weights, report_phases, take_sample
 from phi_c.engine.scheduler import pages_for
 from phi_c.engine.sequence import Sequence
 from phi_c.errors import OptionError
@@ -24,6 +26,9 @@ from phi_c.sampling.sampler import Sampler
 _SHORT_PROMPT_TOKENS = 8
 _HASHED_TOKENS = 16
 _HASH_DIGITS = 16
+_N_DECODE = 64
+_N_DECODE_OF_CURVE = 4  # 1..32 takes a minute per repetition with Phi-3-mini on two cores
+_MIN_CURVE_SIZES = 9  # batch sizes from which _N_DECODE_OF_CURVE is the default
 
 
 @dataclass(frozen=True)
@@ -31,25 +36,26 @@ class Workload:
     """What to measure; every speed is the median of n_repeats repetitions."""
 
     n_prefill: int = 512  # prompt length in tokens
-    n_decode: int = 64  # timed tokens per sequence, after its first one
+    n_decode: int = _N_DECODE  # timed tokens per sequence, after its first one
     batch_sizes: tuple[int, ...] = (1, 4, 8, 16)  # numbers of sequences that are decoded together
     contexts: tuple[int, ...] = (0,)  # tokens in the KV cache before the timed ones, for one sequence
     n_repeats: int = 5
+    phases: bool = False  # also measure the phases of the forward pass
 
     @property
     def n_ctx(self) -> int:
+        """Length in tokens of the longest sequence, in whole pages."""
+        return max(pages_for(self.n_prefill), pages_for(max(*self.contexts, 1) + self.n_decode)) * PAGE_TOKENS
+
+    @property
+    def kv_cache_tokens(self) -> int:
         """KV cache capacity, in tokens, of the largest measurement."""
-        longest = pages_for(max(*self.contexts, 1) + self.n_decode)
-        largest_batch = max(self.batch_sizes) * pages_for(1 + self.n_decode)
-        return max(pages_for(self.n_prefill), longest, largest_batch) * PAGE_TOKENS
+        return max(self.n_ctx, max(self.batch_sizes) * pages_for(1 + self.n_decode) * PAGE_TOKENS)
 
 
-@dataclass(frozen=True)
-class _DecodeCase:
-    """A decode measurement: batch_size sequences, each after `context` tokens."""
-
-    batch_size: int
-    context: int
+def default_n_decode(n_batch_sizes: int) -> int:
+    """Return the number of tokens to decode per sequence: few if many batch sizes are measured."""
+    return _N_DECODE if n_batch_sizes < _MIN_CURVE_SIZES else _N_DECODE_OF_CURVE
 
 
 def measure(
@@ -57,23 +63,28 @@ def measure(
     workload: Workload,
     *,
     n_ctx: int | None = None,
+    kv_cache_tokens: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
     **loading: Any,
 ) -> dict[str, Any]:
     """Return the report of `phi-c bench`, ready for JSON.
 
-    n_ctx: context size in tokens; None: that of the workload. progress: called with a line on what is measured.
-    loading: options of phi_c.load. Speeds are in tokens per second. read_gb_s, in 1e9 bytes per second, is the median
-    of measurements before, between and after the repetitions.
+    n_ctx, kv_cache_tokens: see phi_c.load; None: what the workload needs. progress: called with a line on what is
+    measured. loading: options of phi_c.load. Speeds are in tokens per second. read_gb_s, in 1e9 bytes per second, is
+    the median of measurements before, between and after the repetitions.
 
-    Raises the errors of phi_c.load, and OptionError if the workload needs a larger context than n_ctx or the model has.
+    Raises the errors of phi_c.load, and OptionError if the workload needs a larger context than n_ctx or the model has,
+    or a larger KV cache than kv_cache_tokens.
     """
     with GGUFFile(hub.resolve(source)) as file:
         config = read_config(file)
-        weight_bytes = weight_bytes_per_token(file)
+        weights = phase_weights(file)
+    weight_bytes = sum(of_phase.n_bytes for of_phase in weights.values())
+    n_ctx = _choose_n_ctx(n_ctx, workload, config)
+    kv_cache_tokens = _choose_kv_cache_tokens(kv_cache_tokens, n_ctx, workload)
     progress("loading")
     start = time.perf_counter()
-    with llm.load(source, n_ctx=_choose_n_ctx(n_ctx, workload, config), **loading) as model:
+    with llm.load(source, n_ctx=n_ctx, kv_cache_tokens=kv_cache_tokens, **loading) as model:
         load_s = time.perf_counter() - start
         runner = _Runner(model, workload)
         model.generate(runner.random_ids(_SHORT_PROMPT_TOKENS), max_tokens=1, temperature=0)
@@ -81,16 +92,18 @@ def measure(
         digest = logits_hash(model)
         runner.run(progress)
         read = statistics.median(runner.read_rates) if runner.read_rates else None
-        decode = runner.decode_tok_s(_DecodeCase(1, 0))
-        return {
+        decode = runner.decode_tok_s(_decode_case(1))
+        by_size = {n: runner.decode_speeds[_decode_case(n)] for n in workload.batch_sizes}
+        report = {
             "model": config.name,
             "tier": model.tier,
             "n_threads": model.n_threads,
             "tuning": model.tuning,
             "prefill_tok_s": round(statistics.median(runner.prefill_speeds), 3),
             "decode_tok_s": decode,
-            "batch": [{"n_seqs": n, "tok_s": runner.decode_tok_s(_DecodeCase(n, 0))} for n in workload.batch_sizes],
-            "context": [{"n_tokens": n, "tok_s": runner.decode_tok_s(_DecodeCase(1, n))} for n in workload.contexts],
+            "batch": batch_curve.curve(by_size),
+            "batch_steps": batch_curve.steps(by_size),
+            "context": [{"n_tokens": n, "tok_s": runner.decode_tok_s(_decode_case(1, n))} for n in workload.contexts],
             "read_gb_s": round(read / 1e9, 3) if read else None,
             "weight_bytes_per_token": weight_bytes,
             "bandwidth_share": round(decode * weight_bytes / read, 4) if read else None,
@@ -99,19 +112,12 @@ def measure(
             "peak_rss_bytes": machine.peak_rss(),
             "logits_hash": digest,
         }
-
-
-def weight_bytes_per_token(file: GGUFFile) -> int:
-    """Return the size in bytes of all matrices that decoding one token reads: those of the layers and the output.
-
-    The embedding counts only if it is tied to the output; otherwise a token reads a single row of it.
-    """
-    is_tied = "output.weight" not in file.tensors
-    return sum(
-        info.n_bytes
-        for name, info in file.tensors.items()
-        if len(info.shape) == 2 and (is_tied or name != "token_embd.weight")
-    )
+        if workload.phases:
+            report["phases"] = [
+                report_phases(case, samples, weights, read, config.n_experts > 0)
+                for case, samples in runner.phase_samples.items()
+            ]
+        return report
 
 
 def logits_hash(model: llm.LLM) -> str:
@@ -124,11 +130,27 @@ def _choose_n_ctx(n_ctx: int | None, workload: Workload, config: ModelConfig) ->
     if workload.n_ctx > config.n_ctx_train:
         raise OptionError(
             f"the workload needs a context of {workload.n_ctx} tokens, the model has {config.n_ctx_train}: "
-            "lower --prefill, --decode, --batch or --context"
+            "lower --prefill, --decode or --context"
         )
     if n_ctx is not None and n_ctx < workload.n_ctx:
         raise OptionError(f"n_ctx is {n_ctx}, expected at least {workload.n_ctx}, which the workload needs")
     return workload.n_ctx if n_ctx is None else n_ctx
+
+
+def _choose_kv_cache_tokens(kv_cache_tokens: int | None, n_ctx: int, workload: Workload) -> int:
+    needed = max(n_ctx, workload.kv_cache_tokens)
+    if kv_cache_tokens is not None and kv_cache_tokens < needed:
+        raise OptionError(f"kv_cache_tokens is {kv_cache_tokens}, expected at least {needed}, which the workload needs")
+    return needed if kv_cache_tokens is None else kv_cache_tokens
+
+
+def _decode_case(batch_size: int, context: int = 0) -> Case:
+    return Case("decode", batch_size, context)
+
+
+def _n_computed(sequences: list[Sequence]) -> int:
+    # The last generated token is never computed.
+    return sum(len(sequence.tokens) - 1 - sequence.n_cached for sequence in sequences if sequence.generated)
 
 
 class _Runner:
@@ -136,35 +158,38 @@ class _Runner:
 
     def __init__(self, model: llm.LLM, workload: Workload) -> None:
         self.prefill_speeds: list[float] = []  # tokens per second of each repetition
-        self.decode_speeds: dict[_DecodeCase, list[float]] = defaultdict(list)  # the same
+        self.decode_speeds: dict[Case, list[float]] = defaultdict(list)  # the same
+        self.phase_samples: dict[Case, list[PhaseSample]] = defaultdict(list)  # one per repetition
         self.read_rates: list[float] = []  # bytes per second
         self._model = model
         self._workload = workload
         self._random = np.random.default_rng(0)
+        self._timings = Timings(model.engine.model) if workload.phases else None
+        model.engine.timings = self._timings
 
     def run(self, progress: Callable[[str], None]) -> None:
         """Run all measurements."""
         workload = self._workload
-        batches = dict.fromkeys([_DecodeCase(1, 0), *(_DecodeCase(n, 0) for n in workload.batch_sizes)])
+        batches = list(dict.fromkeys([_decode_case(1), *map(_decode_case, workload.batch_sizes)]))
         self._measure_read_rate()
         for i in range(workload.n_repeats):
             repetition = f"repetition {i + 1} of {workload.n_repeats}"
             progress(f"prefill of {workload.n_prefill} tokens, {repetition}")
-            self.prefill_speeds.append(self._prefill())
-            for case in batches:
-                progress(f"decoding {case.batch_size} x {workload.n_decode} tokens, {repetition}")
-                prompts = [self.random_ids(1) for _ in range(case.batch_size)]
-                self.decode_speeds[case].append(self._decode(prompts))
+            self._prefill()
+            # In turns up and down, so that a drift of the machine's speed favours neither larger nor smaller batches.
+            for case in batches if i % 2 == 0 else reversed(batches):
+                progress(f"decoding {case.n_seqs} x {workload.n_decode} tokens, {repetition}")
+                self._decode(case, [self.random_ids(1) for _ in range(case.n_seqs)])
             self._measure_read_rate()
-        for case in dict.fromkeys(_DecodeCase(1, n) for n in workload.contexts if n > 0):
+        for case in dict.fromkeys(_decode_case(1, n) for n in workload.contexts if n > 0):
             # Prefilled once: later repetitions find the prompt in the prefix cache.
-            prompt = self.random_ids(case.context)
+            prompt = self.random_ids(case.n_tokens)
             for i in range(workload.n_repeats):
-                progress(f"decoding after {case.context} tokens, repetition {i + 1} of {workload.n_repeats}")
-                self.decode_speeds[case].append(self._decode([prompt]))
+                progress(f"decoding after {case.n_tokens} tokens, repetition {i + 1} of {workload.n_repeats}")
+                self._decode(case, [prompt])
             self._measure_read_rate()
 
-    def decode_tok_s(self, case: _DecodeCase) -> float:
+    def decode_tok_s(self, case: Case) -> float:
         """Return the median decode speed of a case in tokens per second, summed over its sequences."""
         return round(statistics.median(self.decode_speeds[case]), 3)
 
@@ -177,28 +202,34 @@ class _Runner:
         if rate is not None:
             self.read_rates.append(rate)
 
-    def _prefill(self) -> float:
-        """Return the prefill speed in tokens per second."""
+    def _prefill(self) -> None:
         sequence = self._add_sequence(self.random_ids(self._workload.n_prefill), max_tokens=1)
-        start = time.perf_counter()
-        self._run_until([sequence], 1)
-        seconds = time.perf_counter() - start
-        return (sequence.n_prompt - sequence.n_cached) / seconds
+        case = Case("prefill", 1, self._workload.n_prefill)
+        self.prefill_speeds.append(self._timed(case, [sequence], 1))
 
-    def _decode(self, prompts: list[list[int]]) -> float:
-        """Return the decode speed of a batch in tokens per second; prefill and first tokens are not timed."""
+    def _decode(self, case: Case, prompts: list[list[int]]) -> None:
+        """Measure the decode speed of a batch; prefill and first tokens are not timed."""
         n_tokens = self._workload.n_decode + 1
         sequences = [self._add_sequence(prompt, n_tokens) for prompt in prompts]
         try:
             self._run_until(sequences, 1)
-            n_before = sum(len(sequence.generated) for sequence in sequences)
-            start = time.perf_counter()
-            self._run_until(sequences, n_tokens)
-            seconds = time.perf_counter() - start
+            self.decode_speeds[case].append(self._timed(case, sequences, n_tokens))
         finally:
             for sequence in sequences:
                 self._model.engine.remove(sequence)
-        return (len(prompts) * n_tokens - n_before) / seconds
+
+    def _timed(self, case: Case, sequences: list[Sequence], n_tokens: int) -> float:
+        """Run until every sequence has generated n_tokens tokens; return the tokens computed per second."""
+        if self._timings is not None:
+            self._timings.clear()
+        n_before = _n_computed(sequences)
+        start = time.perf_counter()
+        self._run_until(sequences, n_tokens)
+        seconds = time.perf_counter() - start
+        n_computed = _n_computed(sequences) - n_before
+        if self._timings is not None:
+            self.phase_samples[case].append(take_sample(self._timings, seconds, n_computed))
+        return n_computed / seconds
 
     def _add_sequence(self, prompt: list[int], max_tokens: int) -> Sequence:
         greedy = SamplingParams(temperature=0, repeat_penalty=1)

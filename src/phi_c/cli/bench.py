@@ -3,18 +3,14 @@
 import json
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import cloup
 
 from phi_c.cli import kernel_report
 from phi_c.cli import options as opt
-from phi_c.cli.output import name_value_table
 from phi_c.cli.progress import status_line
-
-if TYPE_CHECKING:
-    from phi_c.bench.speed import Workload
 
 _EPILOG = """\b
 Examples:
@@ -22,6 +18,8 @@ Examples:
   phi-c bench -m phi-3-mini --batch 1,16 --context 0,2000 --json
   phi-c bench --random phi-3-mini    # writes 2.4 GB to the cache
   phi-c bench -m smollm2 --tier avx2
+  phi-c bench -m smollm2 --batch 1..32  # speed by batch size, as a chart
+  phi-c bench -m smollm2 --phases       # time of each phase of a step
   phi-c bench --kernels --type Q4_K,Q6_K --tokens 1,16
   phi-c bench --kernels --op attention,rms_norm --json > before.json
   phi-c bench --kernels --op attention,rms_norm --compare before.json
@@ -53,16 +51,15 @@ Examples:
     opt.count_option(
         "--decode",
         "n_decode",
-        default=64,
-        show_default=True,
-        help="Number of tokens to decode per sequence.",
+        help="Number of tokens to decode per sequence.  [default: 64; 4 with more than 8 batch sizes]",
     ),
     cloup.option(
         "--batch",
         default="1,4,8,16",
         show_default=True,
-        metavar="N,...",
-        help="Numbers of concurrent sequences to measure.",
+        metavar="N,N..N,...",
+        help="Numbers of concurrent sequences to measure, also as ranges, such as 1..8,16. More than 4 are drawn as a "
+        "chart, with the ratio of each to the one before.",
     ),
     cloup.option(
         "--context",
@@ -78,6 +75,12 @@ Examples:
         show_default=True,
         help="Number of repetitions, of which the median is reported; 15 by default with --kernels.",
     ),
+    cloup.option(
+        "--phases",
+        is_flag=True,
+        help="Also report the time of each phase of the forward pass: computing, waiting for other threads, weights "
+        "read per second.",
+    ),
 )
 @kernel_report.kernel_options()
 @cloup.option_group("Output options", opt.json_flag())
@@ -86,10 +89,11 @@ def command(
     random_name: str | None,
     kernels: bool,
     n_prefill: int,
-    n_decode: int,
+    n_decode: int | None,
     batch: str,
     context: str,
     n_repeats: int,
+    phases: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -112,12 +116,15 @@ def command(
         hub.resolve(model, progress=sys.stderr.isatty())  # a download shows its own bar
     with status_line() as show:
         source = model or _random_model(random_name or "", show)
-        workload = speed.Workload(n_prefill, n_decode, batch_sizes, contexts, n_repeats)
+        n_decode = n_decode or speed.default_n_decode(len(batch_sizes))
+        workload = speed.Workload(n_prefill, n_decode, batch_sizes, contexts, n_repeats, phases)
         report = speed.measure(source, workload, progress=show, **opt.specified(opt.pop_loading_options(options)))
     if as_json:
         click.echo(json.dumps(report))
     else:
-        _print_report(report, workload)
+        from phi_c.cli.bench_report import print_report  # noqa: PLC0415
+
+        print_report(report, workload)
 
 
 def _random_model(name: str, show: Callable[[str], None]) -> str:
@@ -127,34 +134,3 @@ def _random_model(name: str, show: Callable[[str], None]) -> str:
         show(f"writing random weights, {done / 1e9:.1f} of {total / 1e9:.1f} GB")
 
     return str(random_model(name, progress))
-
-
-def _print_report(report: dict[str, Any], workload: "Workload") -> None:
-    from rich.console import Console  # noqa: PLC0415 - with the next: not needed for `--json`
-    from rich.filesize import decimal  # noqa: PLC0415
-
-    rows = [
-        ("model", report["model"]),
-        ("tier", f"{report['tier']}, {report['n_threads']} threads"),
-        ("tuning", report["tuning"]),
-        (f"prefill {workload.n_prefill}", f"{report['prefill_tok_s']:.1f} tok/s"),
-        ("decode", f"{report['decode_tok_s']:.2f} tok/s"),
-    ]
-    rows += [(f"batch {row['n_seqs']}", f"{row['tok_s']:.2f} tok/s") for row in report["batch"] if row["n_seqs"] > 1]
-    rows += [
-        (f"decode after {row['n_tokens']} tokens", f"{row['tok_s']:.2f} tok/s")
-        for row in report["context"]
-        if row["n_tokens"] > 0
-    ]
-    rows.append(("weights", f"{decimal(report['weight_bytes_per_token'])} read per token"))
-    if report["read_gb_s"] is None:
-        rows.append(("bandwidth", "unknown: not enough free memory to measure it"))
-    else:
-        rows.append(("bandwidth", f"{report['read_gb_s']:.1f} GB/s; decoding reaches {report['bandwidth_share']:.0%}"))
-    peak = report["peak_rss_bytes"]
-    rows += [
-        ("peak memory", "unknown" if peak is None else decimal(peak)),
-        ("start", f"{report['load_s']:.2f} s to load, {report['first_token_s']:.2f} s to the first token"),
-        ("logits hash", report["logits_hash"]),
-    ]
-    Console(highlight=False).print(name_value_table(rows))

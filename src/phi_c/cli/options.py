@@ -1,5 +1,6 @@
 """Options that several verbs share, as decorators. Those that return a section group their options in --help."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import cloup
 from phi_c.errors import OptionError
 from phi_c.hub.presets import DEFAULT
 
+_MAX_NUMBERS = 1000  # in a range such as 1..32
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -48,11 +50,18 @@ def count_option(*names: str, minimum: int = 1, maximum: int | None = None, **at
 
 
 def parse_counts(option: str, text: str, minimum: int) -> tuple[int, ...]:
-    """Return the integers of a comma-separated list. Raises OptionError for one below the minimum."""
-    parts = text.split(",")
-    if not all(part.strip().isascii() and part.strip().isdigit() and int(part) >= minimum for part in parts):
-        raise OptionError(f"{option} is {text!r}, expected integers of at least {minimum}, such as {minimum},16")
-    return tuple(int(part) for part in parts)
+    """Return the numbers of a list such as 1..8,16, in its order and without repeats."""
+    numbers: dict[int, None] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,9})(?:\.\.([0-9]{1,9}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (minimum - 1, 0)
+        if not minimum <= first <= last < first + _MAX_NUMBERS:
+            raise OptionError(
+                f"{option} is {text!r}, expected integers of at least {minimum}, such as {minimum},16, or ranges, such "
+                f"as {minimum}..16, of at most {_MAX_NUMBERS} numbers"
+            )
+        numbers.update(dict.fromkeys(range(first, last + 1)))
+    return tuple(numbers)
 
 
 def ctx_size_option(about: str, minimum: int = 0, maximum: int | None = None, **attrs: Any) -> Decorator:

@@ -5,7 +5,7 @@ from collections import deque
 import numpy as np
 import numpy.typing as npt
 
-from phi_c._core import ENGINE, ForkLock, KvCache, Model, forward, lm_head
+from phi_c._core import ENGINE, ForkLock, KvCache, Model, Timings, forward, lm_head
 from phi_c.engine.kv_pages import PagePool
 from phi_c.engine.scheduler import Scheduler, Work, pages_for
 from phi_c.engine.sequence import Finish, Sequence
@@ -23,6 +23,8 @@ class Engine:
     n_batch: maximum number of tokens in a step.
     n_ctx_orig, window: see Scheduler.
     kv_type: see KvCache.
+
+    timings: set it to collect the times of all forward passes.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Engine:
         self.model = model
         self.kv = KvCache(model, pages_for(kv_cache_tokens), kv_type)
         self.scheduler = Scheduler(PagePool(self.kv.n_pages), n_batch, n_ctx_orig, window)
+        self.timings: Timings | None = None
         self._lock = ForkLock(ENGINE)
         self._removals: deque[Sequence] = deque()  # not applied yet: the lock was held
         self._closed = False
@@ -203,6 +206,7 @@ class Engine:
             awaited.cancel,
             None,
             hidden_states,
+            self.timings,
         )
 
     def _emit(self, sequence: Sequence, logits: Floats) -> None:
