@@ -135,6 +135,10 @@ static void resolve(int highest, phi_kernels *table) {
             INHERIT(store_kv[t]);
             INHERIT(attention[t]);
         }
+        for (int f = 0; f < 2; f++) {
+            INHERIT(peak[f].run);
+            INHERIT(peak[f].macs);
+        }
     }
 }
 

@@ -134,6 +134,13 @@ static inline size_t phi_attention_scratch_floats(int head_dim) {
 /* Packs PHI_PANEL_ROWS rows of PHI_LAYOUT_ROWS into a panel of PHI_PANEL_ROWS * row_bytes bytes. */
 typedef void (*phi_pack_fn)(const uint8_t *rows, size_t row_bytes, uint8_t *panel);
 
+/* A loop of one multiply instruction, for benchmarks. run computes n_steps steps and returns the sum of their products
+ * (if the instruction accumulates); macs: multiply-accumulates per step. */
+typedef struct {
+    double (*run)(size_t n_steps);
+    int macs;
+} phi_peak;
+
 struct phi_kernels {
     const char *name; /* of the tier */
     /* Largest batch whose products have the same bits as those of single tokens. 0: unlimited. */
@@ -172,6 +179,9 @@ struct phi_kernels {
     void (*store_kv[PHI_N_KV_TYPES])(const float *k, const float *v, int head_dim, int slot, uint8_t *slice);
     /* out = softmax(scale * q @ k.T) @ v over the positions that each token attends to */
     void (*attention[PHI_N_KV_TYPES])(const phi_attention *a);
+
+    /* The rate of the multipliers, indexed by phi_activation_format; NULL for scalar. */
+    phi_peak peak[2];
 };
 
 /* The slots that each tier implements itself. Only the scalar table is complete. */

@@ -38,16 +38,8 @@ static void read_part(void *context, int thread) {
     bandwidth_run *r = context;
     const size_t part = r->n_words / (size_t)r->n_threads / 8 * 8;
     const uint64_t *w = r->words + part * (size_t)thread;
-    uint64_t sum[8] = {0};
-    for (size_t i = 0; i < part; i += 8) {
-#if defined(__GNUC__)
-        __builtin_prefetch(w + i + 512); /* 4 KiB ahead: hardware prefetchers stop at page borders */
-#endif
-        for (int k = 0; k < 8; k++) sum[k] ^= w[i + (size_t)k];
-    }
-    uint64_t all = 0;
-    for (int k = 0; k < 8; k++) all ^= sum[k];
-    atomic_fetch_xor(&r->sink, all);
+    /* 4 KiB ahead: hardware prefetchers stop at page borders. */
+    atomic_fetch_xor(&r->sink, phi_read(w, part * sizeof *w, 4096));
 }
 
 double phi_read_bandwidth(phi_pool *pool, size_t n_bytes, int n_runs) {

@@ -202,8 +202,8 @@ typedef struct {
 typedef struct {
     bool measured;          /* else the fields below are 0 */
     phi_prefetch chosen;    /* the fastest candidate, or the default setting if none is clearly faster */
-    double default_seconds; /* with the default setting, per byte of weights */
-    double chosen_seconds;  /* with the chosen one, per byte of weights */
+    double default_seconds; /* with the default setting, per byte of weights; median */
+    double chosen_seconds;  /* with the choice: default_seconds times the median of the ratios of each round */
     int n_samples;          /* of each */
 } phi_tune_result;
 

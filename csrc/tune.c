@@ -2,10 +2,11 @@
  *
  * A measurement multiplies about SAMPLE_BYTES of weights per thread, in the tasks of a forward pass, by the tokens of a
  * batch class. Candidates take turns, in rounds. After a share of the time the slower half of them is dropped, and so
- * on. The default setting is never dropped: a candidate replaces it only if it is faster by more than MIN_GAIN, both in
- * the lower quartile, which a busy core disturbs little, and in the median of the ratios of each round. */
+ * on. The default setting is never dropped: a candidate replaces it only if the median of the ratios of each round is
+ * below 1 - MIN_GAIN, and if it is faster in clearly more than half of the rounds. */
 #include "phi.h"
 
+#include <assert.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -42,8 +43,8 @@ static const phi_prefetch batch_candidates[] = {
     {KIB(2), KIB(8), false}, {0, 0, false},      {0, KIB(4), false}, {0, KIB(8), false},      {0, KIB(16), false},
     {0, KIB(32), false},     {KIB(2), 0, false}, {KIB(4), 0, false}, {KIB(2), KIB(4), false}, {KIB(2), KIB(16), false},
 };
-_Static_assert(sizeof decode_candidates / sizeof *decode_candidates <= MAX_CANDIDATES, "MAX_CANDIDATES is too small");
-_Static_assert(sizeof batch_candidates / sizeof *batch_candidates <= MAX_CANDIDATES, "MAX_CANDIDATES is too small");
+static_assert(sizeof decode_candidates / sizeof *decode_candidates <= MAX_CANDIDATES, "MAX_CANDIDATES is too small");
+static_assert(sizeof batch_candidates / sizeof *batch_candidates <= MAX_CANDIDATES, "MAX_CANDIDATES is too small");
 
 const phi_prefetch *phi_tune_candidates(phi_batch_class batch_class, int *n) {
     const bool decode = batch_class == PHI_BATCH_1;
@@ -204,7 +205,7 @@ typedef struct {
     int n_candidates;
     int alive[MAX_CANDIDATES], n_alive;         /* indices; alive[0] is 0, the default setting */
     float seconds[MAX_CANDIDATES][MAX_SAMPLES]; /* per byte */
-    double score[MAX_CANDIDATES];               /* lower quartile of seconds */
+    double score[MAX_CANDIDATES];               /* median over rounds of its time by the round's median */
     int n_rounds;
 } contest;
 
@@ -213,17 +214,23 @@ static int compare_floats(const void *a, const void *b) {
     return x < y ? -1 : x > y;
 }
 
-/* The value below which a share of the values is; sorts them. */
-static double quantile(float *values, int n, double share) {
+/* The median; sorts the values. */
+static double median(float *values, int n) {
     qsort(values, (size_t)n, sizeof *values, compare_floats);
-    return (double)values[(int)((double)(n - 1) * share)];
+    return ((double)values[(n - 1) / 2] + (double)values[n / 2]) / 2.0;
 }
 
+/* A round takes about as long as a busy core is given to another process, so each round is its own scale. */
 static void update_scores(contest *c) {
-    float sorted[MAX_SAMPLES];
+    float values[MAX_SAMPLES], round[MAX_CANDIDATES];
+    double scale[MAX_SAMPLES];
+    for (int r = 0; r < c->n_rounds; r++) {
+        for (int i = 0; i < c->n_alive; i++) round[i] = c->seconds[c->alive[i]][r];
+        scale[r] = median(round, c->n_alive);
+    }
     for (int i = 0; i < c->n_alive; i++) {
-        memcpy(sorted, c->seconds[c->alive[i]], (size_t)c->n_rounds * sizeof *sorted);
-        c->score[c->alive[i]] = quantile(sorted, c->n_rounds, 0.25);
+        for (int r = 0; r < c->n_rounds; r++) values[r] = (float)((double)c->seconds[c->alive[i]][r] / scale[r]);
+        c->score[c->alive[i]] = median(values, c->n_rounds);
     }
 }
 
@@ -241,19 +248,25 @@ static void halve(contest *c) {
     c->n_alive = n_kept < 2 ? 2 : n_kept;
 }
 
-/* The candidate that replaces the default setting, or 0: the default itself. */
-static int winner(contest *c) {
-    int best = 0;
+/* The candidate that replaces the default setting, or 0: the default itself. *ratio: the median over rounds of its time
+ * divided by the default's. */
+static int winner(contest *c, double *ratio) {
+    int best = 0, n_faster = 0;
     float ratios[MAX_SAMPLES];
-    if (c->n_rounds < MIN_SAMPLES) return 0;
     update_scores(c);
     for (int i = 1; i < c->n_alive; i++) {
         if (c->score[c->alive[i]] < c->score[best]) best = c->alive[i];
     }
-    for (int r = 0; r < c->n_rounds; r++) ratios[r] = c->seconds[best][r] / c->seconds[0][r];
-    const bool is_faster =
-        c->score[best] < c->score[0] * (1.0 - MIN_GAIN) && quantile(ratios, c->n_rounds, 0.5) < 1.0 - MIN_GAIN;
-    return is_faster ? best : 0;
+    for (int r = 0; r < c->n_rounds; r++) {
+        ratios[r] = c->seconds[best][r] / c->seconds[0][r];
+        n_faster += ratios[r] < 1.0f;
+    }
+    *ratio = median(ratios, c->n_rounds);
+    const int margin = 2 * n_faster - c->n_rounds; /* its standard deviation for equal candidates is sqrt(n_rounds) */
+    const bool is_clear = margin > 0 && 4 * margin * margin >= 9 * c->n_rounds; /* 1.5 standard deviations */
+    if (c->n_rounds >= MIN_SAMPLES && *ratio < 1.0 - MIN_GAIN && is_clear) return best;
+    *ratio = 1.0;
+    return 0;
 }
 
 /* Measures every candidate that is left once. The order rotates, so that no candidate always has the same weights. */
@@ -285,13 +298,14 @@ static phi_status choose(const tuner *t, task_ring *ring, phi_batch_class class,
         } while (phi_seconds() < stage_end && c.n_rounds < MAX_SAMPLES * (n_stages - stage + 1) / n_stages);
         if (stage > 1) halve(&c);
     }
-    const int best = winner(&c);
-    update_scores(&c);
+    double ratio;
+    const int best = winner(&c, &ratio);
+    const double default_seconds = median(c.seconds[0], c.n_rounds);
     *result = (phi_tune_result){
         .measured = true,
         .chosen = c.candidates[best],
-        .default_seconds = c.score[0],
-        .chosen_seconds = c.score[best],
+        .default_seconds = default_seconds,
+        .chosen_seconds = default_seconds * ratio,
         .n_samples = c.n_rounds,
     };
     return PHI_OK;

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import signal
 import sys
 import threading
 from collections import deque
@@ -23,6 +24,7 @@ from phi_c.errors import (
     ModelNotFoundError,
     OptionError,
     PhiError,
+    UnsupportedModelError,
 )
 from phi_c.streaming import drain
 from reference import Reference
@@ -404,3 +406,36 @@ def test_model_without_chat_template(tmp_path: Path) -> None:
         with pytest.raises(ChatTemplateError, match=r"base.gguf has no chat template"):
             llm.generate("Hi")
         assert llm.generate("the", raw=True, max_tokens=2).usage.completion_tokens > 0
+
+
+def test_error_of_the_tokenizer_comes_before_that_of_the_model(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokenizer is built in another thread while weights are packed."""
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise MemoryError("packing failed")
+
+    def refuse(*arguments: object) -> None:
+        raise UnsupportedModelError("no such tokenizer")
+
+    monkeypatch.setattr("phi_c.llm.Model", fail)
+    with pytest.raises(MemoryError, match="packing failed"):
+        phi_c.load(path)
+    monkeypatch.setattr("phi_c.llm.load_tokenizer", refuse)
+    with pytest.raises(UnsupportedModelError, match="no such tokenizer"):
+        phi_c.load(path)
+    monkeypatch.undo()
+    monkeypatch.setattr("phi_c.llm.load_tokenizer", refuse)
+    with pytest.raises(UnsupportedModelError, match="no such tokenizer"):
+        phi_c.load(path)
+
+
+def test_interrupt_while_the_model_is_measured(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(model: object) -> str:
+        signal.raise_signal(signal.SIGINT)
+        return "never"
+
+    monkeypatch.setattr("phi_c.llm.tune_model", interrupt)
+    n_threads = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        phi_c.load(path)
+    assert threading.active_count() == n_threads

@@ -57,6 +57,18 @@ class TestCpuName:
         assert machine.cpu_name(tmp_path)
 
 
+class TestCpuSeconds:
+    def test_busy_and_stolen(self, tmp_path: Path) -> None:
+        ticks = os.sysconf("SC_CLK_TCK") if sys.platform != "win32" else 100
+        text = "cpu  100 20 30 4000 50 6 7 80 9 0\ncpu0 1 2 3 4 5 6 7 8 9 0\n"
+        found = machine.cpu_seconds(write_tree(tmp_path, {"proc/stat": text}))
+        assert found == ((100 + 20 + 30 + 6 + 7) / ticks, 80 / ticks)
+
+    @pytest.mark.parametrize("text", ["", "cpu  1 2 3 4\n", "cpu a b c d e f g h\n"])
+    def test_unknown(self, tmp_path: Path, text: str) -> None:
+        assert machine.cpu_seconds(write_tree(tmp_path, {"proc/stat": text})) is None
+
+
 class TestCores:
     @pytest.mark.parametrize("file", ["thread_siblings_list", "core_cpus_list"])
     def test_hyperthreads_count_once(self, tmp_path: Path, file: str) -> None:

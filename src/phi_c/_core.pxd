@@ -54,6 +54,9 @@ cdef extern from "phi.h":
         int8_t *tiles
         float *scales
         size_t n_tokens
+    ctypedef struct phi_peak:
+        double (*run)(size_t n_steps) noexcept nogil
+        int macs
     ctypedef struct phi_kernels:
         const char *name
         int max_exact_batch
@@ -71,6 +74,7 @@ cdef extern from "phi.h":
         void (*add)(const float *x, size_t n, float *y) noexcept nogil
         void (*store_kv[2])(const float *k, const float *v, int head_dim, int slot, uint8_t *page) noexcept nogil
         void (*attention[2])(const phi_attention *a) noexcept nogil
+        phi_peak peak[2]
     const char *const *phi_tier_names()
     c_bool phi_tier_available(const char *tier)
     phi_status phi_select_kernels(const char *tier, const phi_kernels **kernels)
@@ -227,6 +231,7 @@ cdef extern from "kernels.h":
     const int PHI_TILED_BLOCK
     const int PHI_KV_GROUP
     const int PHI_ATTENTION_ROWS
+    const int PHI_TILED_TASK_ROWS
     size_t phi_kv_slice_bytes(phi_kv_type type, int head_dim)
     size_t phi_attention_scratch_floats(int head_dim)
     size_t phi_tiled_bytes(size_t n_tokens, size_t n_cols)
@@ -242,3 +247,51 @@ cdef extern from "kernels/generic/pack.h":
 cdef extern from "memory.h":
     void *phi_map(size_t n_bytes) nogil
     void phi_unmap(void *memory, size_t n_bytes) nogil
+
+cdef extern from "bench.h":
+    const int PHI_CLOCK_CYCLES
+    ctypedef struct phi_walk:
+        const uint8_t *data
+        size_t n_bytes, at
+    const uint8_t *phi_walk_next(phi_walk *walk, size_t n_bytes) nogil
+    ctypedef struct phi_bench_stop:
+        c_bool (*poll)(void *) noexcept nogil
+        void *context
+    ctypedef struct phi_bench_product:
+        void (*kernel)(const phi_matmul *m) noexcept nogil
+        phi_matmul product
+        int task_rows
+    double phi_bench_products(const phi_bench_product *b, phi_walk *walk, size_t n_calls, phi_bench_stop stop) nogil
+    ctypedef struct phi_bench_attention:
+        void (*kernel)(const phi_attention *a) noexcept nogil
+        phi_attention attention
+        const int32_t *page_table
+        size_t n_table_pages, n_pages
+    double phi_bench_attentions(const phi_bench_attention *b, size_t *next, size_t n_calls) nogil
+    const int PHI_BENCH_HEADS
+    ctypedef enum phi_bench_vector_op:
+        PHI_BENCH_RMS_NORM
+        PHI_BENCH_LAYER_NORM
+        PHI_BENCH_ROPE_NEOX
+        PHI_BENCH_ROPE_INTERLEAVED
+        PHI_BENCH_SILU_MUL
+        PHI_BENCH_GELU
+        PHI_BENCH_ADD
+        PHI_BENCH_QUANTIZE_Q8
+        PHI_BENCH_STORE_KV_F16
+        PHI_BENCH_STORE_KV_Q8
+    ctypedef struct phi_bench_vector:
+        phi_bench_vector_op op
+        const phi_kernels *kernels
+        size_t n
+        const float *x
+        const float *weight
+        const float *bias
+        float *y
+        phi_q8 q8
+        uint8_t *slice
+    double phi_bench_vectors(const phi_bench_vector *b, size_t n_calls) nogil
+    double phi_bench_barriers(phi_pool *pool, size_t n_calls) nogil
+    double phi_bench_reads(phi_walk *walk, size_t n_bytes, size_t prefetch_bytes, size_t n_calls) nogil
+    double phi_bench_multiplies(const phi_peak *peak, size_t n_calls) nogil
+    double phi_bench_clock(size_t n_calls) nogil

@@ -483,3 +483,4 @@ cdef class Model:
 
 include "_forward.pxi"
 include "_tuning.pxi"
+include "_bench.pxi"

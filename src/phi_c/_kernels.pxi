@@ -54,6 +54,14 @@ def quantize_rows(int type_id, const float[:, ::1] x not None, const float[::1] 
     return out
 
 
+def _aligned(shape, dtype):
+    """Return an uninitialised array whose first element is aligned to 64 bytes, as buffers of a forward pass are."""
+    n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.empty(n_bytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start:start + n_bytes].view(dtype).reshape(shape)
+
+
 class Q8(NamedTuple):
     """Quantised activations, phi_q8 in csrc/kernels.h: int8 with a float32 scale per 32, and sums of 16 and of 32."""
 
@@ -80,15 +88,74 @@ def quantize_q8(const float[::1] x not None, tier=None):
         raise ValueError(f"{n} activations, expected a positive multiple of {PHI_Q8_BLOCK}")
     n_blocks, n_sums = n // PHI_Q8_BLOCK, n // PHI_SUM_BLOCK
     q8 = Q8(
-        quants=np.empty(n, np.int8),
-        scales=np.empty(n_blocks, np.float32),
-        sums=np.empty(n_sums, np.float32),
-        block_sums=np.empty(n_blocks, np.float32),
-        offsets=np.empty(n_sums, np.int32),
-        block_offsets=np.empty(n_blocks, np.int32),
+        quants=_aligned(n, np.int8),
+        scales=_aligned(n_blocks, np.float32),
+        sums=_aligned(n_sums, np.float32),
+        block_sums=_aligned(n_blocks, np.float32),
+        offsets=_aligned(n_sums, np.int32),
+        block_offsets=_aligned(n_blocks, np.int32),
     )
     kernels.quantize_q8(&x[0], n, _q8_pointers(q8))
     return q8
+
+
+ctypedef void (*_matmul_kernel)(const phi_matmul *m) noexcept nogil
+
+
+cdef void _set_default_tuning(phi_matmul *m, phi_type type) noexcept:
+    m.prefetch = phi_default_tuning().prefetch[type][<int>phi_batch_class_of(m.n_tokens)]
+    m.max_small_batch = PHI_MAX_SMALL_BATCH
+
+
+cdef class _Product:
+    """A product of a matrix and activations x, float32 [n_tokens, n_cols], which are quantised as in a forward pass.
+
+    The product is out, float32 [n_tokens, n_rows]. Raises ValueError for another shape of x.
+    """
+
+    cdef _matmul_kernel kernel
+    cdef phi_matmul m
+    cdef phi_activations a
+    cdef readonly object out
+    cdef object keep_alive  # what the pointers point to
+
+    def __init__(self, Matrix weights not None, const float[:, ::1] x not None, tier):
+        cdef const phi_kernels *kernels = _kernels(tier)
+        cdef int n_tokens = <int>x.shape[0], n_cols = weights.matrix.n_cols, n_rows = weights.matrix.n_rows
+        if x.shape[1] != n_cols or n_tokens == 0:
+            raise ValueError(f"x has shape ({n_tokens}, {x.shape[1]}), expected at least 1 row of {n_cols}")
+        self.a.n_cols = n_cols
+        self.a.f32 = <float *>&x[0, 0]
+        q8 = None
+        if n_cols % PHI_Q8_BLOCK == 0:
+            q8 = quantize_q8(np.asarray(x).reshape(-1), tier)
+            self.a.q8 = _q8_pointers(q8)
+        self.a.tiled.tiles = NULL
+        cdef int8_t[::1] tiles = None
+        cdef float[::1] scales = None
+        cdef int t
+        if kernels.quantize_tiled != NULL and n_cols % PHI_TILED_BLOCK == 0 and n_tokens > kernels.max_exact_batch:
+            tiles = _aligned(phi_tiled_bytes(n_tokens, n_cols), np.int8)
+            tiles[:] = 127  # padding tokens may have any values
+            scales = _aligned(phi_tiled_n_scales(n_tokens, n_cols), np.float32)
+            self.a.tiled.tiles, self.a.tiled.scales = &tiles[0], &scales[0]
+            self.a.tiled.n_tokens = phi_tiled_tokens(n_tokens)
+            for t in range(n_tokens):
+                kernels.quantize_tiled(&x[t, 0], n_cols, &self.a.tiled, t)
+        cdef phi_type type = weights.matrix.type
+        cdef bint is_packed = weights.matrix.layout == PHI_LAYOUT_PANELS
+        self.kernel = kernels.matmul_packed[type] if is_packed else kernels.matmul[type]
+        self.out = _aligned((n_tokens, n_rows), np.float32)
+        cdef float[:, ::1] out = self.out
+        self.m.rows = <const uint8_t *>weights.matrix.data
+        self.m.row_bytes = phi_row_bytes(type, n_cols)
+        self.m.n_rows, self.m.n_cols = n_rows, n_cols
+        self.m.x = &self.a
+        self.m.first_token, self.m.n_tokens = 0, n_tokens
+        self.m.out = &out[0, 0]
+        self.m.out_stride = n_rows
+        _set_default_tuning(&self.m, weights.matrix.type)
+        self.keep_alive = weights, x, q8, tiles, scales
 
 
 def matmul(Matrix weights not None, const float[:, ::1] x not None, tier=None):
@@ -97,45 +164,10 @@ def matmul(Matrix weights not None, const float[:, ::1] x not None, tier=None):
     x: float32 [n_tokens, n_cols]. Returns x @ weights.T, float32 [n_tokens, n_rows]. Raises ValueError for another
     shape.
     """
-    cdef const phi_kernels *kernels = _kernels(tier)
-    cdef int n_tokens = <int>x.shape[0], n_cols = weights.matrix.n_cols, n_rows = weights.matrix.n_rows
-    if x.shape[1] != n_cols or n_tokens == 0:
-        raise ValueError(f"x has shape ({n_tokens}, {x.shape[1]}), expected at least 1 row of {n_cols}")
-    cdef phi_activations a
-    a.n_cols = n_cols
-    a.f32 = <float *>&x[0, 0]
-    if n_cols % PHI_Q8_BLOCK == 0:
-        q8 = quantize_q8(np.asarray(x).reshape(-1), tier)
-        a.q8 = _q8_pointers(q8)
-    a.tiled.tiles = NULL
-    cdef int8_t[::1] tiles
-    cdef float[::1] tiled_scales
-    cdef int t
-    if kernels.quantize_tiled != NULL and n_cols % PHI_TILED_BLOCK == 0 and n_tokens > kernels.max_exact_batch:
-        tiles = np.full(phi_tiled_bytes(n_tokens, n_cols), 127, np.int8)  # padding tokens may have any values
-        tiled_scales = np.empty(phi_tiled_n_scales(n_tokens, n_cols), np.float32)
-        a.tiled.tiles, a.tiled.scales, a.tiled.n_tokens = &tiles[0], &tiled_scales[0], phi_tiled_tokens(n_tokens)
-        for t in range(n_tokens):
-            kernels.quantize_tiled(&x[t, 0], n_cols, &a.tiled, t)
-    cdef phi_matrix w = weights.matrix
-    y = np.empty((n_tokens, n_rows), np.float32)
-    cdef float[:, ::1] out = y
-    cdef phi_matmul m
-    m.rows = <const uint8_t *>w.data
-    m.row_bytes = phi_row_bytes(weights.matrix.type, n_cols)
-    m.n_rows, m.n_cols = n_rows, n_cols
-    m.x = &a
-    m.first_token, m.n_tokens = 0, n_tokens
-    m.out = &out[0, 0]
-    m.out_stride = n_rows
-    m.prefetch = phi_default_tuning().prefetch[w.type][<int>phi_batch_class_of(n_tokens)]
-    m.max_small_batch = PHI_MAX_SMALL_BATCH
+    cdef _Product product = _Product(weights, x, tier)
     with nogil:
-        if w.layout == PHI_LAYOUT_PANELS:
-            kernels.matmul_packed[w.type](&m)
-        else:
-            kernels.matmul[w.type](&m)
-    return y
+        product.kernel(&product.m)
+    return product.out
 
 
 def rms_norm(const float[::1] x not None, const float[::1] weight not None, float eps, tier=None):

@@ -33,8 +33,8 @@ class Tuning(NamedTuple):
 class TuneResult(NamedTuple):
     """The measured choice for one tensor type and batch class.
 
-    n_tokens: the class, one of BATCH_CLASSES. prefetch: the choice. default_seconds, chosen_seconds: lower quartiles of
-    n_samples measurements with the default setting and with the choice, per byte of weights.
+    n_tokens: the class, one of BATCH_CLASSES. prefetch: the choice. default_seconds: per byte of weights
+    with the default setting, median of n_samples. chosen_seconds: the same times the median ratio of the choice.
     """
 
     type_name: str

@@ -128,6 +128,21 @@ def peak_rss(root: Path | None = None) -> int | None:
     return peak * 1024 if peak is not None else _try(_unix_peak_rss, None)
 
 
+def cpu_seconds(root: Path | None = None) -> tuple[float, float] | None:
+    """Return (busy, stolen) CPU time of all CPUs since the system started, in seconds; None: unknown.
+
+    busy: of all processes and the kernel. stolen: for which this virtual machine's CPUs waited for others.
+    """
+    if root is None and sys.platform != "linux":
+        return None
+    fields = [_integer(field) for field in _read((root or _ROOT) / "proc/stat").split("\n", 1)[0].split()[1:9]]
+    if len(fields) < 8 or None in fields:  # user, nice, system, idle, iowait, irq, softirq, steal
+        return None
+    user, nice, system, _, _, irq, softirq, steal = (field or 0 for field in fields)
+    ticks = os.sysconf("SC_CLK_TCK") if sys.platform != "win32" else 100
+    return (user + nice + system + irq + softirq) / ticks, steal / ticks
+
+
 def _linux_cpu_name(root: Path) -> str:
     fields = _fields(_read(root / "proc/cpuinfo"))
     for key in ("model name", "Hardware", "cpu model", "cpu"):  # x86; some ARM; MIPS; POWER

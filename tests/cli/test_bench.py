@@ -15,7 +15,7 @@ from run_cli import command, run_cli
 
 import phi_c
 from phi_c import _core, errors, machine
-from phi_c.bench import kernels, memory, speed
+from phi_c.bench import memory, speed
 from phi_c.bench.random_model import make_plan, random_model
 from phi_c.bench.shapes import SHAPES, Shape
 from phi_c.cli import bench
@@ -156,19 +156,6 @@ def test_tensor_types_match_the_published_file() -> None:
     assert down == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]
     types = [tensor.type_name for tensor in tensors]
     assert {kind: types.count(kind) for kind in set(types)} == {"F32": 65, "Q4_K": 81, "Q5_K": 32, "Q6_K": 17}
-
-
-def test_kernels_lists_every_type_on_every_tier(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "N_ROWS", 16)
-    monkeypatch.setattr(kernels, "N_COLS", 256)
-    rows = report("--kernels", "--repeat", "1")["kernels"]
-    expected = [
-        (kind.name, tier, n) for kind in _core.TENSOR_TYPES.values() for tier in _core.tiers() for n in (1, 4, 16, 512)
-    ]
-    assert [(row["type"], row["tier"], row["n_tokens"]) for row in rows] == expected
-    assert all(0 < row["gmac_s"] < 1e4 and row["us"] > 0 for row in rows)
-    text = run("--kernels", "--repeat", "1").stdout
-    assert "512 tokens" in text and "Q4_K" in text
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ static phi_tuning check_tune(const tiny *m) {
             const phi_tune_result *r = &call.results[type][c];
             if (!r->measured) continue;
             CHECK(type != PHI_TYPE_Q6_K, "phi_tune measures a known type");
-            CHECK(is_candidate(r->chosen, (phi_batch_class)c), "the choice of %s is no candidate",
+            CHECK(is_candidate(r->chosen, (phi_batch_class)c), "the choice of %s is not a candidate",
                   phi_types[type].name);
             CHECK(memcmp(&r->chosen, &tuning.prefetch[type][c], sizeof r->chosen) == 0, "the choice is not used");
             CHECK(r->n_samples > 0 && r->chosen_seconds > 0.0 && r->chosen_seconds <= r->default_seconds,

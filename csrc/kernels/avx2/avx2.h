@@ -39,5 +39,7 @@ void phi_store_kv_f16_avx2(const float *k, const float *v, int head_dim, int slo
 void phi_store_kv_q8_avx2(const float *k, const float *v, int head_dim, int slot, uint8_t *slice);
 void phi_attention_f16_avx2(const phi_attention *a);
 void phi_attention_q8_avx2(const phi_attention *a);
+double phi_peak_f32_avx2(size_t n_steps);
+double phi_peak_q8_avx2(size_t n_steps);
 
 #endif

@@ -21,5 +21,7 @@ void phi_store_kv_f16_avx512(const float *k, const float *v, int head_dim, int s
 void phi_store_kv_q8_avx512(const float *k, const float *v, int head_dim, int slot, uint8_t *slice);
 void phi_attention_f16_avx512(const phi_attention *a);
 void phi_attention_q8_avx512(const phi_attention *a);
+double phi_peak_f32_avx512(size_t n_steps);
+double phi_peak_q8_avx512(size_t n_steps);
 
 #endif

@@ -8,4 +8,6 @@
 PHI_PACKED_TYPES(PHI_DECLARE)
 #undef PHI_DECLARE
 
+double phi_peak_q8_avxvnni(size_t n_steps);
+
 #endif

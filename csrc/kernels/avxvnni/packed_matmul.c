@@ -5,6 +5,7 @@
 #include "avxvnni.h"
 
 #include "../avx2/simd.h"
+#include "dot.h"
 
 #define PHI_SIGNED_BYTES 0
 
@@ -16,11 +17,7 @@ PHI_INLINE int phi_lines_per_sum(int bits) {
 PHI_INLINE __m256i phi_add_products(int bits, __m256i q, __m256i x, const __m256i *sum) {
     const __m256i before = sum ? *sum : _mm256_setzero_si256();
     (void)bits;
-#ifdef PHI_AVXVNNI_BY_AVX512
-    return _mm256_dpbusd_epi32(before, q, x);
-#else
-    return _mm256_dpbusd_avx_epi32(before, q, x);
-#endif
+    return phi_dpbusd(before, q, x);
 }
 
 PHI_INLINE __m256i phi_to_int32(__m256i sum) { return sum; }

@@ -14,4 +14,6 @@ PHI_NEON_K(PHI_DECLARE)
 PHI_PACKED_TYPES(PHI_DECLARE)
 #undef PHI_DECLARE
 
+double phi_peak_q8_dotprod(size_t n_steps);
+
 #endif

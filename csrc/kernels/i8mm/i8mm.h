@@ -9,4 +9,6 @@
 PHI_PACKED_TYPES(PHI_DECLARE)
 #undef PHI_DECLARE
 
+double phi_peak_q8_i8mm(size_t n_steps);
+
 #endif

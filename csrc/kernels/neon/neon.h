@@ -30,5 +30,7 @@ void phi_store_kv_f16_neon(const float *k, const float *v, int head_dim, int slo
 void phi_store_kv_q8_neon(const float *k, const float *v, int head_dim, int slot, uint8_t *slice);
 void phi_attention_f16_neon(const phi_attention *a);
 void phi_attention_q8_neon(const phi_attention *a);
+double phi_peak_f32_neon(size_t n_steps);
+double phi_peak_q8_neon(size_t n_steps);
 
 #endif

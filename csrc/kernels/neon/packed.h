@@ -243,6 +243,8 @@ PHI_INLINE void multiply_small_batch(const format f, const uint8_t *panel, const
     const size_t n_blocks = (size_t)m->n_cols / PHI_Q8_BLOCK,
                  step_bytes = f.unit_bytes / (size_t)(f.sub_blocks / f.unrolled);
     const int n_vectors = vectors_per_pass(n_tokens);
+    /* One prefetch, into L1: at the distance for L1 or else at that for L2. */
+    const size_t ahead = m->prefetch.l1_bytes ? m->prefetch.l1_bytes : m->prefetch.l2_bytes;
     float32x4_t total[MAX_SMALL_BATCH][VECTORS];
     activations x[MAX_SMALL_BATCH];
     UNROLL for (int t = 0; t < n_tokens; t++) {
@@ -253,7 +255,7 @@ PHI_INLINE void multiply_small_batch(const format f, const uint8_t *panel, const
         groups g;
         f.unpack_groups(panel, &g);
         for (int i = 0; i < f.sub_blocks / f.unrolled; i++) {
-            if (m->prefetch.l1_bytes) prefetch(panel + (size_t)i * step_bytes + m->prefetch.l1_bytes, step_bytes);
+            if (ahead) prefetch(panel + (size_t)i * step_bytes + ahead, step_bytes);
             UNROLL for (int j = 0; j < f.unrolled; j++) {
                 const uint8_t *unit = panel + (size_t)i * f.stride;
                 PHI_OPAQUE_ADDRESS(unit); /* lines are loaded again: kept for the next sub-block, they would spill */

@@ -2,6 +2,8 @@
  * kernel. */
 #include "neon.h"
 
+#include "../generic/peak.h"
+
 #define PHI_SLOT(UPPER, lower) .matmul[PHI_TYPE_##UPPER] = phi_matmul_##lower##_neon,
 #define PHI_PACKED_SLOTS(UPPER, lower) \
     .pack[PHI_TYPE_##UPPER] = phi_pack_##lower, .matmul_packed[PHI_TYPE_##UPPER] = phi_matmul_packed_##lower##_neon,
@@ -18,4 +20,5 @@ const phi_kernels phi_kernels_neon = {
     .add = phi_add_neon,
     .store_kv = {phi_store_kv_f16_neon, phi_store_kv_q8_neon},
     .attention = {phi_attention_f16_neon, phi_attention_q8_neon},
+    .peak = {PHI_PEAK(phi_peak_f32_neon, 4), PHI_PEAK(phi_peak_q8_neon, 8)},
 };

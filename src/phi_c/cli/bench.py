@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 import cloup
 
+from phi_c.cli import kernel_report
 from phi_c.cli import options as opt
 from phi_c.cli.output import name_value_table
 from phi_c.cli.progress import status_line
-from phi_c.errors import OptionError
 
 if TYPE_CHECKING:
-    from phi_c.bench.kernels import KernelSpeed
     from phi_c.bench.speed import Workload
 
 _EPILOG = """\b
@@ -23,7 +22,9 @@ Examples:
   phi-c bench -m phi-3-mini --batch 1,16 --context 0,2000 --json
   phi-c bench --random phi-3-mini    # writes 2.4 GB to the cache
   phi-c bench -m smollm2 --tier avx2
-  phi-c bench --kernels
+  phi-c bench --kernels --type Q4_K,Q6_K --tokens 1,16
+  phi-c bench --kernels --op attention,rms_norm --json > before.json
+  phi-c bench --kernels --op attention,rms_norm --compare before.json
 """
 
 
@@ -37,7 +38,7 @@ Examples:
         metavar="NAME",
         help="Random weights with the shapes of a known model, such as phi-3-mini, in place of --model.",
     ),
-    cloup.option("--kernels", is_flag=True, help="Measure each tensor type on each tier, in place of a model."),
+    cloup.option("--kernels", is_flag=True, help="Measure single kernels, in place of a model."),
 )
 @opt.loading_options(opt.ctx_size_option("Context size in tokens.  [default: what the workload needs]", minimum=1))
 @cloup.option_group(
@@ -75,9 +76,10 @@ Examples:
         "n_repeats",
         default=5,
         show_default=True,
-        help="Number of repetitions; the median is reported.",
+        help="Number of repetitions, of which the median is reported; 15 by default with --kernels.",
     ),
 )
+@kernel_report.kernel_options()
 @cloup.option_group("Output options", opt.json_flag())
 def command(
     model: str | None,
@@ -89,19 +91,20 @@ def command(
     context: str,
     n_repeats: int,
     as_json: bool,
-    **loading: Any,
+    **options: Any,
 ) -> None:
-    """Measure prefill and decode speed of a model.
+    """Measure prefill and decode speed of a model, or the speed of kernels.
 
     Decoding is bound by memory bandwidth, so the read bandwidth is measured in the same run, and the share of it that
     decoding reaches is reported. Speeds are medians in tokens per second.
     """
     if [model is not None, random_name is not None, kernels].count(True) != 1:
         raise click.UsageError("expected one of -m/--model SOURCE, --random NAME and --kernels")
-    batch_sizes, contexts = _parse_counts("--batch", batch, 1), _parse_counts("--context", context, 0)
+    kernel_report.check_options(click.get_current_context(), kernels=kernels)
     if kernels:
-        _bench_kernels(n_repeats, as_json)
+        kernel_report.run(click.get_current_context())
         return
+    batch_sizes, contexts = opt.parse_counts("--batch", batch, 1), opt.parse_counts("--context", context, 0)
     from phi_c import hub  # noqa: PLC0415 - with the next: not needed for `--help`
     from phi_c.bench import speed  # noqa: PLC0415
 
@@ -110,18 +113,11 @@ def command(
     with status_line() as show:
         source = model or _random_model(random_name or "", show)
         workload = speed.Workload(n_prefill, n_decode, batch_sizes, contexts, n_repeats)
-        report = speed.measure(source, workload, progress=show, **opt.specified(loading))
+        report = speed.measure(source, workload, progress=show, **opt.specified(opt.pop_loading_options(options)))
     if as_json:
         click.echo(json.dumps(report))
     else:
         _print_report(report, workload)
-
-
-def _parse_counts(option: str, text: str, minimum: int) -> tuple[int, ...]:
-    parts = text.split(",")
-    if not all(part.strip().isascii() and part.strip().isdigit() and int(part) >= minimum for part in parts):
-        raise OptionError(f"{option} is {text!r}, expected integers of at least {minimum}, such as {minimum},16")
-    return tuple(int(part) for part in parts)
 
 
 def _random_model(name: str, show: Callable[[str], None]) -> str:
@@ -131,31 +127,6 @@ def _random_model(name: str, show: Callable[[str], None]) -> str:
         show(f"writing random weights, {done / 1e9:.1f} of {total / 1e9:.1f} GB")
 
     return str(random_model(name, progress))
-
-
-def _bench_kernels(n_repeats: int, as_json: bool) -> None:
-    from phi_c.bench.kernels import measure_kernels  # noqa: PLC0415
-
-    rows = []
-    with status_line() as show:
-        for row in measure_kernels(n_repeats):
-            show(f"{row.type_name} on {row.tier}")
-            rows.append(row)
-    if as_json:
-        click.echo(json.dumps({"kernels": [_kernel_row(row) for row in rows]}))
-    else:
-        _print_kernels(rows)
-
-
-def _kernel_row(row: "KernelSpeed") -> dict[str, Any]:
-    return {
-        "type": row.type_name,
-        "tier": row.tier,
-        "n_tokens": row.n_tokens,
-        "us": round(row.seconds * 1e6, 1),
-        "gb_s": round(row.gb_s, 2),
-        "gmac_s": round(row.gmac_s, 2),
-    }
 
 
 def _print_report(report: dict[str, Any], workload: "Workload") -> None:
@@ -187,22 +158,3 @@ def _print_report(report: dict[str, Any], workload: "Workload") -> None:
         ("logits hash", report["logits_hash"]),
     ]
     Console(highlight=False).print(name_value_table(rows))
-
-
-def _print_kernels(rows: list["KernelSpeed"]) -> None:
-    from rich import box  # noqa: PLC0415 - with the next: not needed for `--json`
-    from rich.console import Console  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
-
-    counts = list(dict.fromkeys(row.n_tokens for row in rows))
-    by_kernel: dict[tuple[str, str], dict[int, KernelSpeed]] = {}
-    for row in rows:
-        by_kernel.setdefault((row.type_name, row.tier), {})[row.n_tokens] = row
-    table = Table(title="GB/s of weights, GMAC/s; one thread", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("type", "tier"):
-        table.add_column(name, no_wrap=True)
-    for n in counts:
-        table.add_column(f"{n} token{'s' if n > 1 else ''}", justify="right", no_wrap=True)
-    for (type_name, tier), by_count in by_kernel.items():
-        table.add_row(type_name, tier, *(f"{by_count[n].gb_s:.2f} {by_count[n].gmac_s:7.2f}" for n in counts))
-    Console(highlight=False).print(table)

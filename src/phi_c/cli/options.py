@@ -6,6 +6,7 @@ from typing import Any
 import click
 import cloup
 
+from phi_c.errors import OptionError
 from phi_c.hub.presets import DEFAULT
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -44,6 +45,14 @@ def count_option(*names: str, minimum: int = 1, maximum: int | None = None, **at
     """Return an option whose value is an integer from minimum to maximum; attrs: see cloup.option."""
     attrs.setdefault("metavar", "N")
     return cloup.option(*names, cls=_CountOption, type=click.IntRange(minimum, maximum), **attrs)
+
+
+def parse_counts(option: str, text: str, minimum: int) -> tuple[int, ...]:
+    """Return the integers of a comma-separated list. Raises OptionError for one below the minimum."""
+    parts = text.split(",")
+    if not all(part.strip().isascii() and part.strip().isdigit() and int(part) >= minimum for part in parts):
+        raise OptionError(f"{option} is {text!r}, expected integers of at least {minimum}, such as {minimum},16")
+    return tuple(int(part) for part in parts)
 
 
 def ctx_size_option(about: str, minimum: int = 0, maximum: int | None = None, **attrs: Any) -> Decorator:

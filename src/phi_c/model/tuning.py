@@ -147,7 +147,7 @@ def load(path: Path) -> Profile | None:
 
 
 def load_all() -> Iterable[Profile]:
-    """Yield the stored profiles of all keys; files that cannot be read are left out."""
+    """Yield the stored profiles of all keys; files that cannot be read are skipped."""
     with contextlib.suppress(OSError, RuntimeError):
         for path in sorted(profile_folder().glob("*.json")):
             profile = load(path)
