@@ -142,7 +142,8 @@ PHI_INLINE void multiply_panel(const format f, const uint8_t *units, const phi_m
 /* All rows for n_tokens tokens from `token` on. Two panels are two streams from memory, which a small batch reads more
  * slowly than one. */
 PHI_INLINE void multiply_pass(const format f, const phi_matmul *m, int token, int n_tokens) {
-    const int n_pairs_rows = n_tokens <= REGISTER_TOKENS || n_tokens <= m->max_small_batch ? 0 : m->n_rows - PHI_PANEL_ROWS;
+    const int n_pairs_rows =
+        n_tokens <= REGISTER_TOKENS || n_tokens <= m->max_small_batch ? 0 : m->n_rows - PHI_PANEL_ROWS;
     int r = 0;
     for (; r < n_pairs_rows; r += MAX_PANELS * PHI_PANEL_ROWS) {
         multiply_panels(f, m->rows + (size_t)r * m->row_bytes, m, token, n_tokens, false, MAX_PANELS, m->out + r);

@@ -25,7 +25,7 @@ typedef int shift_count;
 
 /* What the scales and minima of a unit's groups are computed from. K-quants of 4 and 5 bits have 6-bit factors. */
 typedef struct {
-    __m512 d, dmin;                      /* of 16 rows */
+    __m512 d, dmin;        /* of 16 rows */
     uint8_t scales[8][16]; /* factors of d: [sub-blocks, rows] */
     uint8_t mins[8][16];   /* factors of dmin */
 } unit_scales;
@@ -119,8 +119,8 @@ INLINE void scales_k4(const uint8_t (*packed)[16], __m512 d, __m512 dmin, unit_s
     s->d = d;
     s->dmin = dmin;
     store_line(s->scales[0], _mm512_and_si512(a, low6));
-    store_line(s->scales[4], _mm512_or_si512(_mm512_and_si512(c, low4),
-                                             _mm512_and_si512(_mm512_srli_epi16(a, 2), bits45)));
+    store_line(s->scales[4],
+               _mm512_or_si512(_mm512_and_si512(c, low4), _mm512_and_si512(_mm512_srli_epi16(a, 2), bits45)));
     store_line(s->mins[0], _mm512_and_si512(b, low6));
     store_line(s->mins[4], _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(c, 4), low4),
                                            _mm512_and_si512(_mm512_srli_epi16(b, 2), bits45)));
@@ -187,8 +187,8 @@ INLINE void lines_q6_k(const void *unit, int sub_block, __m512i *q) {
     }
 }
 
-#define PHI_FORMAT(type, n_sub_blocks, n_groups, shift, centred, scale_of, min_of)                                      \
-    ((format){sizeof(phi_panel_##type), n_sub_blocks, n_groups, shift, centred, scales_##type, scale_of, min_of,       \
+#define PHI_FORMAT(type, n_sub_blocks, n_groups, shift, centred, scale_of, min_of)                               \
+    ((format){sizeof(phi_panel_##type), n_sub_blocks, n_groups, shift, centred, scales_##type, scale_of, min_of, \
               lines_##type})
 #define PHI_FORMAT_q4_0 PHI_FORMAT(q4_0, 1, 1, 4, true, only_scale, NULL)
 #define PHI_FORMAT_q4_1 PHI_FORMAT(q4_1, 1, 1, 0, false, only_scale, only_min)
