@@ -50,11 +50,13 @@ INLINE void requantise(const format f, int half_quant, const uint8_t *unit, bloc
     __m512 scale[MAX_GROUPS], min[MAX_GROUPS];
     const int n_groups = SUB_BLOCKS * f.groups_per_block, unit_groups = f.sub_blocks * f.groups_per_block;
     for (int first = 0; first < n_groups; first += unit_groups) {
-        groups g;
-        f.unpack_groups(unit + (size_t)(first / unit_groups) * f.unit_bytes, &g);
+        const uint8_t *start = unit + (size_t)(first / unit_groups) * f.unit_bytes;
+        unit_scales s;
+        f.unpack_scales(start, &s);
         for (int i = 0; i < unit_groups; i++) {
-            scale[first + i] = _mm512_mul_ps(g.scale[i], _mm512_set1_ps((float)(1 << f.shift)));
-            min[first + i] = f.centred ? _mm512_mul_ps(scale[first + i], _mm512_set1_ps((float)half_quant)) : g.min[i];
+            scale[first + i] = _mm512_mul_ps(f.scale_of(start, &s, i), _mm512_set1_ps((float)(1 << f.shift)));
+            min[first + i] =
+                f.centred ? _mm512_mul_ps(scale[first + i], _mm512_set1_ps((float)half_quant)) : f.min_of(start, &s, i);
         }
     }
     const __m512 zero = _mm512_setzero_ps(), max_quant = _mm512_set1_ps(2.0f * (float)half_quant - 1.0f);

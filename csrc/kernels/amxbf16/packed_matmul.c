@@ -58,8 +58,8 @@ INLINE void unpack(const format f, const uint8_t *unit, block *w) {
     const size_t sub_block_bytes = f.unit_bytes / (size_t)f.sub_blocks;
     const int n_lines = LINES / f.groups_per_block;
     for (int first = 0; first < STEPS; first += f.sub_blocks, unit += f.unit_bytes) {
-        groups g;
-        f.unpack_groups(unit, &g);
+        unit_scales s;
+        f.unpack_scales(unit, &s);
         UNROLL for (int j = 0; j < f.sub_blocks; j++) {
             __m512i q[LINES];
             /* Prefetches the next 256 columns, one sub-block at a time: bursts stall. The last columns of a panel are
@@ -68,8 +68,8 @@ INLINE void unpack(const format f, const uint8_t *unit, block *w) {
             f.unpack_lines(unit, j, q);
             UNROLL for (int i = 0; i < LINES; i++) {
                 const int group = j * f.groups_per_block + i / n_lines;
-                const __m512 scale = g.scale[group];
-                const __m512 min = f.centred ? _mm512_mul_ps(scale, _mm512_set1_ps(128.0f)) : g.min[group];
+                const __m512 scale = f.scale_of(unit, &s, group);
+                const __m512 min = f.centred ? _mm512_mul_ps(scale, _mm512_set1_ps(128.0f)) : f.min_of(unit, &s, group);
                 dequantise_line(q[i], scale, min, &w->tiles[first + j][2 * i]);
             }
         }

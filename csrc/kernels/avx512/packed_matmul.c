@@ -1,10 +1,10 @@
 /* Products of packed rows with int8 activations, 16 rows at a time.
  * Layout: panels of 16 interleaved rows (generic/pack.h): a line is four columns of 16 rows.
- * Idea: the 32 columns of a sub-block are unpacked to eight lines of unsigned bytes. Eight vpdpbusd multiply them by
- * four activations each, broadcast from memory. The sums are converted to float once and multiplied by the scales.
- * Decode and small batches keep the lines in registers, for up to eight tokens per pass. Prefill unpacks 256 columns
- * of four panels into L1 once and multiplies two panels at a time by tiles of six tokens. The order of a token's sum
- * is the same in both.
+ * Idea: the 32 columns of a sub-block are unpacked to eight lines of unsigned bytes, which stay in registers while up
+ * to PASS_TOKENS tokens are multiplied: eight vpdpbusd a token, by four activations each, broadcast from memory. The
+ * sums are converted to float once and multiplied by the scales. A token costs the same in every batch, so a larger
+ * batch is never slower per token. Prefill takes two panels at a time, which share the broadcasts. The order of a
+ * token's sum is the same everywhere.
  * Bound: decode: reading the panel, with prefetches spread out, since bursts stall; prefill: the multipliers, eleven
  * instructions for 512 products. */
 #include "avx512.h"
@@ -14,9 +14,9 @@
 #include "panel_units.h"
 
 enum {
-    MAX_SMALL_BATCH = 16,        /* tokens whose lines stay in registers; more take the prefill path */
-    SMALL_BATCH_TILE_TOKENS = 8, /* tokens per pass over a panel, at most */
-    PREFILL_TILE_TOKENS = 6,     /* tokens of a prefill tile, at most */
+    REGISTER_TOKENS = 4, /* largest batch whose sums stay in registers */
+    PASS_TOKENS = 64,    /* tokens per pass over the weights, at most: their sums stay in L1 */
+    MAX_PANELS = 2,      /* multiplied at a time */
 };
 
 PHI_INLINE __m512i broadcast_4(const int8_t *x) {
@@ -25,200 +25,141 @@ PHI_INLINE __m512i broadcast_4(const int8_t *x) {
     return _mm512_set1_epi32(four);
 }
 
-/* A token's activations in one sub-block. */
+/* A sub-block of up to MAX_PANELS panels, unpacked. */
 typedef struct {
-    const int8_t *x;        /* [32] */
-    const int32_t *offsets; /* [groups]: -128 * sum of x, for centred types */
-    float scale, sum;
-} x_block;
+    __m512i lines[MAX_PANELS][LINES];
+    __m512 scale[MAX_PANELS][2], min[MAX_PANELS]; /* scale: [groups]; min: unset for centred types */
+} sub_block;
 
-/* Sub-block `block` of a token; token 0 is m->first_token. */
-PHI_INLINE x_block x_block_of(const format f, const phi_matmul *m, int token, size_t block) {
-    const size_t at = (size_t)(m->first_token + token) * (size_t)m->n_cols / PHI_Q8_BLOCK + block;
-    const phi_q8 *q8 = &m->x->q8;
-    return (x_block){
-        .x = q8->quants + at * PHI_Q8_BLOCK,
-        .offsets = f.groups_per_block == 1 ? q8->block_offsets + at : q8->offsets + at * 2,
-        .scale = q8->scales[at],
-        .sum = q8->block_sums[at],
-    };
+/* Sub-block j of n_panels units, panel_bytes apart. */
+PHI_INLINE sub_block unpack_sub_block(const format f, const uint8_t *units, size_t panel_bytes, const unit_scales *s,
+                                      int j, int n_panels) {
+    sub_block w;
+    UNROLL for (int p = 0; p < n_panels; p++) {
+        const uint8_t *unit = units + (size_t)p * panel_bytes;
+        f.unpack_lines(unit, j, w.lines[p]);
+        UNROLL for (int k = 0; k < f.groups_per_block; k++) {
+            w.scale[p][k] = f.scale_of(unit, &s[p], j * f.groups_per_block + k);
+        }
+        if (!f.centred) w.min[p] = f.min_of(unit, &s[p], j);
+    }
+    return w;
 }
 
-/* Initial value of a group's integer dot product. */
-PHI_INLINE __m512i begin_dot(const format f, const x_block *x, int group) {
-    return f.centred ? _mm512_set1_epi32(x->offsets[group]) : _mm512_setzero_si512();
+/* Initial value of a group's integer dot product: -128 * sum of the activations for centred types. */
+PHI_INLINE __m512i begin_dot(const format f, const phi_q8 *x, size_t block, int group) {
+    if (!f.centred) return _mm512_setzero_si512();
+    return _mm512_set1_epi32(f.groups_per_block == 1 ? x->block_offsets[block] : x->offsets[2 * block + (size_t)group]);
 }
 
-/* Adds a sub-block's scaled dot products to total. dot, scale: [groups]; min: [1], unless the type is centred. */
-PHI_INLINE __m512 add_dots(const format f, const x_block *x, const __m512i *dot, const __m512 *scale, const __m512 *min,
-                           __m512 total) {
-    __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[0]), scale[0]);
-    if (f.groups_per_block == 2) sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[1]), scale[1], sum);
-    total = _mm512_fmadd_ps(sum, _mm512_set1_ps(x->scale), total);
-    return f.centred ? total : _mm512_fnmadd_ps(min[0], _mm512_set1_ps(x->sum), total);
-}
-
-/* ---- decode and small batch: lines in registers ---- */
-
-/* All columns of one panel for n_tokens tokens from `token` on; n_tokens is a compile-time constant once inlined. */
-PHI_INLINE void multiply_small_batch_tile(const format f, const uint8_t *panel, const phi_matmul *m, int token,
-                                          int n_tokens, float *out) {
-    const size_t n_blocks = (size_t)m->n_cols / PHI_Q8_BLOCK, block_bytes = f.unit_bytes / (size_t)f.sub_blocks;
-    __m512 total[SMALL_BATCH_TILE_TOKENS];
-    for (int t = 0; t < n_tokens; t++) total[t] = _mm512_setzero_ps();
-    for (size_t b = 0; b < n_blocks; b += (size_t)f.sub_blocks, panel += f.unit_bytes) {
-        groups g;
-        f.unpack_groups(panel, &g);
-        UNROLL for (int j = 0; j < f.sub_blocks; j++) {
-            __m512i q[LINES];
-            const uint8_t *block_start = panel + (size_t)j * block_bytes;
-            prefetch_ahead(&m->prefetch, block_start, block_bytes, j == 0 ? panel + f.unit_bytes : NULL);
-            f.unpack_lines(panel, j, q);
-            UNROLL for (int t = 0; t < n_tokens; t++) {
-                const x_block x = x_block_of(f, m, token + t, b + (size_t)j);
-                const int first = j * f.groups_per_block, n_lines = LINES / f.groups_per_block;
-                __m512i dot[2];
-                UNROLL for (int k = 0; k < f.groups_per_block; k++) {
-                    dot[k] = begin_dot(f, &x, k);
-                    UNROLL for (int i = k * n_lines; i < (k + 1) * n_lines; i++) {
-                        dot[k] = _mm512_dpbusd_epi32(dot[k], q[i], broadcast_4(x.x + 4 * i));
-                    }
-                }
-                total[t] = add_dots(f, &x, dot, g.scale + first, g.min + first, total[t]);
+/* Adds the products of a sub-block with block `block` of the activations to totals [n_panels]. */
+PHI_INLINE void add_token(const format f, const sub_block *w, const phi_q8 *x, size_t block, int n_panels,
+                          __m512 *totals) {
+    const int8_t *quants = x->quants + block * PHI_Q8_BLOCK;
+    const int n_lines = LINES / f.groups_per_block;
+    __m512i dot[MAX_PANELS][2];
+    UNROLL for (int k = 0; k < f.groups_per_block; k++) {
+        UNROLL for (int p = 0; p < n_panels; p++) dot[p][k] = begin_dot(f, x, block, k);
+        UNROLL for (int i = k * n_lines; i < (k + 1) * n_lines; i++) {
+            const __m512i four = broadcast_4(quants + 4 * i);
+            UNROLL for (int p = 0; p < n_panels; p++) {
+                dot[p][k] = _mm512_dpbusd_epi32(dot[p][k], w->lines[p][i], four);
             }
         }
     }
-    for (int t = 0; t < n_tokens; t++) _mm512_storeu_ps(out + (size_t)(token + t) * m->out_stride, total[t]);
+    const __m512 scale = _mm512_set1_ps(x->scales[block]);
+    UNROLL for (int p = 0; p < n_panels; p++) {
+        __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[p][0]), w->scale[p][0]);
+        if (f.groups_per_block == 2) sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[p][1]), w->scale[p][1], sum);
+        totals[p] = _mm512_fmadd_ps(sum, scale, totals[p]);
+        if (!f.centred) totals[p] = _mm512_fnmadd_ps(w->min[p], _mm512_set1_ps(x->block_sums[block]), totals[p]);
+    }
 }
 
-/* The fewest passes over the panel, with the tokens spread evenly over them. */
-PHI_INLINE void multiply_small_batch(const format f, const uint8_t *panel, const phi_matmul *m, float *out) {
-    const int n_passes = (m->n_tokens + SMALL_BATCH_TILE_TOKENS - 1) / SMALL_BATCH_TILE_TOKENS;
+/* The same for n_tokens tokens, n_blocks blocks apart. Only if in_registers is n_tokens a compile-time constant. */
+PHI_INLINE void add_tokens(const format f, const sub_block *w, const phi_q8 *x, size_t block, size_t n_blocks,
+                           int n_tokens, bool in_registers, int n_panels, __m512 (*totals)[MAX_PANELS]) {
+    if (in_registers) {
+        UNROLL for (int t = 0; t < n_tokens; t++) {
+            add_token(f, w, x, block + (size_t)t * n_blocks, n_panels, totals[t]);
+        }
+    } else {
+        for (int t = 0; t < n_tokens; t++) add_token(f, w, x, block + (size_t)t * n_blocks, n_panels, totals[t]);
+    }
+}
+
+/* All columns of n_panels panels for n_tokens tokens from `token` on; in_registers as for add_tokens. */
+PHI_INLINE void multiply_panels(const format f, const uint8_t *units, const phi_matmul *m, int token, int n_tokens,
+                                bool in_registers, int n_panels, float *out) {
+    const size_t n_blocks = (size_t)m->n_cols / PHI_Q8_BLOCK, block_bytes = f.unit_bytes / (size_t)f.sub_blocks;
+    const size_t panel_bytes = PHI_PANEL_ROWS * m->row_bytes, first_block = (size_t)(m->first_token + token) * n_blocks;
+    const phi_prefetch prefetch = m->prefetch;
+    const phi_q8 x = m->x->q8;
+    __m512 totals[PASS_TOKENS][MAX_PANELS];
+    for (int t = 0; t < (in_registers ? REGISTER_TOKENS : n_tokens); t++) {
+        for (int p = 0; p < n_panels; p++) totals[t][p] = _mm512_setzero_ps();
+    }
+    for (size_t b = 0; b < n_blocks; b += (size_t)f.sub_blocks, units += f.unit_bytes) {
+        unit_scales s[MAX_PANELS];
+        UNROLL for (int p = 0; p < n_panels; p++) f.unpack_scales(units + (size_t)p * panel_bytes, &s[p]);
+        UNROLL for (int j = 0; j < f.sub_blocks; j++) {
+            UNROLL for (int p = 0; p < n_panels; p++) {
+                const uint8_t *unit = units + (size_t)p * panel_bytes;
+                prefetch_ahead(&prefetch, unit + (size_t)j * block_bytes, block_bytes, j ? NULL : unit + f.unit_bytes);
+            }
+            if (n_panels > 1) RELOAD();
+            const sub_block w = unpack_sub_block(f, units, panel_bytes, s, j, n_panels);
+            add_tokens(f, &w, &x, first_block + b + (size_t)j, n_blocks, n_tokens, in_registers, n_panels, totals);
+        }
+    }
+    for (int t = 0; t < n_tokens; t++) {
+        float *row = out + (size_t)(token + t) * m->out_stride;
+        UNROLL for (int p = 0; p < n_panels; p++) _mm512_storeu_ps(row + p * PHI_PANEL_ROWS, totals[t][p]);
+    }
+}
+
+/* One panel for n_tokens tokens. */
+PHI_INLINE void multiply_panel(const format f, const uint8_t *units, const phi_matmul *m, int token, int n_tokens,
+                               float *out) {
+    switch (n_tokens) {
+    case 1:
+        multiply_panels(f, units, m, token, 1, true, 1, out);
+        break;
+    case 2:
+        multiply_panels(f, units, m, token, 2, true, 1, out);
+        break;
+    case 3:
+        multiply_panels(f, units, m, token, 3, true, 1, out);
+        break;
+    case REGISTER_TOKENS:
+        multiply_panels(f, units, m, token, REGISTER_TOKENS, true, 1, out);
+        break;
+    default:
+        multiply_panels(f, units, m, token, n_tokens, false, 1, out);
+    }
+}
+
+/* All rows for n_tokens tokens from `token` on. Two panels are two streams from memory, which a small batch reads more
+ * slowly than one. */
+PHI_INLINE void multiply_pass(const format f, const phi_matmul *m, int token, int n_tokens) {
+    const int n_pairs_rows =
+        n_tokens <= REGISTER_TOKENS || n_tokens <= m->max_small_batch ? 0 : m->n_rows - PHI_PANEL_ROWS;
+    int r = 0;
+    for (; r < n_pairs_rows; r += MAX_PANELS * PHI_PANEL_ROWS) {
+        multiply_panels(f, m->rows + (size_t)r * m->row_bytes, m, token, n_tokens, false, MAX_PANELS, m->out + r);
+    }
+    for (; r < m->n_rows; r += PHI_PANEL_ROWS) {
+        multiply_panel(f, m->rows + (size_t)r * m->row_bytes, m, token, n_tokens, m->out + r);
+    }
+}
+
+/* As few passes as possible, with the tokens spread evenly over them. */
+PHI_INLINE void matmul(const format f, const phi_matmul *m) {
+    const int n_passes = (m->n_tokens + PASS_TOKENS - 1) / PASS_TOKENS;
     for (int pass = 0, t = 0; pass < n_passes; pass++) {
         const int n_tokens = (m->n_tokens - t) / (n_passes - pass);
-        switch (n_tokens) {
-        case 1:
-            multiply_small_batch_tile(f, panel, m, t, 1, out);
-            break;
-        case 2:
-            multiply_small_batch_tile(f, panel, m, t, 2, out);
-            break;
-        case 3:
-            multiply_small_batch_tile(f, panel, m, t, 3, out);
-            break;
-        case 4:
-            multiply_small_batch_tile(f, panel, m, t, 4, out);
-            break;
-        case 5:
-            multiply_small_batch_tile(f, panel, m, t, 5, out);
-            break;
-        case 6:
-            multiply_small_batch_tile(f, panel, m, t, 6, out);
-            break;
-        case 7:
-            multiply_small_batch_tile(f, panel, m, t, 7, out);
-            break;
-        default:
-            multiply_small_batch_tile(f, panel, m, t, SMALL_BATCH_TILE_TOKENS, out);
-        }
+        multiply_pass(f, m, t, n_tokens);
         t += n_tokens;
-    }
-}
-
-/* ---- prefill: lines unpacked to L1 ---- */
-
-enum {
-    PANELS = 4,       /* unpacked at a time; they share activations in L1 */
-    TILE_PANELS = 2,  /* of a prefill tile */
-    CHUNK_BLOCKS = 8, /* sub-blocks of 32 columns unpacked at a time */
-};
-
-/* 256 columns of a panel, unpacked. */
-typedef struct {
-    __m512i lines[CHUNK_BLOCKS * LINES];
-    __m512 scale[2 * CHUNK_BLOCKS], min[CHUNK_BLOCKS];
-} chunk;
-
-PHI_INLINE void unpack_chunk(const format f, const uint8_t *panel, int n_blocks, chunk *c) {
-    for (int b = 0; b < n_blocks; b += f.sub_blocks, panel += f.unit_bytes) {
-        groups g;
-        f.unpack_groups(panel, &g);
-        for (int i = 0; i < f.sub_blocks * f.groups_per_block; i++) {
-            c->scale[b * f.groups_per_block + i] = g.scale[i];
-            if (!f.centred) c->min[b + i] = g.min[i];
-        }
-        UNROLL for (int j = 0; j < f.sub_blocks; j++) f.unpack_lines(panel, j, c->lines + (b + j) * LINES);
-    }
-}
-
-/* Adds the products of the chunks c [n_panels], which start at sub-block first_block, to out. next: packed bytes of the
- * next chunk in the first panel, to prefetch meanwhile, or NULL. n_tokens and n_panels are compile-time constants once
- * inlined. */
-PHI_INLINE void multiply_chunk(const format f, const chunk *c, size_t first_block, int n_blocks, const phi_matmul *m,
-                               int token, int n_tokens, int n_panels, const uint8_t *next, float *out) {
-    const size_t panel_bytes = PHI_PANEL_ROWS * m->row_bytes, block_bytes = f.unit_bytes / (size_t)f.sub_blocks;
-    const int n_lines = LINES / f.groups_per_block;
-    __m512 total[PREFILL_TILE_TOKENS][TILE_PANELS];
-    UNROLL for (int t = 0; t < n_tokens; t++) {
-        UNROLL for (int p = 0; p < n_panels; p++) {
-            const float *sum = out + (size_t)(token + t) * m->out_stride + p * PHI_PANEL_ROWS;
-            total[t][p] = first_block ? _mm512_loadu_ps(sum) : _mm512_setzero_ps();
-        }
-    }
-    for (int j = 0; j < n_blocks; j++) {
-        const int first = j * f.groups_per_block;
-        for (int p = 0; next && p < n_panels; p++)
-            prefetch_l1(next + (size_t)p * panel_bytes + (size_t)j * block_bytes, block_bytes);
-        x_block x[PREFILL_TILE_TOKENS];
-        UNROLL for (int t = 0; t < n_tokens; t++) x[t] = x_block_of(f, m, token + t, first_block + (size_t)j);
-        __m512i dot[PREFILL_TILE_TOKENS][TILE_PANELS][2];
-        UNROLL for (int k = 0; k < f.groups_per_block; k++) {
-            UNROLL for (int t = 0; t < n_tokens; t++) {
-                UNROLL for (int p = 0; p < n_panels; p++) dot[t][p][k] = begin_dot(f, &x[t], k);
-            }
-            UNROLL for (int i = k * n_lines; i < (k + 1) * n_lines; i++) {
-                UNROLL for (int t = 0; t < n_tokens; t++) {
-                    const __m512i four = broadcast_4(x[t].x + 4 * i);
-                    UNROLL for (int p = 0; p < n_panels; p++) {
-                        dot[t][p][k] = _mm512_dpbusd_epi32(dot[t][p][k], c[p].lines[j * LINES + i], four);
-                    }
-                }
-            }
-        }
-        UNROLL for (int t = 0; t < n_tokens; t++) {
-            UNROLL for (int p = 0; p < n_panels; p++) {
-                total[t][p] = add_dots(f, &x[t], dot[t][p], c[p].scale + first, c[p].min + j, total[t][p]);
-            }
-        }
-    }
-    UNROLL for (int t = 0; t < n_tokens; t++) {
-        UNROLL for (int p = 0; p < n_panels; p++) {
-            _mm512_storeu_ps(out + (size_t)(token + t) * m->out_stride + p * PHI_PANEL_ROWS, total[t][p]);
-        }
-    }
-}
-
-/* Tokens of the next tile, given those left. */
-PHI_INLINE int prefill_tile_tokens(const format f, int left) {
-    const bool has_room = f.groups_per_block == 1; /* in registers: a second group doubles the sums */
-    if (has_room && left >= PREFILL_TILE_TOKENS && left != 8) return PREFILL_TILE_TOKENS; /* 8 tokens: two tiles of 4 */
-    return left >= 4 ? 4 : 1;
-}
-
-#include "../generic/packed_prefill.h"
-
-PHI_INLINE void matmul(const format f, const phi_matmul *m) {
-    for (int r = 0; r < m->n_rows;) {
-        const uint8_t *panel = m->rows + (size_t)r * m->row_bytes;
-        float *out = m->out + r;
-        if (m->n_tokens > MAX_SMALL_BATCH || m->n_tokens > m->max_small_batch) {
-            const int n_panels = panels_from(m, r);
-            multiply_prefill(f, panel, m, n_panels, out);
-            r += n_panels * PHI_PANEL_ROWS;
-            continue;
-        }
-        multiply_small_batch(f, panel, m, out);
-        r += PHI_PANEL_ROWS;
     }
 }
 

@@ -14,7 +14,7 @@
 
 #define INLINE PHI_INLINE
 
-enum { LINES = 8, MAX_GROUPS = 16 };
+enum { LINES = 8, MAX_GROUPS = 16 /* of a unit */ };
 
 /* Compilers declare shift counts with different types. */
 #ifdef __clang__
@@ -23,10 +23,12 @@ typedef unsigned shift_count;
 typedef int shift_count;
 #endif
 
-/* Scales and minima of the groups of a unit, each for 16 rows. */
+/* What the scales and minima of a unit's groups are computed from. K-quants of 4 and 5 bits have 6-bit factors. */
 typedef struct {
-    __m512 scale[MAX_GROUPS], min[MAX_GROUPS]; /* min is unset for centred types */
-} groups;
+    __m512 d, dmin;        /* of 16 rows */
+    uint8_t scales[8][16]; /* factors of d: [sub-blocks, rows] */
+    uint8_t mins[8][16];   /* factors of dmin */
+} unit_scales;
 
 /* Traits of a weight type; compile-time constants once inlined. */
 typedef struct {
@@ -35,7 +37,9 @@ typedef struct {
     int groups_per_block; /* scales per sub-block: 1 or 2 */
     int shift;            /* bits by which unpacked quants are shifted left; the scale compensates */
     bool centred;
-    void (*unpack_groups)(const void *unit, groups *g);
+    void (*unpack_scales)(const void *unit, unit_scales *s);
+    __m512 (*scale_of)(const void *unit, const unit_scales *s, int group);
+    __m512 (*min_of)(const void *unit, const unit_scales *s, int group); /* unset for centred types */
     void (*unpack_lines)(const void *unit, int sub_block, __m512i *q);
 } format;
 
@@ -43,11 +47,24 @@ INLINE __m512 load_16_halves(const uint16_t *h) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)h));
 }
 INLINE __m512i load_line(const uint8_t *line) { return _mm512_loadu_si512((const void *)line); }
+INLINE void store_line(uint8_t *line, __m512i bytes) { _mm512_storeu_si512((void *)line, bytes); }
 INLINE __m512 from_u8(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)); }
 INLINE __m512 from_i8(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); }
 INLINE __m128i load_16_bytes(const void *bytes) { return _mm_loadu_si128((const __m128i *)bytes); }
 
 /* ---- blocks of 32 ---- */
+
+/* One group a unit: d and dmin are its scale and minimum. */
+INLINE __m512 only_scale(const void *unit, const unit_scales *s, int group) {
+    (void)unit;
+    (void)group;
+    return s->d;
+}
+INLINE __m512 only_min(const void *unit, const unit_scales *s, int group) {
+    (void)unit;
+    (void)group;
+    return s->dmin;
+}
 
 INLINE void unpack_nibbles_32(const uint8_t (*lines)[64], __m512i *q) {
     const __m512i low4 = _mm512_set1_epi8(15);
@@ -58,9 +75,9 @@ INLINE void unpack_nibbles_32(const uint8_t (*lines)[64], __m512i *q) {
     }
 }
 
-INLINE void groups_q4_0(const void *unit, groups *g) {
+INLINE void scales_q4_0(const void *unit, unit_scales *s) {
     const phi_panel_q4_0 *u = unit;
-    g->scale[0] = _mm512_mul_ps(load_16_halves(u->d), _mm512_set1_ps(1.0f / 16));
+    s->d = _mm512_mul_ps(load_16_halves(u->d), _mm512_set1_ps(1.0f / 16));
 }
 INLINE void lines_q4_0(const void *unit, int sub_block, __m512i *q) {
     const phi_panel_q4_0 *u = unit;
@@ -73,19 +90,19 @@ INLINE void lines_q4_0(const void *unit, int sub_block, __m512i *q) {
     }
 }
 
-INLINE void groups_q4_1(const void *unit, groups *g) {
+INLINE void scales_q4_1(const void *unit, unit_scales *s) {
     const phi_panel_q4_1 *u = unit;
-    g->scale[0] = load_16_halves(u->d);
-    g->min[0] = _mm512_sub_ps(_mm512_setzero_ps(), load_16_halves(u->m));
+    s->d = load_16_halves(u->d);
+    s->dmin = _mm512_sub_ps(_mm512_setzero_ps(), load_16_halves(u->m));
 }
 INLINE void lines_q4_1(const void *unit, int sub_block, __m512i *q) {
     (void)sub_block;
     unpack_nibbles_32(((const phi_panel_q4_1 *)unit)->lines, q);
 }
 
-INLINE void groups_q8_0(const void *unit, groups *g) {
+INLINE void scales_q8_0(const void *unit, unit_scales *s) {
     const phi_panel_q8_0 *u = unit;
-    g->scale[0] = load_16_halves(u->d);
+    s->d = load_16_halves(u->d);
 }
 INLINE void lines_q8_0(const void *unit, int sub_block, __m512i *q) {
     const phi_panel_q8_0 *u = unit;
@@ -96,28 +113,25 @@ INLINE void lines_q8_0(const void *unit, int sub_block, __m512i *q) {
 /* ---- blocks of 256 ---- */
 
 /* The 6-bit scales and minima of Q4_K and Q5_K (see phi_unpack_scales_k4), for 16 rows and 4 sub-blocks at a time. */
-INLINE void groups_k4(const uint8_t (*packed)[16], __m512 d, __m512 dmin, groups *g) {
+INLINE void scales_k4(const uint8_t (*packed)[16], __m512 d, __m512 dmin, unit_scales *s) {
     const __m512i a = load_line(packed[0]), b = load_line(packed[4]), c = load_line(packed[8]);
     const __m512i low4 = _mm512_set1_epi8(15), low6 = _mm512_set1_epi8(63), bits45 = _mm512_set1_epi8(48);
-    const __m512i scales[2] = {
-        _mm512_and_si512(a, low6),
-        _mm512_or_si512(_mm512_and_si512(c, low4), _mm512_and_si512(_mm512_srli_epi16(a, 2), bits45)),
-    };
-    const __m512i mins[2] = {
-        _mm512_and_si512(b, low6),
-        _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(c, 4), low4),
-                        _mm512_and_si512(_mm512_srli_epi16(b, 2), bits45)),
-    };
-    for (int h = 0; h < 2; h++) {
-        g->scale[4 * h] = _mm512_mul_ps(d, from_u8(_mm512_castsi512_si128(scales[h])));
-        g->scale[4 * h + 1] = _mm512_mul_ps(d, from_u8(_mm512_extracti32x4_epi32(scales[h], 1)));
-        g->scale[4 * h + 2] = _mm512_mul_ps(d, from_u8(_mm512_extracti32x4_epi32(scales[h], 2)));
-        g->scale[4 * h + 3] = _mm512_mul_ps(d, from_u8(_mm512_extracti32x4_epi32(scales[h], 3)));
-        g->min[4 * h] = _mm512_mul_ps(dmin, from_u8(_mm512_castsi512_si128(mins[h])));
-        g->min[4 * h + 1] = _mm512_mul_ps(dmin, from_u8(_mm512_extracti32x4_epi32(mins[h], 1)));
-        g->min[4 * h + 2] = _mm512_mul_ps(dmin, from_u8(_mm512_extracti32x4_epi32(mins[h], 2)));
-        g->min[4 * h + 3] = _mm512_mul_ps(dmin, from_u8(_mm512_extracti32x4_epi32(mins[h], 3)));
-    }
+    s->d = d;
+    s->dmin = dmin;
+    store_line(s->scales[0], _mm512_and_si512(a, low6));
+    store_line(s->scales[4],
+               _mm512_or_si512(_mm512_and_si512(c, low4), _mm512_and_si512(_mm512_srli_epi16(a, 2), bits45)));
+    store_line(s->mins[0], _mm512_and_si512(b, low6));
+    store_line(s->mins[4], _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(c, 4), low4),
+                                           _mm512_and_si512(_mm512_srli_epi16(b, 2), bits45)));
+}
+INLINE __m512 scale_k4(const void *unit, const unit_scales *s, int group) {
+    (void)unit;
+    return _mm512_mul_ps(s->d, from_u8(load_16_bytes(s->scales[group])));
+}
+INLINE __m512 min_k4(const void *unit, const unit_scales *s, int group) {
+    (void)unit;
+    return _mm512_mul_ps(s->dmin, from_u8(load_16_bytes(s->mins[group])));
 }
 
 /* a | (b & mask) */
@@ -129,18 +143,18 @@ INLINE __m512i nibbles_of(const uint8_t *line, int high) {
     return _mm512_and_si512(high ? _mm512_srli_epi16(q, 4) : q, _mm512_set1_epi8(15));
 }
 
-INLINE void groups_q4_k(const void *unit, groups *g) {
+INLINE void scales_q4_k(const void *unit, unit_scales *s) {
     const phi_panel_q4_k *u = unit;
-    groups_k4(u->scales, load_16_halves(u->d), load_16_halves(u->dmin), g);
+    scales_k4(u->scales, load_16_halves(u->d), load_16_halves(u->dmin), s);
 }
 INLINE void lines_q4_k(const void *unit, int sub_block, __m512i *q) {
     const phi_panel_q4_k *u = unit;
     for (int i = 0; i < LINES; i++) q[i] = nibbles_of(u->lines[sub_block / 2 * 8 + i], sub_block % 2);
 }
 
-INLINE void groups_q5_k(const void *unit, groups *g) {
+INLINE void scales_q5_k(const void *unit, unit_scales *s) {
     const phi_panel_q5_k *u = unit;
-    groups_k4(u->scales, load_16_halves(u->d), load_16_halves(u->dmin), g);
+    scales_k4(u->scales, load_16_halves(u->d), load_16_halves(u->dmin), s);
 }
 INLINE void lines_q5_k(const void *unit, int sub_block, __m512i *q) {
     const phi_panel_q5_k *u = unit;
@@ -153,12 +167,12 @@ INLINE void lines_q5_k(const void *unit, int sub_block, __m512i *q) {
     }
 }
 
-INLINE void groups_q6_k(const void *unit, groups *g) {
+INLINE void scales_q6_k(const void *unit, unit_scales *s) {
     const phi_panel_q6_k *u = unit;
-    const __m512 quarter = _mm512_mul_ps(load_16_halves(u->d), _mm512_set1_ps(1.0f / 4));
-    for (int i = 0; i < 16; i++) {
-        g->scale[i] = _mm512_mul_ps(quarter, from_i8(load_16_bytes(u->scales[i])));
-    }
+    s->d = _mm512_mul_ps(load_16_halves(u->d), _mm512_set1_ps(1.0f / 4));
+}
+INLINE __m512 scale_q6_k(const void *unit, const unit_scales *s, int group) {
+    return _mm512_mul_ps(s->d, from_i8(load_16_bytes(((const phi_panel_q6_k *)unit)->scales[group])));
 }
 INLINE void lines_q6_k(const void *unit, int sub_block, __m512i *q) {
     const phi_panel_q6_k *u = unit;
@@ -173,13 +187,14 @@ INLINE void lines_q6_k(const void *unit, int sub_block, __m512i *q) {
     }
 }
 
-#define PHI_FORMAT(type, n_sub_blocks, n_groups, shift, centred) \
-    ((format){sizeof(phi_panel_##type), n_sub_blocks, n_groups, shift, centred, groups_##type, lines_##type})
-#define PHI_FORMAT_q4_0 PHI_FORMAT(q4_0, 1, 1, 4, true)
-#define PHI_FORMAT_q4_1 PHI_FORMAT(q4_1, 1, 1, 0, false)
-#define PHI_FORMAT_q8_0 PHI_FORMAT(q8_0, 1, 1, 0, true)
-#define PHI_FORMAT_q4_k PHI_FORMAT(q4_k, 8, 1, 0, false)
-#define PHI_FORMAT_q5_k PHI_FORMAT(q5_k, 8, 1, 0, false)
-#define PHI_FORMAT_q6_k PHI_FORMAT(q6_k, 8, 2, 2, true)
+#define PHI_FORMAT(type, n_sub_blocks, n_groups, shift, centred, scale_of, min_of)                               \
+    ((format){sizeof(phi_panel_##type), n_sub_blocks, n_groups, shift, centred, scales_##type, scale_of, min_of, \
+              lines_##type})
+#define PHI_FORMAT_q4_0 PHI_FORMAT(q4_0, 1, 1, 4, true, only_scale, NULL)
+#define PHI_FORMAT_q4_1 PHI_FORMAT(q4_1, 1, 1, 0, false, only_scale, only_min)
+#define PHI_FORMAT_q8_0 PHI_FORMAT(q8_0, 1, 1, 0, true, only_scale, NULL)
+#define PHI_FORMAT_q4_k PHI_FORMAT(q4_k, 8, 1, 0, false, scale_k4, min_k4)
+#define PHI_FORMAT_q5_k PHI_FORMAT(q5_k, 8, 1, 0, false, scale_k4, min_k4)
+#define PHI_FORMAT_q6_k PHI_FORMAT(q6_k, 8, 2, 2, true, scale_q6_k, NULL)
 
 #endif

@@ -1,4 +1,6 @@
-/* UNROLL: before a loop whose trip count is a constant once its function is inlined. PHI_INLINE: forces inlining. */
+/* UNROLL: before a loop whose trip count is a constant once its function is inlined. PHI_INLINE: forces inlining.
+ * RELOAD: a compiler may not reuse what it loaded before. Without it, gcc keeps values in registers that a load would
+ * give again, and spills others. */
 #ifndef PHI_GENERIC_UNROLL_H
 #define PHI_GENERIC_UNROLL_H
 
@@ -9,6 +11,12 @@
 #define UNROLL _Pragma("GCC unroll 16")
 #else
 #define UNROLL
+#endif
+
+#ifdef __GNUC__
+#define RELOAD() __asm__ volatile("" ::: "memory")
+#else
+#define RELOAD() (void)0
 #endif
 
 #ifdef _MSC_VER
