@@ -17,7 +17,7 @@
 
 typedef enum {
     PHI_OK = 0,
-    PHI_CANCELLED,        /* phi_batch.poll returned true; the batch's positions in the KV cache are undefined */
+    PHI_CANCELLED,        /* poll returned true; the batch's positions in the KV cache are undefined */
     PHI_OUT_OF_MEMORY,    /* an allocation failed, or a thread could not be started */
     PHI_TIER_UNAVAILABLE, /* the instruction-set tier is unknown, or this machine cannot run it */
 } phi_status;
@@ -228,9 +228,29 @@ const phi_prefetch *phi_tune_candidates(phi_batch_class batch_class, int *n);
 
 /* Bytes that phi_pack writes for a matrix; 0 if these kernels use it in PHI_LAYOUT_ROWS. */
 size_t phi_packed_bytes(const phi_kernels *kernels, const phi_matrix *matrix);
-/* Packs a matrix for these kernels: writes panels to memory [phi_packed_bytes], aligned to 64 bytes, and sets the
- * matrix's layout and data to them. The matrix borrows the memory. */
-phi_status phi_pack(const phi_kernels *kernels, phi_pool *pool, phi_matrix *matrix, uint8_t *memory);
+
+/* A mapped file. Matrices within it are read from fd, without page faults; others, and all on Windows, from memory. */
+typedef struct {
+    const uint8_t *data; /* [n_bytes], mapped from `offset` of the file; NULL: no file */
+    size_t n_bytes, offset;
+    int fd; /* open for reading */
+} phi_pack_source;
+
+typedef struct {
+    const phi_kernels *kernels;
+    phi_pool *pool;
+    phi_matrix *const *matrices; /* [n_matrices]; those of 0 phi_packed_bytes stay as they are */
+    int n_matrices;
+    uint8_t *memory; /* out [sum of phi_packed_bytes], in the order of the matrices; aligned to 64 bytes */
+    phi_pack_source source;
+    bool (*poll)(void *); /* called every few milliseconds by the calling thread; true cancels. NULL: never */
+    void *poll_context;   /* argument of poll */
+} phi_packing;
+/* Packs matrices and sets their layout and data as phi_use_packed does. PHI_OK, PHI_CANCELLED or PHI_OUT_OF_MEMORY:
+ * then the matrices are unchanged. */
+phi_status phi_pack(const phi_packing *packing);
+/* Sets the layout and data of matrices to what phi_pack has written to memory, which they borrow. */
+void phi_use_packed(const phi_kernels *kernels, phi_matrix *const *matrices, int n_matrices, const uint8_t *memory);
 
 /* Quantises x [n_rows, n_cols], which must be finite, to out [n_rows, phi_row_bytes(type, n_cols)]. Searches for scales
  * that minimise the squared error, weighted by importance [n_cols] (at least 0; NULL: equal weights). The result does

@@ -155,7 +155,21 @@ cdef extern from "phi.h":
     const phi_prefetch *phi_tune_candidates(phi_batch_class batch_class, int *n) nogil
 
     size_t phi_packed_bytes(const phi_kernels *kernels, const phi_matrix *matrix) nogil
-    phi_status phi_pack(const phi_kernels *kernels, phi_pool *pool, phi_matrix *matrix, uint8_t *memory) nogil
+    ctypedef struct phi_pack_source:
+        const uint8_t *data
+        size_t n_bytes, offset
+        int fd
+    ctypedef struct phi_packing:
+        const phi_kernels *kernels
+        phi_pool *pool
+        phi_matrix **matrices
+        int n_matrices
+        uint8_t *memory
+        phi_pack_source source
+        c_bool (*poll)(void *) noexcept nogil
+        void *poll_context
+    phi_status phi_pack(const phi_packing *packing) nogil
+    void phi_use_packed(const phi_kernels *kernels, phi_matrix **matrices, int n_matrices, const uint8_t *memory) nogil
 
     phi_status phi_quantize_rows(phi_pool *pool, phi_type type, const float *x, size_t n_rows, size_t n_cols,
                                  const float *importance, void *out) nogil

@@ -15,7 +15,7 @@ from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.stddef cimport size_t
 from libc.stdint cimport int8_t, int32_t, uint8_t, uint16_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from phi_c.errors import Cancelled, ModelClosedError, OptionError, PhiError
 
@@ -193,6 +193,35 @@ include "_locks.pxi"
 include "_kernels.pxi"
 
 
+# ---- signals ----
+
+
+cdef struct _Watch:  # state of _poll, which long C calls call every few milliseconds
+    const volatile int *flag  # of a CancelFlag, or NULL
+    double last_check  # phi_seconds() at the last check for Python signals
+    void *errors  # list of exceptions raised by signal handlers
+
+
+cdef c_bool _poll(void *context) noexcept nogil:
+    cdef _Watch *watch = <_Watch *>context
+    cdef double now = phi_seconds()
+    if watch.flag != NULL and watch.flag[0]:
+        return True
+    if 0 <= now - watch.last_check < 0.1:
+        return False
+    watch.last_check = now
+    return _handle_signals(watch)
+
+
+cdef c_bool _handle_signals(_Watch *watch) noexcept with gil:
+    try:
+        PyErr_CheckSignals()
+    except BaseException as error:
+        (<list>watch.errors).append(error)
+        return True
+    return False
+
+
 # ---- model ----
 
 
@@ -238,10 +267,15 @@ cdef class Matrix:
         if n_bytes == 0:
             return self
         cdef Matrix packed = Matrix(self.type_id, *self.shape, self.data)
+        cdef phi_matrix *matrix = &packed.matrix
         panels = np.empty(n_bytes, np.uint8)
         if phi_pool_create(1, &pool) != PHI_OK:
             raise MemoryError
-        phi_pack(kernels, pool, &packed.matrix, &panels[0])
+        cdef phi_packing packing
+        memset(&packing, 0, sizeof(packing))
+        packing.kernels, packing.pool, packing.memory = kernels, pool, &panels[0]
+        packing.matrices, packing.n_matrices = &matrix, 1
+        phi_pack(&packing)
         phi_pool_free(pool)
         packed.data = panels
         return packed
@@ -269,8 +303,8 @@ cdef class Model:
     config: ModelConfig. weights: Weights, of the same sizes.
     n_threads: threads of a forward pass, the calling one included.
     tier: instruction-set tier; None: default_tier.
-    layout: "packed" copies matrices to the tier's packed layout and calls weights.release after each layer, so that the
-        mapped file's pages can leave memory; "mmap" uses all matrices in place.
+    layout: "packed" copies matrices to the tier's packed layout, which leaves none of the mapped file's pages in this
+        process's memory; "mmap" uses all matrices in place.
     panels: uint8 [packed_bytes], written by `write_panels` of a model with the same weights and packed layout; used in
         place of packing.
 
@@ -284,6 +318,8 @@ cdef class Model:
     cdef phi_layer *layers
     cdef phi_feed_forward *ffns  # [n_layers, n_ffns]
     cdef int n_ffns  # feed-forwards per layer
+    cdef phi_matrix **matrices  # [n_matrices], those that can be packed, in the order of Weights.packed_sizes
+    cdef int n_matrices
     cdef uint8_t *panels  # packed weights that the model owns; NULL if there are none or they are borrowed
     cdef readonly size_t packed_bytes
     cdef list keep_alive  # objects whose memory the C structs point to
@@ -351,83 +387,69 @@ cdef class Model:
         if phi_pool_create(n_threads, &m.pool) != PHI_OK:
             raise MemoryError(f"cannot start {n_threads} threads")
         if layout == "packed":
-            self._count_packed_bytes()
+            self._list_matrices()
             if panels is None:
-                self._pack(weights.release)
+                self._pack(weights.file)
             else:
                 self._borrow(panels)
 
-    cdef void _count_packed_bytes(self) noexcept:
+    cdef int _list_matrices(self) except -1:
+        """Set matrices, and packed_bytes to the bytes that packing them takes."""
         cdef phi_model *m = &self.model
+        cdef phi_layer *layer
+        cdef phi_feed_forward *ffn
+        cdef phi_matrix **next
         cdef int i, k
-        self.packed_bytes = phi_packed_bytes(m.kernels, &m.output)
+        self.n_matrices = m.n_layers * (4 + 3 * self.n_ffns) + 1
+        self.matrices = next = <phi_matrix **>calloc(self.n_matrices, sizeof(phi_matrix *))
+        if next == NULL:
+            raise MemoryError
         for i in range(m.n_layers):
-            for k in range(self._n_matrices()):
-                self.packed_bytes += phi_packed_bytes(m.kernels, self._layer_matrix(i, k))
-
-    cdef int _n_matrices(self) noexcept:
-        return 4 + 3 * self.n_ffns
-
-    cdef phi_matrix *_layer_matrix(self, int layer, int i) noexcept:
-        """Return a layer's i-th matrix that can be packed, in the order of Weights.packed_sizes."""
-        cdef phi_layer *l = &self.layers[layer]
-        cdef phi_matrix *attention[4]
-        attention[0], attention[1], attention[2], attention[3] = &l.wq, &l.wk, &l.wv, &l.wo
-        if i < 4:
-            return attention[i]
-        cdef phi_feed_forward *ffn = &l.ffn[(i - 4) // 3]
-        return &ffn.gate if i % 3 == 1 else &ffn.up if i % 3 == 2 else &ffn.down
+            layer = &self.layers[i]
+            next[0], next[1], next[2], next[3] = &layer.wq, &layer.wk, &layer.wv, &layer.wo
+            next += 4
+            for k in range(self.n_ffns):
+                ffn = &self.ffns[i * self.n_ffns + k]
+                next[0], next[1], next[2] = &ffn.gate, &ffn.up, &ffn.down
+                next += 3
+        next[0] = &m.output
+        for i in range(self.n_matrices):
+            self.packed_bytes += phi_packed_bytes(m.kernels, self.matrices[i])
+        return 0
 
     cdef int _borrow(self, const uint8_t[::1] panels) except -1:
-        cdef size_t used = 0
-        cdef int i, k
         if <size_t>panels.shape[0] != self.packed_bytes:
             raise ValueError(f"found {panels.shape[0]} bytes of packed weights, expected {self.packed_bytes}")
         if self.packed_bytes == 0:
             return 0
         self.keep_alive.append(panels)
-        for i in range(self.model.n_layers):
-            for k in range(self._n_matrices()):
-                self._borrow_matrix(self._layer_matrix(i, k), &panels[0], &used)
-        self._borrow_matrix(&self.model.output, &panels[0], &used)
+        phi_use_packed(self.model.kernels, self.matrices, self.n_matrices, &panels[0])
         return 0
 
-    cdef void _borrow_matrix(self, phi_matrix *matrix, const uint8_t *panels, size_t *used) noexcept:
-        cdef size_t n_bytes = phi_packed_bytes(self.model.kernels, matrix)
-        if n_bytes == 0:
-            return
-        matrix.layout = PHI_LAYOUT_PANELS
-        matrix.data = panels + used[0]
-        used[0] += n_bytes
-
-    cdef int _pack(self, release) except -1:
-        cdef phi_model *m = &self.model
-        cdef size_t used = 0
-        cdef int i, k
+    cdef int _pack(self, file) except -1:
+        cdef const uint8_t[::1] data = file.all_data()
+        cdef phi_packing p
+        cdef phi_status status
+        cdef list errors = []
+        cdef _Watch watch
         if self.packed_bytes == 0:
             return 0
         self.panels = <uint8_t *>phi_map(self.packed_bytes)
         if self.panels == NULL:
             raise MemoryError(f"cannot allocate {self.packed_bytes} bytes for packed weights")
-        for i in range(m.n_layers):
-            for k in range(self._n_matrices()):
-                self._pack_matrix(self._layer_matrix(i, k), &used)
-            release()
-            PyErr_CheckSignals()
-        self._pack_matrix(&m.output, &used)
-        release()
-        return 0
-
-    cdef int _pack_matrix(self, phi_matrix *matrix, size_t *used) except -1:
-        cdef size_t n_bytes = phi_packed_bytes(self.model.kernels, matrix)
-        cdef phi_status status
-        if n_bytes == 0:
-            return 0
+        watch.flag, watch.last_check, watch.errors = NULL, 0, <void *>errors  # 0: the first call checks
+        p.kernels, p.pool, p.memory = self.model.kernels, self.model.pool, self.panels
+        p.matrices, p.n_matrices = self.matrices, self.n_matrices
+        p.source.data, p.source.n_bytes = &data[0], data.shape[0]
+        p.source.offset, p.source.fd = file.data_offset, file.fileno()
+        p.poll, p.poll_context = _poll, &watch
         with nogil:
-            status = phi_pack(self.model.kernels, self.model.pool, matrix, self.panels + used[0])
+            status = phi_pack(&p)
+        file.release()
+        if errors:
+            raise errors[0]
         if status != PHI_OK:
             raise MemoryError(f"cannot start {self.n_threads} threads")
-        used[0] += n_bytes
         return 0
 
     cdef const float *_floats(self, values, int n) except NULL:
@@ -477,6 +499,7 @@ cdef class Model:
     def __dealloc__(self):
         phi_pool_free(self.model.pool)
         free(self.layers)
+        free(self.matrices)
         free(self.ffns)
         self._unmap()
 

@@ -53,7 +53,14 @@ static phi_matrix any_matrix(any_model *m, phi_type type, int n_rows, int n_cols
 static phi_matrix any_packed(any_model *m, phi_type type, int n_rows, int n_cols, int row_unit, bool has_bias) {
     phi_matrix matrix = any_matrix(m, type, n_rows, n_cols, row_unit, has_bias);
     const size_t n_bytes = m->packed ? phi_packed_bytes(m->model.kernels, &matrix) : 0;
-    if (n_bytes) CHECK(phi_pack(m->model.kernels, m->model.pool, &matrix, own(m, n_bytes)) == PHI_OK, "packing failed");
+    if (n_bytes == 0) return matrix;
+    phi_matrix *const matrices[] = {&matrix};
+    const phi_packing packing = {.kernels = m->model.kernels,
+                                 .pool = m->model.pool,
+                                 .matrices = matrices,
+                                 .n_matrices = 1,
+                                 .memory = own(m, n_bytes)};
+    CHECK(phi_pack(&packing) == PHI_OK, "packing failed");
     return matrix;
 }
 

@@ -131,12 +131,22 @@ class TestLifetime:
             file.data("a")
         file.close()
 
+    def test_fileno_is_open_until_close(self, path: Path) -> None:
+        file = open_bytes(path, gguf())
+        descriptor = file.fileno()
+        assert os.fstat(descriptor).st_ino == path.stat().st_ino
+        file.close()
+        with pytest.raises(errors.ModelClosedError, match="was closed"):
+            file.fileno()
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+
     def test_no_such_tensor(self, path: Path) -> None:
         with pytest.raises(errors.ModelFileError, match="no tensor 'b'"):
             open_bytes(path, gguf()).data("b")
 
     def test_metadata_does_not_keep_the_mapping_open(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        maps: list[tuple[mmap.mmap, int]] = []
+        maps: list[tuple[mmap.mmap, int, int]] = []
         original = reader._map_file
         monkeypatch.setattr(reader, "_map_file", lambda p: maps.append(original(p)) or maps[-1])
         file = open_bytes(path, gguf([key("ints", ARRAY, (I32, [1, 2])), key("t", ARRAY, (STRING, ["a"]))]))

@@ -59,6 +59,7 @@ void test_products(const phi_kernels *k);
 void test_vectors(const phi_kernels *k);
 void test_attention(const phi_kernels *k);
 void test_forward(const phi_kernels *k);
+void test_pack(const phi_kernels *k);
 /* Not specific to a tier; k is NULL. */
 void test_threads(const phi_kernels *k);
 void test_fork(const phi_kernels *k);

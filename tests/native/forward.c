@@ -44,7 +44,12 @@ static phi_matrix random_matrix(tiny *m, generator *g, phi_type type, int n_rows
 static void pack(tiny *m, phi_matrix *matrix) {
     const size_t n_bytes = phi_packed_bytes(m->model.kernels, matrix);
     if (n_bytes == 0) return;
-    CHECK(phi_pack(m->model.kernels, m->model.pool, matrix, own(m, memory(n_bytes))) == PHI_OK, "packing failed");
+    const phi_packing packing = {.kernels = m->model.kernels,
+                                 .pool = m->model.pool,
+                                 .matrices = &matrix,
+                                 .n_matrices = 1,
+                                 .memory = own(m, memory(n_bytes))};
+    CHECK(phi_pack(&packing) == PHI_OK, "packing failed");
     CHECK(matrix->layout == PHI_LAYOUT_PANELS, "a packed matrix has layout %d", (int)matrix->layout);
 }
 

@@ -19,7 +19,7 @@ static const struct {
 } groups[] = {
     {"dispatch", test_dispatch, false},    {"threads", test_threads, false}, {"fork", test_fork, false},
     {"dequantize", test_dequantize, true}, {"vectors", test_vectors, true},  {"attention", test_attention, true},
-    {"products", test_products, true},     {"forward", test_forward, true},
+    {"products", test_products, true},     {"forward", test_forward, true},  {"pack", test_pack, true},
 };
 enum { N_GROUPS = sizeof groups / sizeof *groups };
 

@@ -10,6 +10,7 @@ import mmap
 import os
 import stat
 import struct
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +90,10 @@ class GGUFFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        mapping, self._modified_ns = _map_file(self.path)
+        mapping, fd, self._modified_ns = _map_file(self.path)
         self._map: mmap.mmap | None = mapping
+        self._fd = fd
+        self._close_fd = weakref.finalize(self, os.close, fd)
         self.n_bytes = len(mapping)
         try:
             self._read_header(_Cursor(mapping, self.path))
@@ -147,6 +150,11 @@ class GGUFFile:
             digest.update(mapping[start : start + _SAMPLE_BYTES])
         return digest.digest()
 
+    def fileno(self) -> int:
+        """Return the descriptor of the open file; raises ModelClosedError after `close`."""
+        self._mapping()
+        return self._fd
+
     def release(self) -> None:
         """Drop the mapped pages from this process's resident memory; the OS page cache keeps them."""
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
@@ -154,6 +162,7 @@ class GGUFFile:
 
     def close(self) -> None:
         """Unmap the file. Views returned by `data` stay valid and keep the mapping alive."""
+        self._close_fd()
         mapping, self._map = self._map, None
         if mapping is not None:
             with contextlib.suppress(BufferError):  # views exist: the file is unmapped when the last one is freed
@@ -274,8 +283,8 @@ class _Cursor:
         return strings
 
 
-def _map_file(path: Path) -> tuple[mmap.mmap, int]:
-    """Return the mapping and the file's modification time in nanoseconds since the epoch."""
+def _map_file(path: Path) -> tuple[mmap.mmap, int, int]:
+    """Return the mapping, a descriptor, and the file's modification time in nanoseconds since the epoch."""
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -286,7 +295,8 @@ def _map_file(path: Path) -> tuple[mmap.mmap, int]:
             status = os.fstat(file.fileno())
             if status.st_size == 0:
                 raise ModelFileError(f"{path}: expected a GGUF file, found an empty file")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), status.st_mtime_ns
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return mapping, os.dup(file.fileno()), status.st_mtime_ns
     except FileNotFoundError:
         raise ModelNotFoundError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the path, or the file shrank

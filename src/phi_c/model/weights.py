@@ -4,7 +4,6 @@ Fused matrices (attn_qkv, ffn_up of phi3, expert tensors) are split by rows, whi
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,7 +62,7 @@ class Weights:
     layers: tuple[LayerWeights, ...]
     rope_inv_freq: Floats
     rope_inv_freq_long: Floats  # beyond the original context; equal to rope_inv_freq without LongRoPE
-    release: Callable[[], None]  # drops the mapped pages from memory; the next access reads them again
+    file: GGUFFile  # that the matrices are views of
 
     def packed_sizes(self, tier: str | None) -> list[int]:
         """Return the packed bytes of each matrix of the layers and of the output; 0: the tier does not pack it."""
@@ -83,7 +82,7 @@ def load_weights(file: GGUFFile, config: ModelConfig) -> Weights:
         layers=tuple(_layer(file, config, i) for i in range(config.n_layers)),
         rope_inv_freq=_inv_freq(file, config, ROPE_SHORT),
         rope_inv_freq_long=_inv_freq(file, config, ROPE_LONG),
-        release=file.release,
+        file=file,
     )
 
 
