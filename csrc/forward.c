@@ -21,6 +21,7 @@
 
 enum {
     MAX_REPLICATED_TOKENS = 4, /* largest batch whose norms every thread computes itself: faster than a barrier */
+    MAX_SLOTS_PREFETCHED = 8,  /* tokens whose slots are prefetched: 3 KiB each for head_dim 96 */
     SHORT_RUN_TOKENS = 8,      /* tokens per run if runs of PHI_ATTENTION_ROWS would be too few for all threads */
 };
 
@@ -117,6 +118,26 @@ static void store_kv(const forward_pass *f, int layer, int kv_head, const float 
     }
 }
 
+/* Prefetches, for writing, the lines that store_kv writes for token t. A key is a column of its group, so it writes as
+ * many lines as a whole group has; one after another they would be missed. */
+static void prefetch_slot(const forward_pass *f, int layer, int kv_head, int t) {
+#ifdef __GNUC__
+    const phi_model *model = f->model;
+    const phi_kv_type type = phi_kv_type_of(f->kv);
+    const int position = f->batch->positions[t], slot = position % PHI_PAGE_TOKENS;
+    const int32_t page = f->batch->sequences[f->batch->seq_ids[t]].pages[position / PHI_PAGE_TOKENS];
+    uint8_t *first_slice = phi_kv_first_slice(model, f->kv, layer, kv_head);
+    const phi_kv_slice slice =
+        phi_kv_slice_of(type, model->head_dim, first_slice + (size_t)page * phi_kv_page_bytes(model, type));
+    const size_t row_bytes = (size_t)model->head_dim * (type == PHI_KV_F16 ? sizeof(uint16_t) : 1);
+    const uint8_t *keys = slice.keys + (size_t)(slot / PHI_KV_GROUP) * PHI_KV_GROUP * row_bytes;
+    for (size_t i = 0; i < PHI_KV_GROUP * row_bytes; i += 64) __builtin_prefetch(keys + i, 1);
+    for (size_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(slice.values + (size_t)slot * row_bytes + i, 1);
+#else
+    (void)f, (void)layer, (void)kv_head, (void)t;
+#endif
+}
+
 /* Heads per task: as many as have max_task_rows rows, or fewer for min_tasks. */
 static int heads_per_task(const forward_pass *f, const phi_activations *normed) {
     int n = max_int(max_task_rows(f, normed) / f->model->head_dim, 1);
@@ -137,6 +158,9 @@ static void project_qkv(worker *w, int layer, const phi_activations *normed) {
         const bool is_kv = task < n_kv_tasks;
         const int first = (is_kv ? task : task - n_kv_tasks) * per_task;
         const int n = min_int(per_task, (is_kv ? model->n_kv_heads : model->n_heads) - first);
+        for (int i = 0; is_kv && i < n; i++) {
+            for (int t = 0; t < min_int(n_tokens, MAX_SLOTS_PREFETCHED); t++) prefetch_slot(f, layer, first + i, t);
+        }
         multiply(f, is_kv ? &l->wk : &l->wq, first * head_dim, n * head_dim, normed, n_tokens, heads, stride);
         if (is_kv) multiply(f, &l->wv, first * head_dim, n * head_dim, normed, n_tokens, values, stride);
         for (int i = 0; i < n; i++) {

@@ -17,6 +17,7 @@ typedef struct {
     const uint64_t *words;
     size_t n_words;
     int n_threads;
+    size_t prefetch_bytes;
     atomic_ullong sink; /* uses what was read, so that compilers keep the reads */
 } bandwidth_run;
 
@@ -43,8 +44,7 @@ static void read_part(void *context, int thread) {
     bandwidth_run *r = context;
     const size_t part = r->n_words / (size_t)r->n_threads / 8 * 8;
     const uint64_t *w = r->words + part * (size_t)thread;
-    /* 4 KiB ahead: hardware prefetchers stop at page borders. */
-    atomic_fetch_xor(&r->sink, phi_read(w, part * sizeof *w, 4096));
+    atomic_fetch_xor(&r->sink, phi_read(w, part * sizeof *w, r->prefetch_bytes));
 }
 
 double phi_read_bandwidth(phi_pool *pool, size_t n_bytes, int n_runs) {
@@ -53,7 +53,10 @@ double phi_read_bandwidth(phi_pool *pool, size_t n_bytes, int n_runs) {
     memset(words, 1, n_bytes);
     bandwidth_run r = {.words = words, .n_words = n_bytes / sizeof *words, .n_threads = phi_pool_size(pool)};
     double best = 0.0;
-    for (int i = 0; i < n_runs; i++) {
+    for (int i = 0; i < 2 * n_runs; i++) {
+        /* With and without prefetch, since hardware prefetchers stop at page borders on some CPUs, and on others follow
+         * a stream better if software does not interfere. */
+        r.prefetch_bytes = i % 2 ? 4096 : 0;
         const double start = phi_seconds();
         if (phi_pool_run(pool, read_part, &r) != PHI_OK) break;
         const double rate = (double)n_bytes / (phi_seconds() - start);

@@ -78,8 +78,9 @@ void phi_pool_set_spins(phi_pool *pool, int spins);
 
 /* Monotonic clock in seconds, where the platform has one; only differences are meaningful. */
 double phi_seconds(void);
-/* Measures memory read bandwidth: all threads of the pool read a buffer of n_bytes together, n_runs times. Returns the
- * highest rate in bytes per second, or 0 if the buffer cannot be allocated. */
+/* Measures memory read bandwidth: all threads of the pool read a buffer of n_bytes together, n_runs times with software
+ * prefetch and n_runs times without. Returns the highest rate in bytes per second, or 0 if the buffer cannot be
+ * allocated. */
 double phi_read_bandwidth(phi_pool *pool, size_t n_bytes, int n_runs);
 
 /* ---- tuning ---- */

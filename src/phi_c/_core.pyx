@@ -131,7 +131,7 @@ cdef const phi_kernels *_kernels(tier) except NULL:
 
 
 def read_bandwidth(int n_threads, size_t n_bytes):
-    """Measure memory read bandwidth: n_threads read a buffer of n_bytes, five times.
+    """Measure memory read bandwidth: n_threads read a buffer of n_bytes, five times with prefetch and five without.
 
     Returns the highest rate in bytes per second. Raises ValueError for n_threads below 1 or n_bytes below 4096,
     MemoryError.
