@@ -427,7 +427,7 @@ cdef class Model:
         return 0
 
     cdef int _pack(self, file) except -1:
-        cdef const uint8_t[::1] data = file.all_data()
+        cdef const uint8_t[::1] data
         cdef phi_packing p
         cdef phi_status status
         cdef list errors = []
@@ -440,12 +440,15 @@ cdef class Model:
         watch.flag, watch.last_check, watch.errors = NULL, 0, <void *>errors  # 0: the first call checks
         p.kernels, p.pool, p.memory = self.model.kernels, self.model.pool, self.panels
         p.matrices, p.n_matrices = self.matrices, self.n_matrices
-        p.source.data, p.source.n_bytes = &data[0], data.shape[0]
-        p.source.offset, p.source.fd = file.data_offset, file.fileno()
+        p.source = phi_pack_source(NULL, 0, 0, -1)
+        if file is not None:
+            data = file.all_data()
+            p.source = phi_pack_source(&data[0], data.shape[0], file.data_offset, file.fileno())
         p.poll, p.poll_context = _poll, &watch
         with nogil:
             status = phi_pack(&p)
-        file.release()
+        if file is not None:
+            file.release()
         if errors:
             raise errors[0]
         if status != PHI_OK:

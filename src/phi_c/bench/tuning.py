@@ -203,7 +203,7 @@ def random_model(n_threads: int, tier: str | None, layers_per_type: int = 2, n_e
     head = _matrix(layer_types[-1], config.n_vocab, n_embd)
     inv_freq = np.ones(config.rope_dims // 2, np.float32)
     layers = tuple(_layer(type_id, n_embd, n_ffn, norm) for type_id in layer_types)
-    weights = Weights(head, norm, head, layers, inv_freq, inv_freq, lambda: None)
+    weights = Weights(head, norm, head, layers, inv_freq, inv_freq, file=None)
     return Model(config, weights, n_threads=n_threads, tier=tier)
 
 

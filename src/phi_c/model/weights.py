@@ -62,7 +62,7 @@ class Weights:
     layers: tuple[LayerWeights, ...]
     rope_inv_freq: Floats
     rope_inv_freq_long: Floats  # beyond the original context; equal to rope_inv_freq without LongRoPE
-    file: GGUFFile  # that the matrices are views of
+    file: GGUFFile | None  # that the matrices are views of; None: they are in memory
 
     def packed_sizes(self, tier: str | None) -> list[int]:
         """Return the packed bytes of each matrix of the layers and of the output; 0: the tier does not pack it."""
