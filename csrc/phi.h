@@ -92,7 +92,10 @@ typedef struct {
     bool next_page;  /* the first two lines of the next 4 KiB page, where hardware prefetchers stop */
 } phi_prefetch;
 
-enum { PHI_MAX_SMALL_BATCH = 16 }; /* tokens; larger batches take the prefill path of packed products */
+enum {
+    PHI_MAX_SMALL_BATCH = 16,     /* tokens; larger batches always take the prefill path of packed products */
+    PHI_DEFAULT_SMALL_BATCH = 10, /* phi_tuning.max_small_batch without measurement */
+};
 
 /* Batch sizes that have a prefetch of their own. */
 typedef enum {

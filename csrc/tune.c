@@ -55,7 +55,7 @@ const phi_prefetch *phi_tune_candidates(phi_batch_class batch_class, int *n) {
 phi_tuning phi_default_tuning(void) {
     phi_tuning tuning = {.max_task_rows = 64, .tasks_per_thread = 8, .spins = PHI_DEFAULT_SPINS};
     for (phi_type type = 0; type < PHI_N_TYPES; type++) {
-        tuning.max_small_batch[type] = PHI_MAX_SMALL_BATCH;
+        tuning.max_small_batch[type] = PHI_DEFAULT_SMALL_BATCH;
         for (int c = 0; c < PHI_N_BATCH_CLASSES; c++)
             tuning.prefetch[type][c] = c == PHI_BATCH_1 ? decode_candidates[0] : batch_candidates[0];
     }
@@ -174,7 +174,7 @@ static void run_sample(void *context, int thread) {
             .out = out,
             .out_stride = (size_t)task_rows,
             .prefetch = s->prefetch,
-            .max_small_batch = PHI_MAX_SMALL_BATCH,
+            .max_small_batch = t->model->tuning.max_small_batch[p.matrix->type],
         };
         t->model->kernels->matmul_packed[p.matrix->type](&m);
     }

@@ -103,8 +103,9 @@ ctypedef void (*_matmul_kernel)(const phi_matmul *m) noexcept nogil
 
 
 cdef void _set_default_tuning(phi_matmul *m, phi_type type) noexcept:
-    m.prefetch = phi_default_tuning().prefetch[type][<int>phi_batch_class_of(m.n_tokens)]
-    m.max_small_batch = PHI_MAX_SMALL_BATCH
+    cdef phi_tuning tuning = phi_default_tuning()
+    m.prefetch = tuning.prefetch[type][<int>phi_batch_class_of(m.n_tokens)]
+    m.max_small_batch = tuning.max_small_batch[type]
 
 
 cdef class _Product:
