@@ -2,17 +2,14 @@
  * Layout: panels of 16 interleaved rows (generic/pack.h): a line is four columns of 16 rows, two halves of 8 rows.
  * Idea: the 32 columns of a sub-block are unpacked to eight lines of unsigned bytes, multiplied by four activations
  * broadcast from memory. The integer sums of a group are converted to float once and scaled. Decode and small batches,
- * up to MAX_SMALL_BATCH tokens, unpack the lines straight from the panel into registers. Prefill unpacks 512 columns of
- * two panels into L1 once, scales only where lines are cheap to unpack, and multiplies them by tiles of tokens. The
- * order of a token's sum is the same in both.
+ * up to MAX_SMALL_BATCH tokens, unpack the lines straight from the panel into registers. Prefill unpacks 256 columns of
+ * two panels into L1 once and multiplies them by tiles of tokens. The order of a token's sum is the same in both.
  * The including file defines phi_add_products, which adds a line's products to integer sums; phi_lines_per_sum(bits),
  * how many lines these can hold; phi_to_int32, which widens them; and PHI_SIGNED_BYTES, whether 8-bit quants stay
  * signed (1) or are offset by 128 (0).
  * Bound: decode: reading the panel, with prefetch; prefill: the multiplications, see the including file. */
 #ifndef PHI_AVX2_PACKED_H
 #define PHI_AVX2_PACKED_H
-
-#include <limits.h>
 
 #include "../generic/pack.h"
 #include "../x86/prefetch.h"
@@ -26,12 +23,11 @@
 #endif
 
 enum {
-    MAX_SMALL_BATCH = 3,     /* tokens whose sums and totals fit the registers; more take the prefill path */
-    PREFILL_TILE_TOKENS = 5, /* tokens of a prefill tile, at most */
-    MAX_PACKED_TOKENS = 32,  /* of 4 bits: unpacking lines again for every tile costs less than storing them */
+    MAX_SMALL_BATCH = 4,     /* tokens whose lines stay in registers; more take the prefill path */
+    PREFILL_TILE_TOKENS = 4, /* tokens of a prefill tile */
     HALVES = 2,              /* vectors of a line */
     LINES = 8,               /* of a sub-block */
-    MAX_GROUPS = 32,         /* of a unit or a chunk */
+    MAX_GROUPS = 16,         /* of a unit */
 };
 
 /* Scales and minima of a unit's groups of columns, each for 16 rows: w = scale * q - min. */
@@ -42,11 +38,9 @@ typedef struct {
 /* Traits of a weight type; compile-time constants once inlined. */
 typedef struct {
     size_t unit_bytes;
-    int bits;              /* of a quant */
-    int sub_blocks;        /* of 32 columns in a unit */
-    int groups_per_block;  /* scales per sub-block: 1 or 2 */
-    int unrolled;          /* sub-blocks that differ in constants, such as the nibble that they use: 1 or 2 */
-    int max_packed_tokens; /* largest prefill whose tiles unpack the lines anew; they are stored for more tokens */
+    int bits;             /* of a quant */
+    int sub_blocks;       /* of 32 columns in a unit */
+    int groups_per_block; /* scales per sub-block: 1 or 2 */
     void (*unpack_groups)(const void *unit, groups *g);
     __m256i (*unpack_line)(const void *unit, int sub_block, int line, int half);
 } format;
@@ -173,21 +167,16 @@ PHI_INLINE __m256i line_q6_k(const void *unit, int sub_block, int line, int half
 /* ---- products ---- */
 
 enum {
-    PANELS = 2,        /* unpacked at a time for prefill */
-    TILE_PANELS = 1,   /* of a prefill tile */
-    CHUNK_BLOCKS = 16, /* sub-blocks of 32 columns unpacked at a time */
+    PANELS = 2,       /* unpacked at a time for prefill */
+    TILE_PANELS = 1,  /* of a prefill tile */
+    CHUNK_BLOCKS = 8, /* sub-blocks of 32 columns unpacked at a time */
 };
 
-/* CHUNK_BLOCKS * 32 columns of a panel. */
+/* 256 columns of a panel, unpacked. */
 typedef struct {
+    __m256i lines[CHUNK_BLOCKS * LINES][HALVES];
     groups g;
-    __m256i lines[CHUNK_BLOCKS * LINES][HALVES]; /* set if is_unpacked */
-    const uint8_t *packed;
-    bool is_unpacked;
 } chunk;
-
-/* Largest prefill for which every tile unpacks the lines anew. Bytes need no unpacking. */
-PHI_INLINE int phi_max_packed_tokens(int bits) { return bits == 4 ? MAX_PACKED_TOKENS : bits == 8 ? INT_MAX : 0; }
 
 /* The activations from one token on. */
 typedef struct {
@@ -216,33 +205,26 @@ PHI_INLINE __m256i broadcast_4(const int8_t *x) {
     return _mm256_set1_epi32(four);
 }
 
-/* Where the lines of a sub-block come from: `unpacked` if not NULL, else sub-block j of a packed unit. */
-typedef struct {
-    const __m256i (*unpacked)[HALVES];
-    const uint8_t *unit;
-    int j;
-} line_source;
-
-/* total += products of a sub-block with sub-block `block` of the activations. i: index of the sub-block in g. n_tokens
- * is a compile-time constant once inlined. */
-PHI_INLINE void add_block(const format f, const line_source s, const groups *g, int i, const activations *a,
-                          size_t block, int n_tokens, __m256 (*total)[HALVES]) {
+/* total += products of sub-block j of a packed unit, or of unpacked lines if not NULL, with sub-block `block` of the
+ * activations. n_tokens is a compile-time constant once inlined. */
+PHI_INLINE void add_block(const format f, const void *unit, const __m256i (*lines)[HALVES], const groups *g, int j,
+                          const activations *a, size_t block, int n_tokens, __m256 (*total)[HALVES]) {
     const int group_lines = LINES / f.groups_per_block;
     const int sum_lines = phi_lines_per_sum(f.bits) < group_lines ? phi_lines_per_sum(f.bits) : group_lines;
     UNROLL for (int k = 0; k < f.groups_per_block; k++) {
-        const int group = i * f.groups_per_block + k;
+        const int group = j * f.groups_per_block + k;
         __m256i dot[PREFILL_TILE_TOKENS][HALVES];
         UNROLL for (int first = k * group_lines; first < (k + 1) * group_lines; first += sum_lines) {
             __m256i sum[PREFILL_TILE_TOKENS][HALVES];
-            UNROLL for (int line = first; line < first + sum_lines; line++) {
+            UNROLL for (int i = first; i < first + sum_lines; i++) {
                 __m256i q[HALVES];
                 UNROLL for (int h = 0; h < HALVES; h++) {
-                    q[h] = s.unpacked ? s.unpacked[line][h] : f.unpack_line(s.unit, s.j, line, h);
+                    q[h] = lines ? lines[j * LINES + i][h] : f.unpack_line(unit, j, i, h);
                 }
                 UNROLL for (int t = 0; t < n_tokens; t++) {
-                    const __m256i x = broadcast_4(a->x + (size_t)t * a->n_cols + block * PHI_Q8_BLOCK + 4 * line);
+                    const __m256i x = broadcast_4(a->x + (size_t)t * a->n_cols + block * PHI_Q8_BLOCK + 4 * i);
                     UNROLL for (int h = 0; h < HALVES; h++) {
-                        sum[t][h] = phi_add_products(f.bits, q[h], x, line == first ? NULL : &sum[t][h]);
+                        sum[t][h] = phi_add_products(f.bits, q[h], x, i == first ? NULL : &sum[t][h]);
                         KEEP_IN_REGISTER(sum[t][h]);
                     }
                 }
@@ -273,7 +255,7 @@ PHI_INLINE void multiply_small_batch(const format f, const uint8_t *panel, const
                                      float *out) {
     const activations a = activations_from(f, m, 0);
     const size_t block_bytes = f.unit_bytes / (size_t)f.sub_blocks;
-    __m256 total[PREFILL_TILE_TOKENS][HALVES];
+    __m256 total[MAX_SMALL_BATCH][HALVES];
     UNROLL for (int t = 0; t < n_tokens; t++) {
         UNROLL for (int h = 0; h < HALVES; h++) total[t][h] = _mm256_setzero_ps();
     }
@@ -283,8 +265,7 @@ PHI_INLINE void multiply_small_batch(const format f, const uint8_t *panel, const
         UNROLL for (int j = 0; j < f.sub_blocks; j++) {
             const uint8_t *block_start = panel + (size_t)j * block_bytes;
             prefetch_ahead(&m->prefetch, block_start, block_bytes, j == 0 ? panel + f.unit_bytes : NULL);
-            if (n_tokens > 1) RELOAD();
-            add_block(f, (line_source){.unit = panel, .j = j}, &g, j, &a, b + (size_t)j, n_tokens, total);
+            add_block(f, panel, NULL, &g, j, &a, b + (size_t)j, n_tokens, total);
         }
     }
     UNROLL for (int t = 0; t < n_tokens; t++) {
@@ -292,9 +273,7 @@ PHI_INLINE void multiply_small_batch(const format f, const uint8_t *panel, const
     }
 }
 
-PHI_INLINE void unpack_chunk(const format f, const uint8_t *panel, int n_blocks, int n_tokens, chunk *c) {
-    c->packed = panel;
-    c->is_unpacked = n_tokens > f.max_packed_tokens;
+PHI_INLINE void unpack_chunk(const format f, const uint8_t *panel, int n_blocks, chunk *c) {
     for (int b = 0; b < n_blocks; b += f.sub_blocks, panel += f.unit_bytes) {
         groups g;
         f.unpack_groups(panel, &g);
@@ -304,7 +283,6 @@ PHI_INLINE void unpack_chunk(const format f, const uint8_t *panel, int n_blocks,
                 c->g.min[b * f.groups_per_block + i][h] = g.min[i][h];
             }
         }
-        if (!c->is_unpacked) continue;
         UNROLL for (int j = 0; j < f.sub_blocks; j++) {
             UNROLL for (int i = 0; i < LINES; i++) {
                 for (int h = 0; h < HALVES; h++) c->lines[(b + j) * LINES + i][h] = f.unpack_line(panel, j, i, h);
@@ -327,22 +305,9 @@ PHI_INLINE void multiply_chunk(const format f, const chunk *c, size_t first_bloc
             total[t][h] = first_block ? _mm256_loadu_ps(sum) : _mm256_setzero_ps();
         }
     }
-    if (f.max_packed_tokens == 0 || c->is_unpacked) {
-        for (int i = 0; i < n_blocks; i++) {
-            if (next) prefetch_l1(next + (size_t)i * block_bytes, block_bytes);
-            const line_source s = {.unpacked = c->lines + i * LINES};
-            add_block(f, s, &c->g, i, &a, first_block + (size_t)i, n_tokens, total);
-        }
-    } else {
-        for (int i = 0; i < n_blocks; i += f.unrolled) {
-            const uint8_t *unit = c->packed + (size_t)(i / f.sub_blocks) * f.unit_bytes;
-            UNROLL for (int j = 0; j < f.unrolled; j++) {
-                if (next) prefetch_l1(next + (size_t)(i + j) * block_bytes, block_bytes);
-                RELOAD();
-                const line_source s = {.unit = unit, .j = i % f.sub_blocks + j};
-                add_block(f, s, &c->g, i + j, &a, first_block + (size_t)(i + j), n_tokens, total);
-            }
-        }
+    for (int j = 0; j < n_blocks; j++) {
+        if (next) prefetch_l1(next + (size_t)j * block_bytes, block_bytes);
+        add_block(f, NULL, c->lines, &c->g, j, &a, first_block + (size_t)j, n_tokens, total);
     }
     UNROLL for (int t = 0; t < n_tokens; t++) {
         UNROLL for (int h = 0; h < HALVES; h++) {
@@ -362,8 +327,7 @@ PHI_INLINE void multiply_chunk(const format f, const chunk *c, size_t first_bloc
     X(q5_k, 5, 8, 1)          \
     X(q6_k, 6, 8, 2)
 
-#define PHI_FORMAT(type, bits, n_sub_blocks, n_groups)                                             \
-    ((format){sizeof(phi_panel_##type), bits, n_sub_blocks, n_groups, (n_sub_blocks) == 1 ? 1 : 2, \
-              phi_max_packed_tokens(bits), groups_##type, line_##type})
+#define PHI_FORMAT(type, bits, n_sub_blocks, n_groups) \
+    ((format){sizeof(phi_panel_##type), bits, n_sub_blocks, n_groups, groups_##type, line_##type})
 
 #endif

@@ -1,20 +1,25 @@
 /* Products of packed rows for any number of tokens, shared by the AVX2 and NEON tiers, which multiply small batches of
- * up to MAX_SMALL_BATCH tokens, at most four, in one pass over a panel. A tier defines multiply_small_batch and what
- * packed_prefill.h needs. */
+ * up to four tokens in one pass over a panel. A tier defines multiply_small_batch and what packed_prefill.h needs,
+ * except for prefill_tile_tokens. */
 #ifndef PHI_GENERIC_PACKED_PRODUCTS_H
 #define PHI_GENERIC_PACKED_PRODUCTS_H
 
 #include "unroll.h"
 
+/* Tokens of the next prefill tile, given those left. */
+PHI_INLINE int prefill_tile_tokens(const format f, int left) {
+    (void)f;
+    return left >= PREFILL_TILE_TOKENS ? PREFILL_TILE_TOKENS : 1;
+}
+
 #include "packed_prefill.h"
 
 PHI_INLINE void multiply_packed(const format f, const phi_matmul *m) {
-    const bool is_small = m->n_tokens == 1 || (m->n_tokens <= m->max_small_batch && m->n_tokens <= MAX_SMALL_BATCH);
     for (int r = 0; r < m->n_rows;) {
         const uint8_t *panel = m->rows + (size_t)r * m->row_bytes;
         float *out = m->out + r;
         int n_panels = 1;
-        switch (is_small ? m->n_tokens : 0) {
+        switch (m->n_tokens <= m->max_small_batch ? m->n_tokens : 0) {
         case 1:
             multiply_small_batch(f, panel, m, 1, out);
             break;

@@ -297,8 +297,7 @@ PHI_INLINE void add_unpacked_block(const format f, const chunk *c, int b, const 
                                    float32x4_t (*total)[VECTORS]);
 #endif
 
-PHI_INLINE void unpack_chunk(const format f, const uint8_t *panel, int n_blocks, int n_tokens, chunk *c) {
-    (void)n_tokens;
+PHI_INLINE void unpack_chunk(const format f, const uint8_t *panel, int n_blocks, chunk *c) {
     for (int b = 0; b < n_blocks; b += f.sub_blocks, panel += f.unit_bytes) {
         groups g;
         const int first = b * f.groups_per_block;
