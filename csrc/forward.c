@@ -118,8 +118,8 @@ static void store_kv(const forward_pass *f, int layer, int kv_head, const float 
     }
 }
 
-/* Prefetches, for writing, the lines that store_kv writes for token t. A key is a column of its group, so it writes as
- * many lines as a whole group has; one after another they would be missed. */
+/* Prefetches, for writing, the lines that store_kv writes for token t. A key is a column of its group, so storing it
+ * touches every line of the group, and would wait for one miss after another. */
 static void prefetch_slot(const forward_pass *f, int layer, int kv_head, int t) {
 #ifdef __GNUC__
     const phi_model *model = f->model;
