@@ -72,21 +72,23 @@ static inline void pack_unit_q8_0(const phi_block_q8_0 *b, size_t row_bytes, phi
     pack_lines((const uint8_t *)b->qs, row_bytes, 8, u->lines[0], 64);
 }
 
-static inline void pack_unit_q4_k(const phi_block_q4_k *b, size_t row_bytes, phi_panel_q4_k *u) {
+/* The scales with which the blocks of Q4_K and Q5_K begin. */
+static inline void pack_k4_scales(const void *block, size_t row_bytes, uint16_t *d, uint16_t *dmin,
+                                  uint8_t (*scales)[16]) {
     phi_bytes16 columns[16]; /* d, dmin, scales */
-    load_columns((const uint8_t *)b, row_bytes, columns);
-    store_halves(columns, u->d);
-    store_halves(columns + 2, u->dmin);
-    store_columns(columns + 4, 12, u->scales);
+    load_columns((const uint8_t *)block, row_bytes, columns);
+    store_halves(columns, d);
+    store_halves(columns + 2, dmin);
+    store_columns(columns + 4, 12, scales);
+}
+
+static inline void pack_unit_q4_k(const phi_block_q4_k *b, size_t row_bytes, phi_panel_q4_k *u) {
+    pack_k4_scales(b, row_bytes, u->d, u->dmin, u->scales);
     pack_lines(b->qs, row_bytes, 32, u->lines[0], 64);
 }
 
 static inline void pack_unit_q5_k(const phi_block_q5_k *b, size_t row_bytes, phi_panel_q5_k *u) {
-    phi_bytes16 columns[16]; /* d, dmin, scales */
-    load_columns((const uint8_t *)b, row_bytes, columns);
-    store_halves(columns, u->d);
-    store_halves(columns + 2, u->dmin);
-    store_columns(columns + 4, 12, u->scales);
+    pack_k4_scales(b, row_bytes, u->d, u->dmin, u->scales);
     pack_lines(b->qh, row_bytes, 8, u->first[0].high, sizeof u->first[0]);
     pack_lines(b->qs, row_bytes, 8, u->first[0].low, sizeof u->first[0]);
     pack_lines(b->qs + 32, row_bytes, 24, u->rest[0], 64);
