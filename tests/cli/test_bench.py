@@ -1,17 +1,16 @@
 """`phi-c bench`: JSON keys, checks of the figures, random models, errors."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
-from run_cli import command, run_cli
+from run_cli import command, invoke, invoke_json, run_cli
 
 import phi_c
 from phi_c import _core, errors, machine
@@ -29,6 +28,8 @@ KEYS = {
 }  # fmt: skip
 QUICK = ("--prefill", "40", "--decode", "3", "--batch", "1,3", "--repeat", "2", "--threads", "1")
 TINY = Shape("tiny", 8, 512, 768, 4, 2, 96, 300, 8192, 4096)
+run = partial(invoke, bench.command)
+report = partial(invoke_json, bench.command)
 
 
 @pytest.fixture(autouse=True)
@@ -42,17 +43,6 @@ def quick_and_isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     return write_tiny(tmp_path / "tiny.gguf")
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(bench.command, [str(a) for a in arguments], env={"COLUMNS": "200"})
-
-
-def report(*arguments: object) -> dict[str, Any]:
-    result = run(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    parsed: dict[str, Any] = json.loads(result.stdout)
-    return parsed
 
 
 def test_json_keys_and_ranges(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

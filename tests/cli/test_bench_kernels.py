@@ -6,12 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
-from run_cli import command, run_cli
+from run_cli import command, invoke, invoke_json, run_cli
 
 from phi_c import _core
 from phi_c.bench import kernels
@@ -25,23 +24,14 @@ KEYS = {
 }  # fmt: skip
 RATIO_KEYS = {"ratio", "ratio_low", "ratio_high", "differs"}
 BEST = _core.tiers()[-1]
+run = partial(invoke, bench.command, columns=120)
+report = partial(invoke_json, bench.command)
 
 
 @pytest.fixture(autouse=True)
 def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_ARENA_BYTES", 8 << 20)
     monkeypatch.delenv("PHI_C_ISA", raising=False)
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(bench.command, [str(a) for a in arguments], env={"COLUMNS": "120"})
-
-
-def report(*arguments: object) -> dict[str, Any]:
-    result = run(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    parsed: dict[str, Any] = json.loads(result.stdout)
-    return parsed
 
 
 def test_json() -> None:

@@ -1,11 +1,11 @@
 """`phi-c doctor --tune`: the profile that it stores is the one that loads use, and an interrupt stores nothing."""
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from run_cli import invoke, invoke_json
 
 import phi_c
 from phi_c import _core, errors
@@ -16,6 +16,8 @@ from tiny_gguf import write_tiny
 
 TIERS = [tier for tier in _core.tiers() if _core.max_exact_batch(tier) is None]
 needs_packing = pytest.mark.skipif(TIERS == ["scalar"], reason="the scalar tier packs no weights")
+run = partial(invoke, doctor.command)
+report = partial(invoke_json, doctor.command)
 
 
 @pytest.fixture(autouse=True)
@@ -32,17 +34,6 @@ def quick_and_isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     return write_tiny(tmp_path / "tiny.gguf")
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(doctor.command, [str(a) for a in arguments], env={"COLUMNS": "200"})
-
-
-def report(*arguments: object) -> dict[str, Any]:
-    result = run(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    parsed: dict[str, Any] = json.loads(result.stdout)
-    return parsed
 
 
 @needs_packing
