@@ -30,7 +30,7 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 def invoke(verb: click.Command, *arguments: object, columns: int = 200) -> Result:
-    """Run a verb in this process, on a terminal of so many columns; an error is the result's exception."""
+    """Run a verb in this process, on a terminal of `columns` columns; an error is the result's exception."""
     return CliRunner().invoke(verb, [str(a) for a in arguments], env={"COLUMNS": str(columns)})
 
 
