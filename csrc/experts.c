@@ -89,7 +89,7 @@ static void project_gate_up(worker *w, const phi_feed_forward *experts) {
     const forward_pass *f = w->f;
     const expert_rows *x = &f->experts;
     const phi_kernels *kernels = f->model->kernels;
-    const int n_ffn = f->model->n_ffn, max_rows = f->model->tuning.max_task_rows;
+    const int n_ffn = f->model->n_ffn, max_rows = max_untiled_rows(f->model, f->batch->n_tokens);
     const int chunk = task_rows(f, n_ffn, max_rows), n = ceil_div(n_ffn, chunk);
     const size_t stride = (size_t)max_rows;
     float *gates = f->scratch + (size_t)w->thread * f->scratch_floats;
@@ -113,7 +113,7 @@ static void project_gate_up(worker *w, const phi_feed_forward *experts) {
 static void project_down(worker *w, const phi_feed_forward *experts) {
     const forward_pass *f = w->f;
     const expert_rows *x = &f->experts;
-    const int n_embd = f->model->n_embd, max_rows = f->model->tuning.max_task_rows;
+    const int n_embd = f->model->n_embd, max_rows = max_untiled_rows(f->model, f->batch->n_tokens);
     const int chunk = task_rows(f, n_embd, max_rows);
     const size_t stride = (size_t)max_rows;
     float *out = f->scratch + (size_t)w->thread * f->scratch_floats;

@@ -140,7 +140,7 @@ static void prefetch_slot(const forward_pass *f, int layer, int kv_head, int t) 
 
 /* Heads per task: as many as have max_task_rows rows, or fewer for min_tasks. */
 static int heads_per_task(const forward_pass *f, const phi_activations *normed) {
-    int n = max_int(max_task_rows(f, normed) / f->model->head_dim, 1);
+    int n = max_int(max_task_rows(f, normed, f->batch->n_tokens) / f->model->head_dim, 1);
     while (n > 1 && (f->model->n_kv_heads + f->model->n_heads) / n < min_tasks(f)) n /= 2;
     return n;
 }
@@ -222,7 +222,7 @@ static void project_residual(worker *w, phi_phase name, const phi_matrix *matrix
     const forward_pass *f = w->f;
     const size_t n_embd = (size_t)f->model->n_embd;
     float *out = f->scratch + (size_t)w->thread * f->scratch_floats;
-    const int max_rows = max_task_rows(f, x), chunk = task_rows(f, matrix->n_rows, max_rows);
+    const int max_rows = max_task_rows(f, x, f->batch->n_tokens), chunk = task_rows(f, matrix->n_rows, max_rows);
     FOR_EACH_TASK(w, task, ceil_div(matrix->n_rows, chunk)) {
         const int first = task * chunk, n_rows = min_int(chunk, matrix->n_rows - first);
         multiply(f, matrix, first, n_rows, x, f->batch->n_tokens, out, (size_t)max_rows);
@@ -240,7 +240,7 @@ static void project_gate_up(worker *w, const phi_feed_forward *ffn, const phi_ac
     const phi_kernels *kernels = f->model->kernels;
     const int n_tokens = f->batch->n_tokens, n_ffn = f->model->n_ffn;
     float *gates = f->scratch + (size_t)w->thread * f->scratch_floats;
-    const int max_rows = max_task_rows(f, normed), chunk = task_rows(f, n_ffn, max_rows);
+    const int max_rows = max_task_rows(f, normed, n_tokens), chunk = task_rows(f, n_ffn, max_rows);
     float *ups = gates + (size_t)n_tokens * (size_t)max_rows;
     FOR_EACH_TASK(w, task, ceil_div(n_ffn, chunk)) {
         const int first = task * chunk, n_rows = min_int(chunk, n_ffn - first);
@@ -284,7 +284,7 @@ static void feed_forward(worker *w, int layer, const phi_activations *normed) {
 static void project_logits(worker *w, const phi_activations *normed, int n_rows, float *logits) {
     const forward_pass *f = w->f;
     const phi_model *model = f->model;
-    const int chunk = task_rows(f, model->n_vocab, max_task_rows(f, normed));
+    const int chunk = task_rows(f, model->n_vocab, max_task_rows(f, normed, n_rows));
     FOR_EACH_TASK(w, task, ceil_div(model->n_vocab, chunk)) {
         const int first = task * chunk, n = min_int(chunk, model->n_vocab - first);
         multiply(f, &model->output, first, n, normed, n_rows, logits + first, (size_t)model->n_vocab);
@@ -440,7 +440,7 @@ static void lay_out(forward_pass *f, arena *a) {
     const int q_dim = model->n_heads * model->head_dim;
 
     const size_t attention = phi_attention_scratch_floats(model->head_dim);
-    const int untiled_rows = model->tuning.max_task_rows;
+    const int untiled_rows = max_untiled_rows(model, batch->n_tokens);
     const int max_rows =
         uses_tiled(model->kernels, n_tokens) ? max_int(PHI_TILED_TASK_ROWS, untiled_rows) : untiled_rows;
     const size_t products = 2 * n_tokens * (size_t)max_int(max_rows, model->head_dim);

@@ -10,7 +10,8 @@
 #include "threads.h"
 
 enum {
-    OBSERVER_COLS = 64, /* columns per task of phi_observer */
+    OBSERVER_COLS = 64,  /* columns per task of phi_observer */
+    TASK_OUTPUTS = 1024, /* outputs up to which a task of a small batch has more rows than max_task_rows */
 };
 
 /* At most PHI_ATTENTION_ROWS adjacent tokens of the batch, at consecutive positions of one sequence. */
@@ -176,9 +177,18 @@ static inline void multiply(const forward_pass *f, const phi_matrix *w, int firs
     multiply_rows(f, w, first_row, n_rows, x, 0, n_tokens, out, out_stride);
 }
 
-/* Maximum number of weight rows per task for products with x. */
-static inline int max_task_rows(const forward_pass *f, const phi_activations *x) {
-    return x->tiled.tiles ? PHI_TILED_TASK_ROWS : f->model->tuning.max_task_rows;
+/* Maximum number of weight rows per task for products of n_tokens untiled tokens. What a task does after its product
+ * pauses the stream of weights, which then takes long to be as fast again: small batches, which wait for memory, have
+ * few long tasks. */
+static inline int max_untiled_rows(const phi_model *model, int n_tokens) {
+    int n = model->tuning.max_task_rows;
+    while (2 * n * n_tokens <= TASK_OUTPUTS) n *= 2;
+    return n;
+}
+
+/* The same for products with x. */
+static inline int max_task_rows(const forward_pass *f, const phi_activations *x, int n_tokens) {
+    return x->tiled.tiles ? PHI_TILED_TASK_ROWS : max_untiled_rows(f->model, n_tokens);
 }
 
 /* Number of tasks that a phase is divided into, so that no thread waits long at its barrier. */
