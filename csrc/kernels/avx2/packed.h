@@ -1,9 +1,9 @@
 /* Products of packed rows with int8 activations in 256-bit registers, shared by the AVX2 and AVX-VNNI tiers.
  * Layout: panels of 16 interleaved rows (generic/pack.h): a line is four columns of 16 rows, two halves of 8 rows.
  * Idea: the 32 columns of a sub-block are unpacked to eight lines of unsigned bytes, multiplied by four activations
- * broadcast from memory. The integer sums of a group are converted to float once and scaled. Decode and small batches,
- * up to MAX_SMALL_BATCH tokens, unpack the lines straight from the panel into registers. Prefill unpacks 256 columns of
- * two panels into L1 once and multiplies them by tiles of tokens. The order of a token's sum is the same in both.
+ * broadcast from memory. The integer sums of a group are converted to float once and scaled. Decode and small batches
+ * unpack the lines straight from the panel into registers, once for each tile of tokens. Prefill unpacks 256 columns of
+ * two panels into L1 once for all tiles. The order of a token's sum is the same in both.
  * The including file defines phi_add_products, which adds a line's products to integer sums; phi_lines_per_sum(bits),
  * how many lines these can hold; phi_to_int32, which widens them; and PHI_SIGNED_BYTES, whether 8-bit quants stay
  * signed (1) or are offset by 128 (0).
@@ -23,11 +23,10 @@
 #endif
 
 enum {
-    MAX_SMALL_BATCH = 4,     /* tokens whose lines stay in registers; more take the prefill path */
-    PREFILL_TILE_TOKENS = 4, /* tokens of a prefill tile */
-    HALVES = 2,              /* vectors of a line */
-    LINES = 8,               /* of a sub-block */
-    MAX_GROUPS = 16,         /* of a unit */
+    TILE_TOKENS = 4, /* multiplied at a time, at most: their integer sums stay in registers */
+    HALVES = 2,      /* vectors of a line */
+    LINES = 8,       /* of a sub-block */
+    MAX_GROUPS = 16, /* of a unit */
 };
 
 /* Scales and minima of a unit's groups of columns, each for 16 rows: w = scale * q - min. */
@@ -213,9 +212,9 @@ PHI_INLINE void add_block(const format f, const void *unit, const __m256i (*line
     const int sum_lines = phi_lines_per_sum(f.bits) < group_lines ? phi_lines_per_sum(f.bits) : group_lines;
     UNROLL for (int k = 0; k < f.groups_per_block; k++) {
         const int group = j * f.groups_per_block + k;
-        __m256i dot[PREFILL_TILE_TOKENS][HALVES];
+        __m256i dot[TILE_TOKENS][HALVES];
         UNROLL for (int first = k * group_lines; first < (k + 1) * group_lines; first += sum_lines) {
-            __m256i sum[PREFILL_TILE_TOKENS][HALVES];
+            __m256i sum[TILE_TOKENS][HALVES];
             UNROLL for (int i = first; i < first + sum_lines; i++) {
                 __m256i q[HALVES];
                 UNROLL for (int h = 0; h < HALVES; h++) {
@@ -250,12 +249,18 @@ PHI_INLINE void add_block(const format f, const void *unit, const __m256i (*line
     }
 }
 
-/* All columns of one panel. n_tokens is a compile-time constant once inlined. */
-PHI_INLINE void multiply_small_batch(const format f, const uint8_t *panel, const phi_matmul *m, int n_tokens,
-                                     float *out) {
-    const activations a = activations_from(f, m, 0);
+/* Tokens up to which unpacking lines anew for every tile costs less than storing them. Lines of 5 and 6 bits take most
+ * instructions. */
+PHI_INLINE int max_small_batch(const format f) {
+    return f.bits == 5 || f.bits == 6 ? TILE_TOKENS : 2 * TILE_TOKENS - 1;
+}
+
+/* All columns of one panel for n_tokens tokens, a compile-time constant once inlined, from `token` on. */
+PHI_INLINE void multiply_small_tile(const format f, const uint8_t *panel, const phi_matmul *m, int token, int n_tokens,
+                                    float *out) {
+    const activations a = activations_from(f, m, token);
     const size_t block_bytes = f.unit_bytes / (size_t)f.sub_blocks;
-    __m256 total[MAX_SMALL_BATCH][HALVES];
+    __m256 total[TILE_TOKENS][HALVES];
     UNROLL for (int t = 0; t < n_tokens; t++) {
         UNROLL for (int h = 0; h < HALVES; h++) total[t][h] = _mm256_setzero_ps();
     }
@@ -265,16 +270,21 @@ PHI_INLINE void multiply_small_batch(const format f, const uint8_t *panel, const
         UNROLL for (int j = 0; j < f.sub_blocks; j++) {
             const uint8_t *block_start = panel + (size_t)j * block_bytes;
             prefetch_ahead(&m->prefetch, block_start, block_bytes, j == 0 ? panel + f.unit_bytes : NULL);
+            if (f.sub_blocks > 1) RELOAD(); /* lines kept for the next sub-block would be spilled */
             add_block(f, panel, NULL, &g, j, &a, b + (size_t)j, n_tokens, total);
         }
     }
     UNROLL for (int t = 0; t < n_tokens; t++) {
-        UNROLL for (int h = 0; h < HALVES; h++) _mm256_storeu_ps(out + (size_t)t * m->out_stride + 8 * h, total[t][h]);
+        float *row = out + (size_t)(token + t) * m->out_stride;
+        UNROLL for (int h = 0; h < HALVES; h++) _mm256_storeu_ps(row + 8 * h, total[t][h]);
     }
 }
 
-PHI_INLINE void unpack_chunk(const format f, const uint8_t *panel, int n_blocks, chunk *c) {
+/* l2_bytes: distance of a prefetch into L2, or 0. The prefetch of the next chunk into L1 comes too late alone for lines
+ * of 5 bits and more. */
+PHI_INLINE void unpack_chunk(const format f, const uint8_t *panel, int n_blocks, size_t l2_bytes, chunk *c) {
     for (int b = 0; b < n_blocks; b += f.sub_blocks, panel += f.unit_bytes) {
+        if (l2_bytes && f.bits > 4) prefetch_l2(panel + l2_bytes, f.unit_bytes);
         groups g;
         f.unpack_groups(panel, &g);
         for (int i = 0; i < f.sub_blocks * f.groups_per_block; i++) {
@@ -298,7 +308,7 @@ PHI_INLINE void multiply_chunk(const format f, const chunk *c, size_t first_bloc
     (void)n_panels; /* always 1 */
     const activations a = activations_from(f, m, token);
     const size_t block_bytes = f.unit_bytes / (size_t)f.sub_blocks;
-    __m256 total[PREFILL_TILE_TOKENS][HALVES];
+    __m256 total[TILE_TOKENS][HALVES];
     UNROLL for (int t = 0; t < n_tokens; t++) {
         UNROLL for (int h = 0; h < HALVES; h++) {
             const float *sum = out + (size_t)(token + t) * m->out_stride + 8 * h;

@@ -1,28 +1,33 @@
-/* Prefill over packed rows, shared by the AVX2, AVX-512 and NEON tiers.
+/* Prefill over packed rows, shared by the AVX2 and NEON tiers.
  * Layout: panels of 16 interleaved rows (pack.h). A chunk is CHUNK_BLOCKS * 32 columns of a panel.
- * Idea: a chunk of each of up to PANELS panels is unpacked to L1 once, then multiplied by tiles of tokens. The first
- * tile prefetches the next chunk.
- * Before it includes this file a tier defines CHUNK_BLOCKS, PANELS, TILE_PANELS and PREFILL_TILE_TOKENS; format, with
- * unit_bytes and sub_blocks; chunk; unpack_chunk; multiply_chunk, which adds the products of n_panels chunks and
- * n_tokens tokens to the output; and prefill_tile_tokens, the tokens of the next tile given those left:
- * PREFILL_TILE_TOKENS, 4 or 1. */
+ * Idea: a chunk of each of up to PANELS panels is unpacked to L1 once, then multiplied by tiles of tokens, which are of
+ * even size because a small tile costs more per token. The first tile prefetches the next chunk.
+ * Before it includes this file a tier defines CHUNK_BLOCKS, PANELS, TILE_PANELS and TILE_TOKENS, which is 4; format,
+ * with unit_bytes and sub_blocks; chunk; unpack_chunk, which may prefetch at the distance that it is given; and
+ * multiply_chunk, which adds the products of n_panels chunks and n_tokens tokens to the output. */
 #ifndef PHI_GENERIC_PACKED_PREFILL_H
 #define PHI_GENERIC_PACKED_PREFILL_H
 
 #include "pack.h"
 #include "unroll.h"
 
-/* multiply_chunk for any n_tokens that prefill_tile_tokens returns. n_panels is a compile-time constant once inlined.
- */
+/* Tokens of the next tile, given those left: as few tiles as possible, as even as possible. Two tokens or more never
+ * leave a single one. */
+PHI_INLINE int next_tile_tokens(int left) {
+    const int n_tiles = (left + TILE_TOKENS - 1) / TILE_TOKENS;
+    return (left + n_tiles - 1) / n_tiles;
+}
+
+/* multiply_chunk for 2 to TILE_TOKENS tokens. n_panels is a compile-time constant once inlined. */
 PHI_INLINE void multiply_chunk_tile(const format f, const chunk *c, size_t first_block, int n_blocks,
                                     const phi_matmul *m, int token, int n_tokens, int n_panels, const uint8_t *next,
                                     float *out) {
-    if (n_tokens == PREFILL_TILE_TOKENS)
-        multiply_chunk(f, c, first_block, n_blocks, m, token, PREFILL_TILE_TOKENS, n_panels, next, out);
-    else if (n_tokens == 4)
-        multiply_chunk(f, c, first_block, n_blocks, m, token, 4, n_panels, next, out);
+    if (n_tokens == 2)
+        multiply_chunk(f, c, first_block, n_blocks, m, token, 2, n_panels, next, out);
+    else if (n_tokens == 3)
+        multiply_chunk(f, c, first_block, n_blocks, m, token, 3, n_panels, next, out);
     else
-        multiply_chunk(f, c, first_block, n_blocks, m, token, 1, n_panels, next, out);
+        multiply_chunk(f, c, first_block, n_blocks, m, token, TILE_TOKENS, n_panels, next, out);
 }
 
 /* All columns of n_panels panels, chunk by chunk, for all tokens. */
@@ -35,9 +40,10 @@ PHI_INLINE void multiply_prefill(const format f, const uint8_t *panels, const ph
         const uint8_t *next = is_last ? panels + (size_t)n_panels * panel_bytes
                                       : columns + (size_t)(CHUNK_BLOCKS / f.sub_blocks) * f.unit_bytes;
         chunk c[PANELS];
-        for (int p = 0; p < n_panels; p++) unpack_chunk(f, columns + (size_t)p * panel_bytes, n, &c[p]);
+        for (int p = 0; p < n_panels; p++)
+            unpack_chunk(f, columns + (size_t)p * panel_bytes, n, m->prefetch.l2_bytes, &c[p]);
         for (int t = 0; t < m->n_tokens;) {
-            const int n_tokens = prefill_tile_tokens(f, m->n_tokens - t);
+            const int n_tokens = next_tile_tokens(m->n_tokens - t);
             for (int p = 0; p < n_panels; p += TILE_PANELS) {
                 const uint8_t *to_prefetch = t == 0 ? next + (size_t)p * panel_bytes : NULL;
                 float *rows = out + p * PHI_PANEL_ROWS;

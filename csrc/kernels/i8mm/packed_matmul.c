@@ -33,7 +33,7 @@ PHI_INLINE void add_unpacked_block(const format f, const chunk *c, int b, const 
     const int8x16_t(*lines)[VECTORS] = c->lines + b * LINES;
     const int group_lines = LINES / f.groups_per_block, group = b * f.groups_per_block;
     UNROLL for (int k = 0; k < f.groups_per_block; k++) {
-        int32x4_t dot[PREFILL_TILE_TOKENS][VECTORS];
+        int32x4_t dot[TILE_TOKENS][VECTORS];
         UNROLL for (int t = 0; t < n_tokens; t += 2) {
             const activations x0 = x[t], x1 = x[t + 1 < n_tokens ? t + 1 : t]; /* a last token is paired with itself */
             int32x4_t initial = vdupq_n_s32(0);

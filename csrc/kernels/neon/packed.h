@@ -15,8 +15,7 @@
 #include "simd.h"
 
 enum {
-    MAX_SMALL_BATCH = 4, /* largest batch that reads lines straight from the panel */
-    PREFILL_TILE_TOKENS = 4,
+    TILE_TOKENS = 4,
     VECTORS = 4, /* per line, four rows each */
     TILE_VECTORS = 2,
     LINES = 8,
@@ -202,12 +201,12 @@ PHI_INLINE void add_block(const format f, const line_source s, const groups *g, 
     const int group_lines = LINES / f.groups_per_block, group = b * f.groups_per_block;
     const int sum_lines = phi_max_lines_per_sum(f.bits) < group_lines ? phi_max_lines_per_sum(f.bits) : group_lines;
     UNROLL for (int k = 0; k < f.groups_per_block; k++) {
-        int32x4_t dot[MAX_SMALL_BATCH][VECTORS], initial[MAX_SMALL_BATCH];
+        int32x4_t dot[TILE_TOKENS][VECTORS], initial[TILE_TOKENS];
         UNROLL for (int t = 0; t < n_tokens; t++) {
             if (is_centred(f)) initial[t] = vdupq_n_s32(x[t].offsets[group + k] >> f.centre_shift);
         }
         UNROLL for (int line = k * group_lines; line < (k + 1) * group_lines; line += sum_lines) {
-            phi_sums sum[MAX_SMALL_BATCH][VECTORS];
+            phi_sums sum[TILE_TOKENS][VECTORS];
             const bool first_lines = line == k * group_lines;
             UNROLL for (int i = line; i < line + sum_lines; i++) {
                 UNROLL for (int v = 0; v < n_vectors; v++) {
@@ -237,18 +236,24 @@ PHI_INLINE void prefetch(const uint8_t *bytes, size_t n_bytes) {
 /* Vectors of a line that are multiplied in one pass: more than two tokens need the registers for their sums. */
 PHI_INLINE int vectors_per_pass(int n_tokens) { return n_tokens <= 2 ? VECTORS : TILE_VECTORS; }
 
-/* Decode and small batches: one panel by up to MAX_SMALL_BATCH tokens. n_tokens is a constant after inlining. */
-PHI_INLINE void multiply_small_batch(const format f, const uint8_t *panel, const phi_matmul *m, int n_tokens,
-                                     float *out) {
+/* Largest batch that reads lines straight from the panel. */
+PHI_INLINE int max_small_batch(const format f) {
+    (void)f;
+    return TILE_TOKENS;
+}
+
+/* Decode and small batches: one panel by up to TILE_TOKENS tokens. n_tokens is a constant after inlining. */
+PHI_INLINE void multiply_small_tile(const format f, const uint8_t *panel, const phi_matmul *m, int token, int n_tokens,
+                                    float *out) {
     const size_t n_blocks = (size_t)m->n_cols / PHI_Q8_BLOCK,
                  step_bytes = f.unit_bytes / (size_t)(f.sub_blocks / f.unrolled);
     const int n_vectors = vectors_per_pass(n_tokens);
     /* One prefetch, into L1: at the distance for L1 or else at that for L2. */
     const size_t ahead = m->prefetch.l1_bytes ? m->prefetch.l1_bytes : m->prefetch.l2_bytes;
-    float32x4_t total[MAX_SMALL_BATCH][VECTORS];
-    activations x[MAX_SMALL_BATCH];
+    float32x4_t total[TILE_TOKENS][VECTORS];
+    activations x[TILE_TOKENS];
     UNROLL for (int t = 0; t < n_tokens; t++) {
-        x[t] = activations_at(f, m, t, 0);
+        x[t] = activations_at(f, m, token + t, 0);
         UNROLL for (int v = 0; v < VECTORS; v++) total[t][v] = vdupq_n_f32(0.0f);
     }
     for (size_t b = 0; b < n_blocks; b += (size_t)f.sub_blocks, panel += f.unit_bytes) {
@@ -273,7 +278,8 @@ PHI_INLINE void multiply_small_batch(const format f, const uint8_t *panel, const
         }
     }
     UNROLL for (int t = 0; t < n_tokens; t++) {
-        UNROLL for (int v = 0; v < VECTORS; v++) vst1q_f32(out + (size_t)t * m->out_stride + 4 * v, total[t][v]);
+        UNROLL for (int v = 0; v < VECTORS; v++)
+            vst1q_f32(out + (size_t)(token + t) * m->out_stride + 4 * v, total[t][v]);
     }
 }
 
@@ -297,7 +303,8 @@ PHI_INLINE void add_unpacked_block(const format f, const chunk *c, int b, const 
                                    float32x4_t (*total)[VECTORS]);
 #endif
 
-PHI_INLINE void unpack_chunk(const format f, const uint8_t *panel, int n_blocks, chunk *c) {
+PHI_INLINE void unpack_chunk(const format f, const uint8_t *panel, int n_blocks, size_t l2_bytes, chunk *c) {
+    (void)l2_bytes; /* one prefetch, into L1 */
     for (int b = 0; b < n_blocks; b += f.sub_blocks, panel += f.unit_bytes) {
         groups g;
         const int first = b * f.groups_per_block;
@@ -329,10 +336,10 @@ PHI_INLINE void multiply_chunk(const format f, const chunk *c, size_t first_bloc
     const size_t block_bytes = f.unit_bytes / (size_t)f.sub_blocks;
     out += (size_t)token * m->out_stride;
     for (int b = 0; next && b < n_blocks; b++) prefetch(next + (size_t)b * block_bytes, block_bytes);
-    activations x[PREFILL_TILE_TOKENS];
+    activations x[TILE_TOKENS];
     UNROLL for (int t = 0; t < n_tokens; t++) x[t] = activations_at(f, m, token + t, first_block);
     UNROLL for (int first = 0; first < VECTORS; first += TILE_VECTORS) {
-        float32x4_t total[PREFILL_TILE_TOKENS][VECTORS];
+        float32x4_t total[TILE_TOKENS][VECTORS];
         UNROLL for (int t = 0; t < n_tokens; t++) {
             UNROLL for (int v = first; v < first + TILE_VECTORS; v++) {
                 total[t][v] = first_block ? vld1q_f32(out + (size_t)t * m->out_stride + 4 * v) : vdupq_n_f32(0.0f);
