@@ -116,7 +116,7 @@ typedef struct {
     /* Largest batch that takes the small-batch path of packed products, 1 to PHI_MAX_SMALL_BATCH tokens. A tier may
      * have a lower limit. */
     int max_small_batch[PHI_N_TYPES];
-    int max_task_rows;    /* weight rows per task: 32, 64, 128 or 256; PHI_TILED_TASK_ROWS with tiled activations */
+    int max_task_rows;    /* weight rows per task: 32, 64, 128 or 256; small batches and tiled products have more */
     int tasks_per_thread; /* that a phase is divided into, as far as tasks have 32 rows */
     int spins;            /* of a waiting thread before it sleeps, set by phi_pool_set_spins */
 } phi_tuning;

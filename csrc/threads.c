@@ -152,9 +152,6 @@ static phi_status start_workers(phi_pool *pool) {
     atomic_store(&pool->arrived, 0);
     atomic_store(&pool->sleepers, 0);
     pool->stop = false;
-#ifndef _WIN32
-    pool->process = getpid();
-#endif
     for (int i = 0; i < pool->n_threads - 1; i++) {
         pool->arguments[i] = (worker_argument){pool, i + 1};
         if (!thread_start(&pool->workers[i], &pool->arguments[i])) {
@@ -162,6 +159,9 @@ static phi_status start_workers(phi_pool *pool) {
             return PHI_OUT_OF_MEMORY;
         }
     }
+#ifndef _WIN32
+    pool->process = getpid(); /* only now: a pool whose workers did not start has none, and a later run tries again */
+#endif
     return PHI_OK;
 }
 

@@ -16,6 +16,7 @@
 #endif
 #if !defined(_WIN32) && !defined(UNDER_TSAN) /* TSan does not support threads started after a fork */
 #define TEST_FORK 1
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #endif
@@ -125,6 +126,43 @@ void test_threads(const phi_kernels *k) {
     }
 }
 
+#if defined(TEST_FORK) && defined(__linux__)
+enum { OTHER_USER = 54321 }; /* root may start threads beyond the limit */
+
+/* Sets the number of processes and threads that the user may have. False if it cannot be set. */
+static bool limit_processes(rlim_t n) {
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NPROC, &limit) != 0) return false;
+    limit.rlim_cur = n < limit.rlim_max ? n : limit.rlim_max;
+    return setrlimit(RLIMIT_NPROC, &limit) == 0;
+}
+
+/* A forked child that may not start threads: every run says so, and one succeeds once threads may be started. */
+static void test_fork_without_threads(void) {
+    phi_pool *pool;
+    int status;
+    CHECK(phi_pool_create(MAX_THREADS, &pool) == PHI_OK, "phi_pool_create failed");
+    const pid_t child = fork();
+    CHECK(child >= 0, "fork failed");
+    if (child == 0) {
+        shared_state s = {.pool = pool, .n_threads = MAX_THREADS};
+        CHECK(getuid() != 0 || setuid(OTHER_USER) == 0, "setuid failed");
+        CHECK(limit_processes(0), "setrlimit failed");
+        for (int i = 0; i < 3; i++) {
+            const phi_status found = phi_pool_run(pool, run_phases, &s);
+            CHECK(found == PHI_OUT_OF_MEMORY, "run %d without workers returned %d", i, (int)found);
+            CHECK(atomic_load(&s.n_tasks) == 0, "a task ran without workers");
+        }
+        CHECK(limit_processes(RLIM_INFINITY), "setrlimit failed");
+        check_run(pool, MAX_THREADS);
+        phi_pool_free(pool);
+        _exit(0);
+    }
+    CHECK(waitpid(child, &status, 0) == child && status == 0, "a child that may not start threads failed");
+    phi_pool_free(pool);
+}
+#endif
+
 /* A forked child has none of the workers and starts its own. */
 void test_fork(const phi_kernels *k) {
     (void)k;
@@ -145,5 +183,8 @@ void test_fork(const phi_kernels *k) {
         check_run(pool, n_threads);
         phi_pool_free(pool);
     }
+#ifdef __linux__
+    test_fork_without_threads();
+#endif
 #endif
 }
