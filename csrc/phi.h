@@ -18,7 +18,8 @@
 typedef enum {
     PHI_OK = 0,
     PHI_CANCELLED,        /* poll returned true; the batch's positions in the KV cache are undefined */
-    PHI_OUT_OF_MEMORY,    /* an allocation failed, or a thread could not be started */
+    PHI_OUT_OF_MEMORY,    /* an allocation failed */
+    PHI_NO_THREADS,       /* a thread could not be started */
     PHI_TIER_UNAVAILABLE, /* the instruction-set tier is unknown, or this machine cannot run it */
 } phi_status;
 
@@ -224,7 +225,7 @@ typedef struct {
  * with the most bytes come first; what the budget does not reach keeps its setting. Types with less than 2 % of the
  * bytes take the setting of the most similar type. Writes to `tuning`; the model's own tuning is not changed.
  *
- * Returns PHI_OK, PHI_CANCELLED or PHI_OUT_OF_MEMORY. */
+ * Returns PHI_OK, PHI_CANCELLED, PHI_OUT_OF_MEMORY or PHI_NO_THREADS. */
 phi_status phi_tune(const phi_model *model, phi_tune_call *call, phi_tuning *tuning);
 
 /* The candidates of a batch class; *n: their number. The first is the default setting. */
@@ -250,8 +251,8 @@ typedef struct {
     bool (*poll)(void *); /* called every few milliseconds by the calling thread; true cancels. NULL: never */
     void *poll_context;   /* argument of poll */
 } phi_packing;
-/* Packs matrices and sets their layout and data as phi_use_packed does. PHI_OK, PHI_CANCELLED or PHI_OUT_OF_MEMORY:
- * then the matrices are unchanged. */
+/* Packs matrices and sets their layout and data as phi_use_packed does. PHI_OK, PHI_CANCELLED or PHI_NO_THREADS: then
+ * the matrices are unchanged. */
 phi_status phi_pack(const phi_packing *packing);
 /* Sets the layout and data of matrices to what phi_pack has written to memory, which they borrow. */
 void phi_use_packed(const phi_kernels *kernels, phi_matrix *const *matrices, int n_matrices, const uint8_t *memory);
@@ -347,7 +348,7 @@ typedef struct {
  * and amxbf16 this holds for batches of at most max_exact_batch (16) tokens; larger ones use products that round
  * differently.
  *
- * Returns PHI_OK, PHI_CANCELLED or PHI_OUT_OF_MEMORY. */
+ * Returns PHI_OK, PHI_CANCELLED, PHI_OUT_OF_MEMORY or PHI_NO_THREADS. */
 phi_status phi_forward(const phi_model *model, phi_kv *kv, const phi_batch *batch);
 
 /* Runs the LM head alone: logits [n_rows, n_vocab] of hidden_states [n_rows, n_embd] from phi_forward, with the same

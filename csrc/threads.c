@@ -156,7 +156,7 @@ static phi_status start_workers(phi_pool *pool) {
         pool->arguments[i] = (worker_argument){pool, i + 1};
         if (!thread_start(&pool->workers[i], &pool->arguments[i])) {
             stop_workers(pool, i);
-            return PHI_OUT_OF_MEMORY;
+            return PHI_NO_THREADS;
         }
     }
 #ifndef _WIN32
@@ -172,11 +172,12 @@ phi_status phi_pool_create(int n_threads, phi_pool **pool) {
     phi_pool_set_spins(p, PHI_DEFAULT_SPINS);
     p->workers = calloc((size_t)n_threads, sizeof *p->workers);
     p->arguments = calloc((size_t)n_threads, sizeof *p->arguments);
-    if (!p->workers || !p->arguments || start_workers(p) != PHI_OK) {
+    const phi_status status = p->workers && p->arguments ? start_workers(p) : PHI_OUT_OF_MEMORY;
+    if (status != PHI_OK) {
         free(p->workers);
         free(p->arguments);
         free(p);
-        return PHI_OUT_OF_MEMORY;
+        return status;
     }
     *pool = p;
     return PHI_OK;

@@ -11,6 +11,7 @@ cdef extern from "phi.h":
         PHI_OK
         PHI_CANCELLED
         PHI_OUT_OF_MEMORY
+        PHI_NO_THREADS
         PHI_TIER_UNAVAILABLE
     ctypedef enum phi_activation_format:
         PHI_ACTIVATION_F32

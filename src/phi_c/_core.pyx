@@ -116,6 +116,13 @@ def cpu_features():
     return names.split(",") if names else []
 
 
+cdef object _failure(phi_status status, str memory):
+    """Return the exception of a call that could not start threads, or could not allocate what `memory` names."""
+    if status == PHI_NO_THREADS:
+        return MemoryError("cannot start the threads of the model: the system's limit of threads or memory is reached")
+    return MemoryError(f"cannot allocate {memory}")
+
+
 cdef const phi_kernels *_kernels(tier) except NULL:
     cdef const phi_kernels *kernels = NULL
     cdef bytes name

@@ -275,7 +275,7 @@ def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens
     if status == PHI_CANCELLED:
         raise Cancelled("the call was cancelled")
     if status != PHI_OK:
-        raise MemoryError("cannot allocate the working memory of a forward pass")
+        raise _failure(status, "the working memory of a forward pass")
     if observer is not None:
         observer.n_tokens += n_tokens
     if timings is not None:
@@ -309,7 +309,7 @@ def lm_head(Model model not None, KvCache kv not None, const float[:, ::1] hidde
         with nogil:
             status = phi_lm_head(&model.model, kv.kv, n_rows, &hidden_states[0, 0], out)
     if status != PHI_OK:
-        raise MemoryError("cannot allocate the working memory of the LM head")
+        raise _failure(status, "the working memory of the LM head")
     return logits
 
 

@@ -149,7 +149,7 @@ def tune(Model model not None, double seconds, known=(), CancelFlag cancel=None)
     if status == PHI_CANCELLED:
         raise Cancelled("the call was cancelled")
     if status != PHI_OK:
-        raise MemoryError("cannot allocate the working memory of tuning")
+        raise _failure(status, "the working memory of tuning")
     return _tuning_object(&tuning), [
         TuneResult(phi_types[i].name.decode(), BATCH_CLASSES[c], _prefetch_object(&call.results[i][c].chosen),
                    call.results[i][c].default_seconds, call.results[i][c].chosen_seconds, call.results[i][c].n_samples)
