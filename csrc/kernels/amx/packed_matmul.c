@@ -54,9 +54,9 @@ INLINE void requantise(const format f, int half_quant, const uint8_t *unit, bloc
         unit_scales s;
         f.unpack_scales(start, &s);
         for (int i = 0; i < unit_groups; i++) {
-            scale[first + i] = _mm512_mul_ps(f.scale_of(start, &s, i), _mm512_set1_ps((float)(1 << f.shift)));
+            scale[first + i] = _mm512_mul_ps(f.scale_of(&s, i), _mm512_set1_ps((float)(1 << f.shift)));
             min[first + i] =
-                f.centred ? _mm512_mul_ps(scale[first + i], _mm512_set1_ps((float)half_quant)) : f.min_of(start, &s, i);
+                f.centred ? _mm512_mul_ps(scale[first + i], _mm512_set1_ps((float)half_quant)) : f.min_of(&s, i);
         }
     }
     const __m512 zero = _mm512_setzero_ps(), max_quant = _mm512_set1_ps(2.0f * (float)half_quant - 1.0f);

@@ -68,8 +68,8 @@ INLINE void unpack(const format f, const uint8_t *unit, block *w) {
             f.unpack_lines(unit, j, q);
             UNROLL for (int i = 0; i < LINES; i++) {
                 const int group = j * f.groups_per_block + i / n_lines;
-                const __m512 scale = f.scale_of(unit, &s, group);
-                const __m512 min = f.centred ? _mm512_mul_ps(scale, _mm512_set1_ps(128.0f)) : f.min_of(unit, &s, group);
+                const __m512 scale = f.scale_of(&s, group);
+                const __m512 min = f.centred ? _mm512_mul_ps(scale, _mm512_set1_ps(128.0f)) : f.min_of(&s, group);
                 dequantise_line(q[i], scale, min, &w->tiles[first + j][2 * i]);
             }
         }

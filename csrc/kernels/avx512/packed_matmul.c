@@ -39,9 +39,9 @@ PHI_INLINE sub_block unpack_sub_block(const format f, const uint8_t *units, size
         const uint8_t *unit = units + (size_t)p * panel_bytes;
         f.unpack_lines(unit, j, w.lines[p]);
         UNROLL for (int k = 0; k < f.groups_per_block; k++) {
-            w.scale[p][k] = f.scale_of(unit, &s[p], j * f.groups_per_block + k);
+            w.scale[p][k] = f.scale_of(&s[p], j * f.groups_per_block + k);
         }
-        if (!f.centred) w.min[p] = f.min_of(unit, &s[p], j);
+        if (!f.centred) w.min[p] = f.min_of(&s[p], j);
     }
     return w;
 }

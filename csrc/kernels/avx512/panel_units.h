@@ -23,11 +23,12 @@ typedef unsigned shift_count;
 typedef int shift_count;
 #endif
 
-/* What the scales and minima of a unit's groups are computed from. K-quants of 4 and 5 bits have 6-bit factors. */
+/* What the scales and minima of a unit's groups are computed from, read at the start of the unit: hardware prefetchers
+ * follow a stream of ascending lines, and lose one that goes back. */
 typedef struct {
-    __m512 d, dmin;        /* of 16 rows */
-    uint8_t scales[8][16]; /* factors of d: [sub-blocks, rows] */
-    uint8_t mins[8][16];   /* factors of dmin */
+    __m512 d, dmin;                 /* of 16 rows */
+    uint8_t scales[MAX_GROUPS][16]; /* factors of d: [groups, rows] */
+    uint8_t mins[8][16];            /* factors of dmin */
 } unit_scales;
 
 /* Traits of a weight type; compile-time constants once inlined. */
@@ -38,8 +39,8 @@ typedef struct {
     int shift;            /* bits by which unpacked quants are shifted left; the scale compensates */
     bool centred;
     void (*unpack_scales)(const void *unit, unit_scales *s);
-    __m512 (*scale_of)(const void *unit, const unit_scales *s, int group);
-    __m512 (*min_of)(const void *unit, const unit_scales *s, int group); /* unset for centred types */
+    __m512 (*scale_of)(const unit_scales *s, int group);
+    __m512 (*min_of)(const unit_scales *s, int group); /* unset for centred types */
     void (*unpack_lines)(const void *unit, int sub_block, __m512i *q);
 } format;
 
@@ -55,13 +56,11 @@ INLINE __m128i load_16_bytes(const void *bytes) { return _mm_loadu_si128((const 
 /* ---- blocks of 32 ---- */
 
 /* One group a unit: d and dmin are its scale and minimum. */
-INLINE __m512 only_scale(const void *unit, const unit_scales *s, int group) {
-    (void)unit;
+INLINE __m512 only_scale(const unit_scales *s, int group) {
     (void)group;
     return s->d;
 }
-INLINE __m512 only_min(const void *unit, const unit_scales *s, int group) {
-    (void)unit;
+INLINE __m512 only_min(const unit_scales *s, int group) {
     (void)group;
     return s->dmin;
 }
@@ -125,12 +124,10 @@ INLINE void scales_k4(const uint8_t (*packed)[16], __m512 d, __m512 dmin, unit_s
     store_line(s->mins[4], _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(c, 4), low4),
                                            _mm512_and_si512(_mm512_srli_epi16(b, 2), bits45)));
 }
-INLINE __m512 scale_k4(const void *unit, const unit_scales *s, int group) {
-    (void)unit;
+INLINE __m512 scale_k4(const unit_scales *s, int group) {
     return _mm512_mul_ps(s->d, from_u8(load_16_bytes(s->scales[group])));
 }
-INLINE __m512 min_k4(const void *unit, const unit_scales *s, int group) {
-    (void)unit;
+INLINE __m512 min_k4(const unit_scales *s, int group) {
     return _mm512_mul_ps(s->dmin, from_u8(load_16_bytes(s->mins[group])));
 }
 
@@ -170,9 +167,10 @@ INLINE void lines_q5_k(const void *unit, int sub_block, __m512i *q) {
 INLINE void scales_q6_k(const void *unit, unit_scales *s) {
     const phi_panel_q6_k *u = unit;
     s->d = _mm512_mul_ps(load_16_halves(u->d), _mm512_set1_ps(1.0f / 4));
+    for (int i = 0; i < MAX_GROUPS; i += 4) store_line(s->scales[i], load_line((const uint8_t *)u->scales[i]));
 }
-INLINE __m512 scale_q6_k(const void *unit, const unit_scales *s, int group) {
-    return _mm512_mul_ps(s->d, from_i8(load_16_bytes(((const phi_panel_q6_k *)unit)->scales[group])));
+INLINE __m512 scale_q6_k(const unit_scales *s, int group) {
+    return _mm512_mul_ps(s->d, from_i8(load_16_bytes(s->scales[group])));
 }
 INLINE void lines_q6_k(const void *unit, int sub_block, __m512i *q) {
     const phi_panel_q6_k *u = unit;
