@@ -1,4 +1,4 @@
-"""Compilers keep most values of the innermost product loops in registers."""
+"""Compilers keep all values of the few-token product loops in registers, and most values of the others."""
 
 import re
 import shutil
@@ -10,14 +10,21 @@ import pytest
 CSRC = Path(__file__).parents[2] / "csrc"
 CPU = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 FLAGS = ["-O3", "-DNDEBUG", "-std=c11", "-fPIC", "-ffp-contract=off", "-Wno-psabi", *CPU]
-MAX_SPILLS_PER_DOT = 1 / 6  # loops that unroll a whole unit for two to four tokens spill up to 0.16, others 0.06
-CLANG = next((f"clang-{n}" for n in range(25, 13, -1) if shutil.which(f"clang-{n}")), "clang")
+MAX_SPILLS_PER_DOT = 1 / 6  # of loops over two panels: some compilers spill one register per 16 dot products
+UNIT_DOTS = (8, 64)  # dot products of a token with a unit of 32 and of 256 columns, which a loop unrolls
+FEW_TOKENS = (2, 3, 4)
+COMPILERS = [
+    *(f"gcc-{n}" for n in range(20, 10, -1) if shutil.which(f"gcc-{n}")),
+    *(f"clang-{n}" for n in range(25, 13, -1) if shutil.which(f"clang-{n}")),
+] or ["gcc", "clang"]
 
 
 def product_loops(assembly: str) -> list[tuple[int, int]]:
     """Return (dot products, vector registers spilled) of every innermost loop with a dot product.
 
-    Both compilers mark a spill in a comment: gcc as %sfp, clang as Spill.
+    A spill is a store of a vector register to a stack slot that the compiler made, which it marks in a comment: gcc as
+    %sfp, clang as Spill. Values that a loop only reads from such slots, stored before it, are not counted, nor are
+    stores to arrays of the source.
     """
     lines = assembly.splitlines()
     labels: dict[str, int] = {}
@@ -33,13 +40,16 @@ def product_loops(assembly: str) -> list[tuple[int, int]]:
             continue
         body = lines[start : end + 1]
         spills = [line for line in body if re.search(r"\bvmov\w+\s+%[xyz]mm\d+, .*\(%r[sb]p\).*(%sfp|Spill)", line)]
-        counts.append((sum("vpdpbusd" in line for line in body), len(spills)))
+        counts.append((sum(bool(re.match(r"\s+vpdpbusd", line)) for line in body), len(spills)))
     return [count for count in counts if count[0]]
 
 
-@pytest.mark.parametrize("compiler", ["gcc", CLANG])
-def test_product_loops_of_avx512_hardly_spill(compiler: str) -> None:
-    """At most one vector register is spilled per six dot products."""
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_product_loops_of_avx512_do_not_spill(compiler: str) -> None:
+    """Loops over units for 2 to 4 tokens spill nothing; the others at most one register per six dot products.
+
+    Loops for one token are exempt: they spill lines of Q5_K and Q6_K panels, which is faster than reading them again.
+    """
     if not shutil.which(compiler):
         pytest.skip(f"no {compiler}")
     target = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True, check=True).stdout
@@ -48,5 +58,8 @@ def test_product_loops_of_avx512_hardly_spill(compiler: str) -> None:
     source = CSRC / "kernels/avx512/packed_matmul.c"
     command = [compiler, *FLAGS, f"-I{CSRC}", "-S", "-fverbose-asm", "-o", "-", str(source)]
     loops = product_loops(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert len(loops) >= 6
-    assert [loop for loop in loops if loop[1] > MAX_SPILLS_PER_DOT * loop[0]] == []
+    few_token_dots = {dots * n for dots in UNIT_DOTS for n in FEW_TOKENS} - {2 * UNIT_DOTS[0]}  # 16: also two panels
+    assert {dots * n for dots in UNIT_DOTS[1:] for n in FEW_TOKENS} <= {dots for dots, _ in loops}
+    assert [loop for loop in loops if loop[0] in few_token_dots and loop[1]] == []
+    others = [loop for loop in loops if loop[0] not in few_token_dots and loop[0] != UNIT_DOTS[1]]
+    assert [loop for loop in others if loop[1] > MAX_SPILLS_PER_DOT * loop[0]] == []

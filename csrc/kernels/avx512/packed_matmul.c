@@ -25,6 +25,23 @@ PHI_INLINE __m512i broadcast_4(const int8_t *x) {
     return _mm512_set1_epi32(four);
 }
 
+/* Adds the products of line i of each panel with four activations to dots [n_panels][group]. */
+PHI_INLINE void add_line(__m512i (*dots)[2], const __m512i (*lines)[LINES], int group, int i, const int8_t *x,
+                         int n_tokens, int n_panels) {
+#if defined(__GNUC__) && !defined(__clang__)
+    /* gcc loads each broadcast to a register. The instruction can broadcast from memory, which leaves the core more
+     * registers to rename. One and two tokens are bound by memory and gain nothing; two panels share the register. */
+    if (n_panels == 1 && n_tokens > 2) {
+        __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(dots[0][group]) : "v"(lines[0][i]), "m"(*(const int8_t (*)[4])x));
+        return;
+    }
+#else
+    (void)n_tokens;
+#endif
+    const __m512i four = broadcast_4(x);
+    UNROLL for (int p = 0; p < n_panels; p++) dots[p][group] = _mm512_dpbusd_epi32(dots[p][group], lines[p][i], four);
+}
+
 /* A sub-block of up to MAX_PANELS panels, unpacked. */
 typedef struct {
     __m512i lines[MAX_PANELS][LINES];
@@ -52,8 +69,9 @@ PHI_INLINE __m512i begin_dot(const format f, const phi_q8 *x, size_t block, int 
     return _mm512_set1_epi32(f.groups_per_block == 1 ? x->block_offsets[block] : x->offsets[2 * block + (size_t)group]);
 }
 
-/* Adds the products of a sub-block with block `block` of the activations to totals [n_panels]. */
-PHI_INLINE void add_token(const format f, const sub_block *w, const phi_q8 *x, size_t block, int n_panels,
+/* Adds the products of a sub-block with block `block` of a token's activations to totals [n_panels]. n_tokens: that
+ * are multiplied by the sub-block. */
+PHI_INLINE void add_token(const format f, const sub_block *w, const phi_q8 *x, size_t block, int n_tokens, int n_panels,
                           __m512 *totals) {
     const int8_t *quants = x->quants + block * PHI_Q8_BLOCK;
     const int n_lines = LINES / f.groups_per_block;
@@ -61,10 +79,7 @@ PHI_INLINE void add_token(const format f, const sub_block *w, const phi_q8 *x, s
     UNROLL for (int k = 0; k < f.groups_per_block; k++) {
         UNROLL for (int p = 0; p < n_panels; p++) dot[p][k] = begin_dot(f, x, block, k);
         UNROLL for (int i = k * n_lines; i < (k + 1) * n_lines; i++) {
-            const __m512i four = broadcast_4(quants + 4 * i);
-            UNROLL for (int p = 0; p < n_panels; p++) {
-                dot[p][k] = _mm512_dpbusd_epi32(dot[p][k], w->lines[p][i], four);
-            }
+            add_line(dot, w->lines, k, i, quants + 4 * i, n_tokens, n_panels);
         }
     }
     const __m512 scale = _mm512_set1_ps(x->scales[block]);
@@ -81,10 +96,11 @@ PHI_INLINE void add_tokens(const format f, const sub_block *w, const phi_q8 *x, 
                            int n_tokens, bool in_registers, int n_panels, __m512 (*totals)[MAX_PANELS]) {
     if (in_registers) {
         UNROLL for (int t = 0; t < n_tokens; t++) {
-            add_token(f, w, x, block + (size_t)t * n_blocks, n_panels, totals[t]);
+            add_token(f, w, x, block + (size_t)t * n_blocks, n_tokens, n_panels, totals[t]);
         }
     } else {
-        for (int t = 0; t < n_tokens; t++) add_token(f, w, x, block + (size_t)t * n_blocks, n_panels, totals[t]);
+        for (int t = 0; t < n_tokens; t++)
+            add_token(f, w, x, block + (size_t)t * n_blocks, n_tokens, n_panels, totals[t]);
     }
 }
 
@@ -107,7 +123,8 @@ PHI_INLINE void multiply_panels(const format f, const uint8_t *units, const phi_
                 const uint8_t *unit = units + (size_t)p * panel_bytes;
                 prefetch_ahead(&prefetch, unit + (size_t)j * block_bytes, block_bytes, j ? NULL : unit + f.unit_bytes);
             }
-            if (n_panels > 1) RELOAD();
+            /* Lines kept for later sub-blocks spill. A single token keeps them: reading them again is slower. */
+            if (n_panels > 1 || n_tokens > 1) RELOAD();
             const sub_block w = unpack_sub_block(f, units, panel_bytes, s, j, n_panels);
             add_tokens(f, &w, &x, first_block + b + (size_t)j, n_blocks, n_tokens, in_registers, n_panels, totals);
         }
