@@ -210,6 +210,7 @@ typedef struct {
     double default_seconds; /* with the default setting, per byte of weights; median */
     double chosen_seconds;  /* with the choice: default_seconds times the median of the ratios of each round */
     int n_samples;          /* of each */
+    bool is_clear;          /* false: another candidate may be faster, but the measurements vary too much to tell */
 } phi_tune_result;
 
 typedef struct {

@@ -249,8 +249,8 @@ static void halve(contest *c) {
 }
 
 /* The candidate that replaces the default setting, or 0: the default itself. *ratio: the median over rounds of its time
- * divided by the default's. */
-static int winner(contest *c, double *ratio) {
+ * divided by the default's. *is_clear: as in phi_tune_result. */
+static int winner(contest *c, double *ratio, bool *is_clear) {
     int best = 0, n_faster = 0;
     float ratios[MAX_SAMPLES];
     update_scores(c);
@@ -263,8 +263,10 @@ static int winner(contest *c, double *ratio) {
     }
     *ratio = median(ratios, c->n_rounds);
     const int margin = 2 * n_faster - c->n_rounds; /* its standard deviation for equal candidates is sqrt(n_rounds) */
-    const bool is_clear = margin > 0 && 4 * margin * margin >= 9 * c->n_rounds; /* 1.5 standard deviations */
-    if (c->n_rounds >= MIN_SAMPLES && *ratio < 1.0 - MIN_GAIN && is_clear) return best;
+    const bool is_certain = margin > 0 && 4 * margin * margin >= 9 * c->n_rounds; /* 1.5 standard deviations */
+    const bool is_faster = *ratio < 1.0 - MIN_GAIN;
+    *is_clear = c->n_rounds >= MIN_SAMPLES && (is_certain || !is_faster);
+    if (*is_clear && is_faster) return best;
     *ratio = 1.0;
     return 0;
 }
@@ -274,7 +276,7 @@ static phi_status run_round(const tuner *t, task_ring *ring, int n_tokens, conte
     for (int i = 0; i < c->n_alive; i++) {
         const int candidate = c->alive[(i + c->n_rounds) % c->n_alive];
         const double seconds = measure(t, ring, &c->candidates[candidate], n_tokens);
-        if (seconds < 0.0) return PHI_OUT_OF_MEMORY;
+        if (seconds < 0.0) return PHI_NO_THREADS;
         c->seconds[candidate][c->n_rounds] = (float)seconds;
         if (t->call->poll && t->call->poll(t->call->poll_context)) return PHI_CANCELLED;
     }
@@ -299,7 +301,8 @@ static phi_status choose(const tuner *t, task_ring *ring, phi_batch_class class,
         if (stage > 1) halve(&c);
     }
     double ratio;
-    const int best = winner(&c, &ratio);
+    bool is_clear;
+    const int best = winner(&c, &ratio, &is_clear);
     const double default_seconds = median(c.seconds[0], c.n_rounds);
     *result = (phi_tune_result){
         .measured = true,
@@ -307,6 +310,7 @@ static phi_status choose(const tuner *t, task_ring *ring, phi_batch_class class,
         .default_seconds = default_seconds,
         .chosen_seconds = default_seconds * ratio,
         .n_samples = c.n_rounds,
+        .is_clear = is_clear,
     };
     return PHI_OK;
 }

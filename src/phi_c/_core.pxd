@@ -146,6 +146,7 @@ cdef extern from "phi.h":
         double default_seconds
         double chosen_seconds
         int n_samples
+        c_bool is_clear
     ctypedef struct phi_tune_call:
         double seconds
         c_bool is_known[32]

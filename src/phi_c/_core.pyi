@@ -154,6 +154,7 @@ class TuneResult(NamedTuple):
     default_seconds: float
     chosen_seconds: float
     n_samples: int
+    is_clear: bool
 
 BATCH_CLASSES: Final[tuple[int, ...]]
 MAX_SMALL_BATCH: Final[int]

@@ -35,6 +35,7 @@ class TuneResult(NamedTuple):
 
     n_tokens: the class, one of BATCH_CLASSES. prefetch: the choice. default_seconds: per byte of weights
     with the default setting, median of n_samples. chosen_seconds: the same times the median ratio of the choice.
+    is_clear: False if another candidate may be faster, but the measurements vary too much to tell.
     """
 
     type_name: str
@@ -43,6 +44,7 @@ class TuneResult(NamedTuple):
     default_seconds: float
     chosen_seconds: float
     n_samples: int
+    is_clear: bool
 
 
 cdef object _prefetch_object(const phi_prefetch *p):
@@ -152,7 +154,8 @@ def tune(Model model not None, double seconds, known=(), CancelFlag cancel=None)
         raise _failure(status, "the working memory of tuning")
     return _tuning_object(&tuning), [
         TuneResult(phi_types[i].name.decode(), BATCH_CLASSES[c], _prefetch_object(&call.results[i][c].chosen),
-                   call.results[i][c].default_seconds, call.results[i][c].chosen_seconds, call.results[i][c].n_samples)
+                   call.results[i][c].default_seconds, call.results[i][c].chosen_seconds, call.results[i][c].n_samples,
+                   bool(call.results[i][c].is_clear))
         for c in range(PHI_N_BATCH_CLASSES)
         for i in range(PHI_N_TYPES)
         if call.results[i][c].measured

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,17 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("PHI_C_TUNE")
     monkeypatch.setenv("PHI_C_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tuning, "BUDGET_SECONDS", 0.02)
+    set_clear(monkeypatch, True)
+
+
+def set_clear(monkeypatch: pytest.MonkeyPatch, is_clear: bool) -> None:
+    """Make measurements clear or not, which on a busy machine is chance."""
+
+    def tune(*args: Any) -> tuple[_core.Tuning, list[_core.TuneResult]]:
+        settings, results = _core.tune(*args)
+        return settings, [result._replace(is_clear=is_clear) for result in results]
+
+    monkeypatch.setattr(tuning, "tune", tune)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +97,18 @@ def test_first_load_measures_and_later_loads_use_the_profile(files: dict[str, Pa
 
 
 @needs_packing
+def test_unclear_measurements_are_not_stored(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    set_clear(monkeypatch, False)
+    for _ in range(2):
+        with load(files["Q4_K"]) as model:
+            assert model.tuning.startswith(MEASURED) and "again at the next load for Q4_K" in model.tuning
+    set_clear(monkeypatch, True)
+    for source in (MEASURED, "cache"):
+        with load(files["Q4_K"]) as model:
+            assert model.tuning.startswith(source) and "again" not in model.tuning
+
+
+@needs_packing
 def test_types_of_another_model_are_added_to_the_profile(files: dict[str, Path], profile: Path) -> None:
     edit(profile, max_task_rows=128)
     before = json.loads(profile.read_text())
@@ -102,7 +126,7 @@ def test_types_of_another_model_are_added_to_the_profile(files: dict[str, Path],
 @needs_packing
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "null", '{"format": 1}', "[" * 100_000, "\0\xff"],
+    ["", "{", "[]", "null", '{"format": 2}', "[" * 100_000, "\0\xff"],
     ids=["empty", "truncated", "array", "null", "incomplete", "nested", "binary"],
 )
 def test_corrupt_profile_is_measured_again(files: dict[str, Path], profile: Path, content: str) -> None:
@@ -117,7 +141,7 @@ def test_corrupt_profile_is_measured_again(files: dict[str, Path], profile: Path
 @pytest.mark.parametrize(
     "changes",
     [
-        {"format": 2},
+        {"format": 3},
         {"spins": -1},
         {"spins": "many"},
         {"max_task_rows": 33},
@@ -140,7 +164,7 @@ def test_profile_with_other_contents_is_measured_again(
     with load(files["Q4_K"]) as model:
         assert model.tuning.startswith(MEASURED)
         settings(model)
-    assert json.loads(profile.read_text())["format"] == 1
+    assert json.loads(profile.read_text())["format"] == 2
 
 
 @needs_packing

@@ -1,4 +1,4 @@
-"""Compilers keep all values of the few-token product loops in registers, and most values of the others."""
+"""Compilers keep all values of the product loops of small batches in registers, and most values of the others."""
 
 import re
 import shutil
@@ -12,7 +12,7 @@ CPU = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-m
 FLAGS = ["-O3", "-DNDEBUG", "-std=c11", "-fPIC", "-ffp-contract=off", "-Wno-psabi", *CPU]
 MAX_SPILLS_PER_DOT = 1 / 6  # of loops over two panels: some compilers spill one register per 16 dot products
 UNIT_DOTS = (8, 64)  # dot products of a token with a unit of 32 and of 256 columns, which a loop unrolls
-FEW_TOKENS = (2, 3, 4)
+SMALL_BATCHES = (2, 3, 4)
 COMPILERS = [
     *(f"gcc-{n}" for n in range(20, 10, -1) if shutil.which(f"gcc-{n}")),
     *(f"clang-{n}" for n in range(25, 13, -1) if shutil.which(f"clang-{n}")),
@@ -58,8 +58,10 @@ def test_product_loops_of_avx512_do_not_spill(compiler: str) -> None:
     source = CSRC / "kernels/avx512/packed_matmul.c"
     command = [compiler, *FLAGS, f"-I{CSRC}", "-S", "-fverbose-asm", "-o", "-", str(source)]
     loops = product_loops(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    few_token_dots = {dots * n for dots in UNIT_DOTS for n in FEW_TOKENS} - {2 * UNIT_DOTS[0]}  # 16: also two panels
-    assert {dots * n for dots in UNIT_DOTS[1:] for n in FEW_TOKENS} <= {dots for dots, _ in loops}
-    assert [loop for loop in loops if loop[0] in few_token_dots and loop[1]] == []
-    others = [loop for loop in loops if loop[0] not in few_token_dots and loop[0] != UNIT_DOTS[1]]
+    small_batch_dots = {dots * n for dots in UNIT_DOTS for n in SMALL_BATCHES} - {
+        2 * UNIT_DOTS[0]
+    }  # 16: also two panels
+    assert {dots * n for dots in UNIT_DOTS[1:] for n in SMALL_BATCHES} <= {dots for dots, _ in loops}
+    assert [loop for loop in loops if loop[0] in small_batch_dots and loop[1]] == []
+    others = [loop for loop in loops if loop[0] not in small_batch_dots and loop[0] != UNIT_DOTS[1]]
     assert [loop for loop in others if loop[1] > MAX_SPILLS_PER_DOT * loop[0]] == []

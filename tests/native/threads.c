@@ -137,7 +137,8 @@ static bool limit_processes(rlim_t n) {
     return setrlimit(RLIMIT_NPROC, &limit) == 0;
 }
 
-/* A forked child that may not start threads: every run says so, and one succeeds once threads may be started. */
+/* A forked child that may not start threads: every run fails with PHI_NO_THREADS, and one succeeds once threads may be
+ * started. */
 static void test_fork_without_threads(void) {
     phi_pool *pool;
     int status;

@@ -38,7 +38,7 @@ from phi_c.storage import atomic_write, cache_dir
 VARIABLE = "PHI_C_TUNE"
 MODES = ("off", "force")
 BUDGET_SECONDS = 0.2
-_FORMAT = 1  # of the file
+_FORMAT = 2  # of the file; incremented as well when kernels change so that other settings are the fastest
 _FIELDS = ("max_task_rows", "tasks_per_thread", "spins")
 
 
@@ -96,6 +96,8 @@ def read_mode() -> str | None:
 def tune_model(model: Model) -> str:
     """Apply the stored profile to a model, and measure and store the types that it lacks.
 
+    A type is stored if the measurement of single tokens was clear, else the next load measures it again.
+
     Returns where the settings come from: "cache", "measured in 0.20 s" or "defaults (REASON)". Raises OptionError for
     PHI_C_TUNE.
     """
@@ -114,8 +116,11 @@ def tune_model(model: Model) -> str:
     set_tuning(model, settings)
     if not results:
         return "cache"
-    measured = {result.type_name: settings.prefetch[result.type_name] for result in results}
     source = f"measured in {time.perf_counter() - start:.2f} s"
+    clear = {result.type_name for result in results if result.n_tokens == 1 and result.is_clear}
+    if unclear := sorted({result.type_name for result in results} - clear):
+        source += f", again at the next load for {', '.join(unclear)}: the machine is busy"
+    measured = {name: settings.prefetch[name] for name in clear}
     is_stored = store(dataclasses.replace(profile, prefetch={**profile.prefetch, **measured}))
     return source if is_stored else f"{source}, not stored: the cache folder is not writable"
 
