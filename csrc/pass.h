@@ -182,7 +182,7 @@ static inline void multiply(const forward_pass *f, const phi_matrix *w, int firs
  * few long tasks. */
 static inline int max_untiled_rows(const phi_model *model, int n_tokens) {
     int n = model->tuning.max_task_rows;
-    while (2 * n * n_tokens <= TASK_OUTPUTS) n *= 2;
+    while (n < TASK_OUTPUTS && 2 * n * n_tokens <= TASK_OUTPUTS) n *= 2;
     return n;
 }
 
