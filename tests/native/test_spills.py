@@ -11,12 +11,16 @@ CSRC = Path(__file__).parents[2] / "csrc"
 CPU = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 FLAGS = ["-O3", "-DNDEBUG", "-std=c11", "-fPIC", "-ffp-contract=off", "-Wno-psabi", *CPU]
 MAX_SPILLS_PER_DOT = 1 / 6  # of loops over two panels: some compilers spill one register per 16 dot products
+# Of loops for one token, which spill lines of Q5_K and Q6_K panels: with RELOAD they would spill none, but read these
+# lines again, out of order, and take 1.3 times as long from memory.
+MAX_SPILLS_OF_ONE_TOKEN = 2 / 3
 UNIT_DOTS = (8, 64)  # dot products of a token with a unit of 32 and of 256 columns, which a loop unrolls
 SMALL_BATCHES = (2, 3, 4)
-COMPILERS = [
-    *(f"gcc-{n}" for n in range(20, 10, -1) if shutil.which(f"gcc-{n}")),
-    *(f"clang-{n}" for n in range(25, 13, -1) if shutil.which(f"clang-{n}")),
-] or ["gcc", "clang"]
+
+
+def installed(name: str, versions: range) -> list[str]:
+    """Return the commands of all installed versions of a compiler; without any, its name."""
+    return [f"{name}-{n}" for n in versions if shutil.which(f"{name}-{n}")] or [name]
 
 
 def product_loops(assembly: str) -> list[tuple[int, int]]:
@@ -44,12 +48,9 @@ def product_loops(assembly: str) -> list[tuple[int, int]]:
     return [count for count in counts if count[0]]
 
 
-@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("compiler", [*installed("gcc", range(11, 21)), *installed("clang", range(14, 26))])
 def test_product_loops_of_avx512_do_not_spill(compiler: str) -> None:
-    """Loops over units for 2 to 4 tokens spill nothing; the others at most one register per six dot products.
-
-    Loops for one token are exempt: they spill lines of Q5_K and Q6_K panels, which is faster than reading them again.
-    """
+    """Loops over units for 2 to 4 tokens spill nothing; the others stay below their ceilings."""
     if not shutil.which(compiler):
         pytest.skip(f"no {compiler}")
     target = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True, check=True).stdout
@@ -58,10 +59,10 @@ def test_product_loops_of_avx512_do_not_spill(compiler: str) -> None:
     source = CSRC / "kernels/avx512/packed_matmul.c"
     command = [compiler, *FLAGS, f"-I{CSRC}", "-S", "-fverbose-asm", "-o", "-", str(source)]
     loops = product_loops(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    small_batch_dots = {dots * n for dots in UNIT_DOTS for n in SMALL_BATCHES} - {
-        2 * UNIT_DOTS[0]
-    }  # 16: also two panels
+    small_batch_dots = {dots * n for dots in UNIT_DOTS for n in SMALL_BATCHES}
+    small_batch_dots.remove(2 * UNIT_DOTS[0])  # as many as one token of two panels
     assert {dots * n for dots in UNIT_DOTS[1:] for n in SMALL_BATCHES} <= {dots for dots, _ in loops}
     assert [loop for loop in loops if loop[0] in small_batch_dots and loop[1]] == []
-    others = [loop for loop in loops if loop[0] not in small_batch_dots and loop[0] != UNIT_DOTS[1]]
-    assert [loop for loop in others if loop[1] > MAX_SPILLS_PER_DOT * loop[0]] == []
+    for dots, spills in loops:
+        ceiling = MAX_SPILLS_OF_ONE_TOKEN if dots == UNIT_DOTS[1] else MAX_SPILLS_PER_DOT
+        assert spills <= ceiling * dots, f"{spills} spills in a loop of {dots} dot products"
