@@ -119,7 +119,7 @@ def tune_model(model: Model) -> str:
     source = f"measured in {time.perf_counter() - start:.2f} s"
     clear = {result.type_name for result in results if result.n_tokens == 1 and result.is_clear}
     if unclear := sorted({result.type_name for result in results} - clear):
-        source += f", again at the next load for {', '.join(unclear)}: the machine is busy"
+        source += f", again at the next load for {', '.join(unclear)}: unclear"
     measured = {name: settings.prefetch[name] for name in clear}
     is_stored = store(dataclasses.replace(profile, prefetch={**profile.prefetch, **measured}))
     return source if is_stored else f"{source}, not stored: the cache folder is not writable"
