@@ -154,15 +154,21 @@ static size_t part_bytes(const task_part *p) {
 
 /* ---- measurements ---- */
 
-/* Each thread has adjacent tasks, as in a forward pass: a prefetch gains more if streams often break off. */
+/* Each thread has adjacent tasks, and joins those of a matrix if it has few tokens, as in a forward pass: what a
+ * prefetch gains depends on how often a stream of weights breaks off. */
 static void run_sample(void *context, int thread) {
     const sample *s = context;
     const tuner *t = s->t;
     const int n_threads = phi_pool_size(t->model->pool), end = s->n_tasks * (thread + 1) / n_threads;
-    const int task_rows = t->model->tuning.max_task_rows;
+    const int task_rows = t->model->tuning.max_task_rows, max_rows = task_rows * PHI_MAX_SMALL_BATCH / s->n_tokens;
     float *out = t->out + (size_t)thread * PHI_MAX_SMALL_BATCH * (size_t)task_rows;
-    for (int i = s->n_tasks * thread / n_threads; i < end; i++) {
-        const task_part p = part_at(s->ring, (s->ring->cursor + i) % s->ring->n_tasks, task_rows);
+    for (int i = s->n_tasks * thread / n_threads; i < end;) {
+        task_part p = part_at(s->ring, (s->ring->cursor + i++) % s->ring->n_tasks, task_rows);
+        for (; i < end; i++) {
+            const task_part next = part_at(s->ring, (s->ring->cursor + i) % s->ring->n_tasks, task_rows);
+            if (next.matrix != p.matrix || next.first_row == 0 || p.n_rows + next.n_rows > max_rows) break;
+            p.n_rows += next.n_rows;
+        }
         const size_t row_bytes = phi_row_bytes(p.matrix->type, (size_t)p.matrix->n_cols);
         const phi_activations x = {.n_cols = p.matrix->n_cols, .q8 = t->q8};
         const phi_matmul m = {
@@ -173,7 +179,7 @@ static void run_sample(void *context, int thread) {
             .x = &x,
             .n_tokens = s->n_tokens,
             .out = out,
-            .out_stride = (size_t)task_rows,
+            .out_stride = (size_t)max_rows,
             .prefetch = s->prefetch,
             .max_small_batch = t->model->tuning.max_small_batch[p.matrix->type],
         };
