@@ -29,7 +29,7 @@ def min_kv_cache_tokens(n_ctx: int, n_batch: int) -> int:
 
 
 def n_free_pages(llm: phi_c.LLM) -> int:
-    return llm.engine.scheduler.n_available_pages
+    return llm.loop.call(lambda engine: engine.scheduler.n_available_pages)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_kv_cache_tokens_is_checked(windowed: Path, tmp_path: Path) -> None:
 
 def test_kv_cache_memory_is_reported_before_allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_tiny(tmp_path / "m.gguf", weight_type="Q8_0", n_ctx=131072)
-    with phi_c.load(path, n_ctx=131072) as llm:
+    with phi_c.load(path, n_ctx=131072, kv_cache_tokens=131072) as llm:
         assert llm.kv_bytes == 131072 * 2 * 2 * 2 * 64 * 2  # layers, keys and values, heads, dimensions, bytes
         assert llm.generate([5, 6, 7], max_tokens=3, **GREEDY).usage.completion_tokens
     monkeypatch.setattr("phi_c.machine.memory_available", lambda: 64 << 20)

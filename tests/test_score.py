@@ -1,5 +1,6 @@
 """LLM.score and LLM.embed against LLM.logits and the NumPy reference: chunks, batches, shared prompts, concurrency."""
 
+import _thread
 import threading
 import tracemalloc
 from collections.abc import Iterator
@@ -210,7 +211,7 @@ def test_invalid_arguments_and_closed_model(llm: phi_c.LLM) -> None:
 
 
 def n_available_pages(llm: phi_c.LLM) -> int:
-    return llm.engine.scheduler.n_available_pages
+    return llm.loop.call(lambda engine: engine.scheduler.n_available_pages)
 
 
 def test_cancel(llm: phi_c.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,13 +247,18 @@ def test_model_is_usable_after_keyboard_interrupt(llm: phi_c.LLM, monkeypatch: p
         chunks = [next(stream)]
         real = getattr(engine, name)
 
-        def interrupted(*arguments: Any, real: Any = real) -> Any:
-            real(*arguments)
-            raise KeyboardInterrupt
+        interrupts: list[str] = []
+
+        def interrupted(*arguments: Any, real: Any = real, interrupts: list[str] = interrupts) -> Any:
+            if not interrupts:
+                interrupts.append("sent")
+                _thread.interrupt_main()
+            return real(*arguments)
 
         monkeypatch.setattr(engine, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.score(PROMPT, CONTINUATIONS)
+        assert interrupts
         monkeypatch.undo()
         assert [s.logprobs for s in llm.score(PROMPT, CONTINUATIONS)] == expected
         chunks += stream

@@ -88,8 +88,7 @@ cdef class ProductLoop:
         same.data, same.n_bytes, same.at = phi_walk_next(&self.own, self.n_bytes), self.n_bytes, 0
         cdef phi_walk *walk = &self.arena.walk if self.walks else &same
         cdef list errors = []
-        cdef _Watch watch
-        watch.flag, watch.last_check, watch.errors = NULL, phi_seconds(), <void *>errors
+        cdef _Watch watch = _watch(None, errors, phi_seconds())
         cdef phi_bench_stop stop
         stop.poll, stop.context = _poll, &watch
         cdef double seconds

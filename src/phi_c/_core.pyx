@@ -312,7 +312,7 @@ cdef class Model:
             raise OptionError(f"n_threads is {n_threads}, expected at least 1")
         if layout not in ("packed", "mmap"):
             raise OptionError(f"layout is {layout!r}, expected one of packed, mmap")
-        self.lock = ForkLock(MODEL)
+        self.lock = ForkLock()
         self.keep_alive = []
         m.kernels = _kernels(tier)
         m.tuning = phi_default_tuning()
@@ -410,13 +410,12 @@ cdef class Model:
         cdef phi_packing p
         cdef phi_status status
         cdef list errors = []
-        cdef _Watch watch
         if self.packed_bytes == 0:
             return 0
         self.panels = <uint8_t *>phi_map(self.packed_bytes)
         if self.panels == NULL:
             raise MemoryError(f"cannot allocate {self.packed_bytes} bytes for packed weights")
-        watch.flag, watch.last_check, watch.errors = NULL, 0, <void *>errors  # 0: the first call checks
+        cdef _Watch watch = _watch(None, errors, 0)  # 0: the first call checks
         p.kernels, p.pool, p.memory = self.model.kernels, self.model.pool, self.panels
         p.matrices, p.n_matrices = self.matrices, self.n_matrices
         p.source = phi_pack_source(NULL, 0, 0, -1)

@@ -71,24 +71,6 @@ cdef class KvCache:
         return phi_kv_page(&self.model.model, self.kv, page)
 
 
-cdef class CancelFlag:
-    """Cancels a running `forward`, which raises Cancelled after at most one layer. Can be set from any thread."""
-
-    cdef volatile int flag
-
-    def set(self):
-        """Cancel calls of `forward` with this flag, running or future, until `clear`."""
-        self.flag = 1
-
-    def clear(self):
-        """Reset the flag, so that it can be used again."""
-        self.flag = 0
-
-    def is_set(self):
-        """Return whether the flag is set."""
-        return self.flag != 0
-
-
 cdef class Observer:
     """Collects activation statistics for an importance matrix while `forward` runs.
 
@@ -191,7 +173,8 @@ cdef int _check(const int32_t[::1] values, int low, int high, what) except -1:
 def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens not None,
             const int32_t[::1] positions not None, const int32_t[::1] seq_ids not None,
             list page_tables not None, list long_rope not None, const int32_t[::1] logit_rows not None,
-            CancelFlag cancel=None, Observer observer=None, bint hidden_states=False, Timings timings=None):
+            CancelFlag cancel=None, Observer observer=None, bint hidden_states=False, Timings timings=None,
+            list sequence_cancels=None):
     """Run a batch of tokens of one or more sequences; return the logits of selected tokens.
 
     tokens: int32 [n_tokens], token ids.
@@ -201,6 +184,7 @@ def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens
     long_rope: per sequence, whether to rotate by the long LongRoPE factors.
     logit_rows: int32 [n_logit_rows], indices of tokens in the batch, in any order.
     cancel: flag that cancels the call.
+    sequence_cancels: CancelFlags of sequences; the call is cancelled when all of them are set.
     observer: an Observer of this model, to which the batch is added.
     hidden_states: return hidden states instead of logits: the input of the LM head, after the final norm.
     timings: a Timings of this model, to which the times of the call are added.
@@ -233,11 +217,16 @@ def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens
     cdef phi_batch batch
     cdef phi_status status
     cdef list errors = []
-    cdef _Watch watch
-    watch.flag = &cancel.flag if cancel is not None else NULL
-    watch.last_check = phi_seconds()
-    watch.errors = <void *>errors
+    cdef _Watch watch = _watch(cancel, errors, phi_seconds())
+    cdef _Flags *flags = NULL
     try:
+        if sequence_cancels:
+            flags = <_Flags *>calloc(len(sequence_cancels), sizeof(_Flags))
+            if flags == NULL:
+                raise MemoryError
+            for i, flag in enumerate(sequence_cancels):
+                flags[i] = _flags(flag)
+            watch.sequences, watch.n_sequences = flags, len(sequence_cancels)
         for i in range(n_sequences):
             table = tables[i]
             _check(table, 0, kv.n_pages, "a page number")
@@ -270,6 +259,7 @@ def forward(Model model not None, KvCache kv not None, const int32_t[::1] tokens
                 status = phi_forward(&model.model, kv.kv, &batch)
     finally:
         free(sequences)
+        free(flags)
     if errors:
         raise errors[0]
     if status == PHI_CANCELLED:

@@ -1,8 +1,6 @@
 # ---- locks that os.fork acquires ----
 
 
-ENGINE, DISK_CACHE, MODEL = range(3)  # ranks of locks: a thread acquires them in ascending order
-
 _fork_locks = []  # weak references to all ForkLocks
 _lock_numbers = itertools.count()
 _forking = threading.local()  # acquired: the locks that this thread's running os.fork has acquired
@@ -14,21 +12,19 @@ cdef class ForkLock:
     A forked child has only the thread that called `os.fork`. A lock held by another thread would never be released
     there, and the data that it guards might be inconsistent. So a fork waits for all ForkLocks, at most as long as the
     current step of a model. Locks that the forking thread itself holds (a signal handler can fork in the middle of a
-    step) stay held in parent and child.
-
-    rank: ENGINE, DISK_CACHE or MODEL. A thread that holds a lock may acquire only locks of a higher rank.
+    call) stay held in parent and child. A thread holds at most one ForkLock at a time.
 
     Not reentrant: raises PhiError if the thread already holds it, instead of a deadlock. Compiled, so that no interrupt
     can occur between acquiring the lock and recording its owner.
     """
 
     cdef object lock, __weakref__
-    cdef readonly tuple order  # (rank, number of creation): the order in which a fork acquires locks
+    cdef readonly long long number  # of creation: the order in which a fork acquires locks
     cdef long owner  # thread identifier; 0: unlocked
 
-    def __init__(self, int rank):
+    def __init__(self):
         self.lock = threading.Lock()
-        self.order = rank, next(_lock_numbers)
+        self.number = next(_lock_numbers)
         _fork_locks.append(weakref.ref(self, _fork_locks.remove))
 
     def __enter__(self):
@@ -42,17 +38,13 @@ cdef class ForkLock:
         self.owner = 0
         self.lock.release()
 
-    def locked(self):
-        """Return whether any thread holds the lock."""
-        return self.lock.locked()
-
 
 def _acquire_fork_locks():
     cdef ForkLock each
     cdef long thread = PyThread_get_thread_ident()
     _forking.acquired = []
     locks = [lock for reference in list(_fork_locks) if (lock := reference()) is not None]
-    for each in sorted(locks, key=lambda lock: lock.order):
+    for each in sorted(locks, key=lambda lock: lock.number):
         if each.owner != thread:
             each.lock.acquire()  # if an interrupt ends the loop, os.fork continues with the locks acquired so far
             _forking.acquired.append(each.lock)

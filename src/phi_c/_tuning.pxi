@@ -132,10 +132,7 @@ def tune(Model model not None, double seconds, known=(), CancelFlag cancel=None)
     cdef phi_tune_call call
     cdef phi_status status
     cdef list errors = []
-    cdef _Watch watch
-    watch.flag = &cancel.flag if cancel is not None else NULL
-    watch.last_check = phi_seconds()
-    watch.errors = <void *>errors
+    cdef _Watch watch = _watch(cancel, errors, phi_seconds())
     call.seconds = seconds
     call.poll = _poll
     call.poll_context = &watch

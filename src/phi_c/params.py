@@ -14,6 +14,8 @@ TIER_VARIABLE = "PHI_C_ISA"
 # CPU features that a tier needs besides avx512. The system may still refuse AMX to the process (csrc/dispatch.c).
 _TILE_FEATURES = {"amx": {"amx_tile", "amx_int8"}, "amxbf16": {"amx_tile", "amx_bf16", "avx512bf16"}}
 _MAX_KV_CACHE_TOKENS = 1 << 26
+KV_MEMORY_SHARE = 0.25  # of the memory that is available beside the weights, for the default KV cache
+_MAX_DEFAULT_CONTEXTS = 64  # in the default KV cache
 
 
 def check_count(name: str, value: int | None, minimum: int, maximum: int | None) -> None:
@@ -69,7 +71,15 @@ def choose_n_ctx(n_ctx: int | None, config: ModelConfig) -> int:
     return n_ctx or config.n_ctx_train
 
 
-def choose_kv_cache_tokens(kv_cache_tokens: int | None, n_ctx: int, n_batch: int, config: ModelConfig) -> int:
+def default_kv_cache_tokens(n_ctx: int, page_bytes: int, weight_bytes: int) -> int:
+    """Return the default KV cache capacity in tokens: KV_MEMORY_SHARE of the available memory, at least one context."""
+    n_pages = int(max(machine.memory_available() - weight_bytes, 0) * KV_MEMORY_SHARE) // page_bytes
+    return max(n_ctx, min(n_pages * PAGE_TOKENS, _MAX_DEFAULT_CONTEXTS * n_ctx))
+
+
+def choose_kv_cache_tokens(
+    kv_cache_tokens: int | None, n_ctx: int, n_batch: int, config: ModelConfig, kv_type: str, weight_bytes: int
+) -> int:
     """Return the KV cache capacity in tokens. Raises OptionError if one sequence of n_ctx tokens does not fit it."""
     minimum = max_resident_pages(n_ctx, n_batch, config.window) * PAGE_TOKENS
     check_count("kv_cache_tokens", kv_cache_tokens, 1, _MAX_KV_CACHE_TOKENS)
@@ -78,7 +88,9 @@ def choose_kv_cache_tokens(kv_cache_tokens: int | None, n_ctx: int, n_batch: int
             f"kv_cache_tokens is {kv_cache_tokens}, expected at least {minimum}: "
             f"the capacity that one sequence of n_ctx = {n_ctx} tokens needs"
         )
-    return n_ctx if kv_cache_tokens is None else kv_cache_tokens
+    if kv_cache_tokens is None:
+        return default_kv_cache_tokens(n_ctx, kv_page_bytes(config, kv_type), weight_bytes)
+    return kv_cache_tokens
 
 
 def choose_n_ctx_orig(rope: str, config: ModelConfig) -> int | None:

@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from phi_c.engine.sequence import Finish
-from phi_c.engine.sequence import Sequence as EngineSequence
 from phi_c.sampling.sampler import TokenLogprob
 
 
@@ -80,21 +78,3 @@ def collect(chunks: Iterator[Chunk]) -> Completion:
         raise AssertionError("the last chunk has no finish_reason or no usage")
     logprobs = None if chunk.logprobs is None else total.logprobs
     return Completion(total.text, total.tokens, chunk.finish_reason, chunk.usage, logprobs)
-
-
-def make_chunk(
-    sequence: EngineSequence,
-    start: int,
-    end: int,
-    text: str,
-    finish: Finish | None = None,
-    usage: Usage | None = None,
-) -> Chunk:
-    """Return a chunk of a sequence's generated tokens start .. end - 1, counted from the first generated one."""
-    return Chunk(
-        text=text,
-        tokens=sequence.tokens[sequence.n_prompt + start : sequence.n_prompt + end],
-        logprobs=None if sequence.n_top_logprobs is None else sequence.logprobs[start:end],
-        finish_reason=finish.value if finish else None,
-        usage=usage,
-    )

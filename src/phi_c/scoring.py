@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from phi_c._core import CancelFlag
-from phi_c.engine.engine import Engine
+from phi_c.engine.loop import EngineLoop
 from phi_c.engine.prompt_outputs import logits_by_chunk, stream_hidden_states
 from phi_c.engine.sequence import Sequence as EngineSequence
 from phi_c.errors import OptionError, PhiError
@@ -95,7 +95,9 @@ def _encode_either(
     return context, check_ids(continuation, n_vocab) if len(continuation) else []
 
 
-def score_pairs(engine: Engine, pairs: Iterable[Pair], cancel: CancelFlag | None = None) -> Iterator[tuple[int, Score]]:
+def score_pairs(
+    loop: EngineLoop, pairs: Iterable[Pair], cancel: CancelFlag | None = None
+) -> Iterator[tuple[int, Score]]:
     """Yield (index of the pair, score) in the order in which pairs complete.
 
     Consecutive pairs with the same context compute it once. Those that differ in their last token only, such as the
@@ -103,6 +105,7 @@ def score_pairs(engine: Engine, pairs: Iterable[Pair], cancel: CancelFlag | None
     must fit the context. Raises Cancelled, ModelClosedError, PhiError for logits that are not finite.
     """
     pending: dict[EngineSequence, list[_PendingScore]] = {}
+    flag = CancelFlag(cancel)
 
     def groups() -> Iterator[list[EngineSequence]]:
         for _, group in itertools.groupby(enumerate(pairs), key=lambda numbered: numbered[1][0]):
@@ -110,19 +113,19 @@ def score_pairs(engine: Engine, pairs: Iterable[Pair], cancel: CancelFlag | None
             for index, (context, continuation) in group:
                 inputs = tuple(continuation[:-1])  # the logits after the last token are not needed
                 if inputs not in sequences:
-                    sequence = EngineSequence([*context, *inputs], output_from=len(context) - 1, cancel=cancel)
+                    sequence = EngineSequence([*context, *inputs], output_from=len(context) - 1, cancel=flag)
                     sequences[inputs] = sequence
                     pending[sequence] = []
                 pending[sequences[inputs]].append(_PendingScore(index, continuation))
             yield list(sequences.values())
 
-    for sequence, position, states in stream_hidden_states(engine, groups()):
-        for chunk, logits in logits_by_chunk(engine, sequence, states):
+    for sequence, position, states in stream_hidden_states(loop, groups()):
+        for chunk, logits in logits_by_chunk(loop, states, flag):
             for score in pending[sequence]:
-                score.add(position - sequence.output_start + chunk.start, logits)
-        if position + len(states) == len(sequence.tokens):
+                score.add(position - (sequence.output_from or 0) + chunk.start, logits)
+        if position + len(states) == sequence.n_prompt:
             for score in pending.pop(sequence):
-                yield score.index, score.finish(sequence.n_cached)
+                yield score.index, score.finish(sequence.n_cached or 0)
 
 
 class _PendingScore:
@@ -164,7 +167,7 @@ def token_logprobs(logits: Floats, ids: npt.NDArray[Any]) -> tuple[Doubles, npt.
 
 
 def embed_inputs(
-    engine: Engine,
+    loop: EngineLoop,
     inputs: Sequence[list[int]],
     n_embd: int,
     *,
@@ -178,24 +181,25 @@ def embed_inputs(
     """
     if pooling not in POOLINGS:
         raise OptionError(f"pooling is {pooling!r}, expected one of {', '.join(POOLINGS)}")
+    firsts = [0 if pooling == "mean" else len(ids) - 1 for ids in inputs]
     sequences = {
-        EngineSequence(list(ids), output_from=0 if pooling == "mean" else len(ids) - 1, cancel=cancel): i
-        for i, ids in enumerate(inputs)
+        EngineSequence(ids, output_from=first, cancel=CancelFlag(cancel)): i
+        for i, (ids, first) in enumerate(zip(inputs, firsts, strict=True))
     }
     sums = np.zeros((len(inputs), n_embd))
-    for sequence, _, states in stream_hidden_states(engine, ([sequence] for sequence in sequences)):
+    for sequence, _, states in stream_hidden_states(loop, ([sequence] for sequence in sequences)):
         sums[sequences[sequence]] += states.sum(0, dtype=np.float64)
-    counts = [len(sequence.tokens) - sequence.output_start for sequence in sequences]
+    counts = [len(ids) - first for ids, first in zip(inputs, firsts, strict=True)]
     embeddings = sums / np.asarray(counts, np.float64).reshape(-1, 1)
     if normalize:
         embeddings /= np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), np.finfo(np.float32).tiny)
     return embeddings.astype(np.float32)
 
 
-def all_logits(engine: Engine, ids: list[int], n_vocab: int) -> Floats:
+def all_logits(loop: EngineLoop, ids: list[int], n_vocab: int) -> Floats:
     """Return the logits after each token: float32 [n_tokens, n_vocab]. Raises ModelClosedError."""
     out = np.empty((len(ids), n_vocab), np.float32)
-    for sequence, position, states in stream_hidden_states(engine, [[EngineSequence(ids, output_from=0)]]):
-        for chunk, logits in logits_by_chunk(engine, sequence, states):
+    for sequence, position, states in stream_hidden_states(loop, [[EngineSequence(ids, output_from=0)]]):
+        for chunk, logits in logits_by_chunk(loop, states, sequence.cancel):
             out[position + chunk.start : position + chunk.stop] = logits
     return out

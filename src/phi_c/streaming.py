@@ -1,19 +1,19 @@
-"""Generation calls: options are checked, and an engine sequence becomes a stream of chunks."""
+"""Generation calls: options are checked, and an engine sequence becomes a stream of chunks in the caller's thread."""
 
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from phi_c._core import PAGE_TOKENS, CancelFlag
-from phi_c.engine.engine import Engine
+from phi_c._core import CancelFlag
+from phi_c.engine.loop import EngineLoop
+from phi_c.engine.outputs import Output
 from phi_c.engine.prefix_cache import DiskPrefixCache
 from phi_c.engine.sequence import Finish
 from phi_c.engine.sequence import Sequence as EngineSequence
 from phi_c.errors import OptionError
 from phi_c.params import check_count
-from phi_c.results import Chunk, Usage, make_chunk
+from phi_c.results import Chunk, Usage
 from phi_c.sampling.params import SamplingParams
 from phi_c.sampling.sampler import Sampler
 from phi_c.text.request import Prompt
@@ -49,7 +49,7 @@ def check_options(
 
 
 def stream_chunks(
-    engine: Engine,
+    loop: EngineLoop,
     tokenizer: Tokenizer,
     prompt: Prompt,
     options: GenerationOptions,
@@ -58,10 +58,10 @@ def stream_chunks(
     n_vocab: int,
     prefix_cache: DiskPrefixCache | None,
 ) -> Iterator[Chunk]:
-    """Return an iterator over a call's output; its first `next` queues the sequence.
+    """Return an iterator over a call's output; its first `next` submits the sequence.
 
-    The prompt must fit n_ctx. n_vocab: rows of the model's output matrix. prefix_cache: stores the prompt's pages after
-    the last chunk was consumed. Raises OptionError at once for a logit bias outside the vocabulary.
+    The prompt must fit n_ctx. n_vocab: rows of the model's output matrix. prefix_cache: stores the prompt's pages
+    before the last chunk. Raises OptionError at once for a logit bias outside the vocabulary.
     """
     # The last generated token is never computed, so one token more than the context can be generated.
     n_remaining = n_ctx - len(prompt.ids) + 1
@@ -71,63 +71,90 @@ def stream_chunks(
         sampler=Sampler(options.sampling, n_vocab),
         eog_ids=tokenizer.eog_ids,
         n_top_logprobs=options.logprobs,
-        cancel=options.cancel,
+        cancel=CancelFlag(options.cancel),
     )
-    decoder = StreamDecoder(tokenizer, options.stop, continues=prompt.is_raw)
-    return _run(engine, sequence, decoder, tokenizer.n_vocab, prefix_cache)
+    text = _TextOfOutputs(StreamDecoder(tokenizer, options.stop, continues=prompt.is_raw), tokenizer.n_vocab)
+    return _run(loop, sequence, text, prefix_cache)
 
 
 def _run(
-    engine: Engine,
-    sequence: EngineSequence,
-    decoder: StreamDecoder,
-    n_tokenizer_vocab: int,
-    prefix_cache: DiskPrefixCache | None,
+    loop: EngineLoop, sequence: EngineSequence, text: "_TextOfOutputs", prefix_cache: DiskPrefixCache | None
 ) -> Iterator[Chunk]:
-    """Step the engine until the sequence is done; yield its text as it is decoded."""
-    # One entry per generated token that is not yielded yet. A thread that drives another sequence appends as well.
-    texts: deque[str] = deque()
-
-    def accept(token: int) -> bool:
-        texts.append(decoder.push(token) if token < n_tokenizer_vocab else "")
-        return not decoder.stopped
-
-    sequence.accept = accept
+    """Submit a sequence and yield its text as its tokens come."""
+    has_logprobs = sequence.n_top_logprobs is not None
     start = time.perf_counter()
     first_token: float | None = None
-    n_yielded = 0
-    engine.add(sequence)
+    n_generated = 0
+    loop.submit(sequence)
     try:
-        while not sequence.is_done:
-            engine.step(sequence)
-            if first_token is None and len(sequence.tokens) > sequence.n_prompt:
-                first_token = time.perf_counter()
-            if texts and not sequence.is_done:
-                drained = drain(texts)
-                yield make_chunk(sequence, n_yielded, n_yielded + len(drained), "".join(drained))
-                n_yielded += len(drained)
+        while True:
+            outputs, finish = text.add(sequence.outputs.read())
+            tokens = [output for output in outputs if output.token is not None]
+            if tokens and first_token is None:
+                first_token = tokens[0].time
+            n_generated += len(tokens)
+            if finish is not None:
+                break
+            yield _make_chunk(tokens, text.take(), has_logprobs)
     finally:
-        engine.remove(sequence)
-    if sequence.error is not None:  # raised in a step that another thread drove
-        raise sequence.error
-    end = time.perf_counter()
-    n_generated = len(sequence.tokens) - sequence.n_prompt
+        loop.cancel([sequence])  # it may still run: after a stop string, or if the caller leaves
+    end = outputs[-1].time
     usage = Usage(
         prompt_tokens=sequence.n_prompt,
-        cached_tokens=sequence.n_cached,
+        cached_tokens=sequence.n_cached or 0,
         completion_tokens=n_generated,
         prompt_seconds=(first_token or end) - start,
         decode_seconds=end - (first_token or end),
     )
-    finish = sequence.finish or Finish.CANCELLED
-    yield make_chunk(sequence, n_yielded, n_generated, "".join(drain(texts)) + decoder.finish(), finish, usage)
-    if prefix_cache is not None:
-        prefix_cache.store(engine, sequence.keys[: sequence.n_prompt // PAGE_TOKENS])
+    if prefix_cache is not None and first_token is not None:
+        if tokens:  # writing the file takes time
+            yield _make_chunk(tokens, text.take(), has_logprobs)
+            tokens = []
+        prefix_cache.store(loop, sequence.tokens[: sequence.n_prompt])
+    yield _make_chunk(tokens, text.take() + text.finish(), has_logprobs, finish, usage)
 
 
-def drain(queue: deque[str]) -> list[str]:
-    """Remove and return all items of a queue to which other threads may append at the same time."""
-    items: list[str] = []
-    while queue:
-        items.append(queue.popleft())
-    return items
+class _TextOfOutputs:
+    """The text of a sequence's outputs, which ends at a stop string."""
+
+    def __init__(self, decoder: StreamDecoder, n_tokenizer_vocab: int) -> None:
+        self._decoder = decoder
+        self._n_tokenizer_vocab = n_tokenizer_vocab
+        self._pending = ""
+
+    def add(self, outputs: list[Output]) -> tuple[list[Output], Finish | None]:
+        """Decode outputs; return those up to the end of the text, and why it ends there (None: it does not).
+
+        Raises the error that ended the sequence.
+        """
+        for n, output in enumerate(outputs, 1):
+            if output.error is not None:
+                raise output.error
+            if output.token is not None and output.token < self._n_tokenizer_vocab:
+                self._pending += self._decoder.push(output.token)
+            if self._decoder.stopped:
+                return outputs[:n], Finish.STOP
+            if output.finish is not None:
+                return outputs[:n], output.finish
+        return outputs, None
+
+    def take(self) -> str:
+        """Return the text that was not taken yet."""
+        text, self._pending = self._pending, ""
+        return text
+
+    def finish(self) -> str:
+        """Return the text that the decoder held back."""
+        return self._decoder.finish()
+
+
+def _make_chunk(
+    outputs: list[Output], text: str, has_logprobs: bool, finish: Finish | None = None, usage: Usage | None = None
+) -> Chunk:
+    return Chunk(
+        text=text,
+        tokens=[output.token for output in outputs if output.token is not None],
+        logprobs=[output.logprob for output in outputs if output.logprob is not None] if has_logprobs else None,
+        finish_reason=finish.value if finish else None,
+        usage=usage,
+    )

@@ -158,22 +158,20 @@ def test_file_replaced_by_one_with_fewer_pages(path: Path, tmp_path: Path, lost:
         assert (got.usage.cached_tokens, got.logprobs) == (whole_pages(199), expected.logprobs)
 
 
-def test_keyboard_interrupt_while_pages_are_fetched(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_error_while_pages_are_fetched(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = tokens_of(200)
     with phi_c.load(path, prefix_cache=tmp_path / "c") as llm:
         expected = generate(llm, prompt)
     with phi_c.load(path, prefix_cache=tmp_path / "c") as llm:
         real = page_file.PageFile.page
 
-        def interrupted(file: page_file.PageFile, index: int) -> Any:
+        def failing(file: page_file.PageFile, index: int) -> Any:
             if index == 3:
-                raise KeyboardInterrupt
+                raise MemoryError("no room for a page")
             return real(file, index)
 
-        monkeypatch.setattr(page_file.PageFile, "page", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        monkeypatch.setattr(page_file.PageFile, "page", failing)
+        with pytest.raises(MemoryError, match="no room for a page"):
             generate(llm, prompt)
         monkeypatch.undo()
         assert llm.engine.scheduler.n_available_pages == llm.engine.kv.n_pages

@@ -74,17 +74,17 @@ def test_smaller_kv_cache_loads_the_most_recently_used_pages(path: Path, tmp_pat
     with phi_c.load(path) as llm:
         expected = [generate(llm, old).tokens, generate(llm, new).tokens]
         llm.save_state(tmp_path / "state")
-    with phi_c.load(path, n_ctx=480) as llm:
+    with phi_c.load(path, n_ctx=480, kv_cache_tokens=480) as llm:
         loaded = llm.load_state(tmp_path / "state")
         assert (loaded.tokens, loaded.loaded_tokens) == (640, 480)
         assert generate(llm, new).usage.cached_tokens == 320
         assert generate(llm, old).tokens == expected[0]
-    with phi_c.load(path, n_ctx=480) as llm:
+    with phi_c.load(path, n_ctx=480, kv_cache_tokens=480) as llm:
         running = llm.stream(tokens_of(200, 3), max_tokens=100, **GREEDY)
         next(running)
-        assert llm.load_state(tmp_path / "state").loaded_tokens == 480 - 320  # pages that the running sequence may need
-        again = generate(llm, new, 1)
-        assert again.usage.cached_tokens == 160
+        # The running sequence has 7 to 9 pages, and takes pages of the state as its tokens come.
+        assert llm.load_state(tmp_path / "state").loaded_tokens in (192, 224, 256)
+        assert generate(llm, new).tokens == expected[1]
         list(running)
         assert llm.engine.scheduler.n_available_pages == llm.engine.kv.n_pages
 

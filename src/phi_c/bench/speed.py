@@ -15,6 +15,8 @@ from phi_c._core import PAGE_TOKENS, Timings
 from phi_c.bench import batch_curve
 from phi_c.bench.memory import read_rate
 from phi_c.bench.phases import Case, PhaseSample, phase_weights, report_phases, take_sample
+from phi_c.engine.engine import Engine
+from phi_c.engine.outputs import OutputQueue
 from phi_c.engine.scheduler import pages_for
 from phi_c.engine.sequence import Sequence
 from phi_c.errors import OptionError
@@ -148,9 +150,57 @@ def _decode_case(batch_size: int, context: int = 0) -> Case:
     return Case("decode", batch_size, context)
 
 
-def _n_computed(sequences: list[Sequence]) -> int:
-    # The last generated token is never computed.
-    return sum(len(sequence.tokens) - 1 - sequence.n_cached for sequence in sequences if sequence.generated)
+class _Batch:
+    """Sequences that run together, and the times of their tokens."""
+
+    def __init__(self, model: llm.LLM, prompts: list[list[int]], max_tokens: int) -> None:
+        self.first_token = self.last_token = 0.0  # seconds: when all sequences had it
+        self._loop = model.loop
+        self._outputs = OutputQueue(len(prompts) * max_tokens + 1)
+        greedy = SamplingParams(temperature=0, repeat_penalty=1)
+        self.sequences = [
+            Sequence(
+                tokens=prompt,
+                max_tokens=max_tokens,
+                sampler=Sampler(greedy, model.config.n_vocab),
+                eog_ids=frozenset(),  # no end token: all sequences generate max_tokens
+                outputs=self._outputs,
+            )
+            for prompt in prompts
+        ]
+        self._running = set(self.sequences)
+        self._starting = set(self.sequences)
+        self._loop.submit(*self.sequences)
+
+    def wait_for_first_tokens(self) -> None:
+        """Wait until every sequence has a token."""
+        while self._starting:
+            self._read()
+
+    def wait(self) -> None:
+        """Wait until every sequence is done."""
+        while self._running:
+            self._read()
+
+    def cancel(self) -> None:
+        """Remove sequences that are not done."""
+        self._loop.cancel(self._running)
+
+    @property
+    def n_computed(self) -> int:
+        """Number of tokens computed so far; the last generated token is never computed. In the engine's thread."""
+        return sum((len(s.tokens) - 1 if s.is_done else s.n_computed) - (s.n_cached or 0) for s in self.sequences)
+
+    def _read(self) -> None:
+        for output in self._outputs.read():
+            if output.error is not None:
+                raise output.error
+            if output.sequence in self._starting:
+                self._starting.remove(output.sequence)
+                self.first_token = output.time
+            if output.finish is not None:
+                self._running.remove(output.sequence)
+                self.last_token = output.time
 
 
 class _Runner:
@@ -165,7 +215,7 @@ class _Runner:
         self._workload = workload
         self._random = np.random.default_rng(0)
         self._timings = Timings(model.engine.model) if workload.phases else None
-        model.engine.timings = self._timings
+        model.engine.timings = self._timings  # before the first step
 
     def run(self, progress: Callable[[str], None]) -> None:
         """Run all measurements."""
@@ -203,47 +253,46 @@ class _Runner:
             self.read_rates.append(rate)
 
     def _prefill(self) -> None:
-        sequence = self._add_sequence(self.random_ids(self._workload.n_prefill), max_tokens=1)
-        case = Case("prefill", 1, self._workload.n_prefill)
-        self.prefill_speeds.append(self._timed(case, [sequence], 1))
+        n_tokens = self._workload.n_prefill
+        if self._timings is not None:
+            self._model.loop.call(lambda engine: self._clear_timings())
+        start = time.perf_counter()
+        batch = _Batch(self._model, [self.random_ids(n_tokens)], max_tokens=1)
+        try:
+            batch.wait()
+        finally:
+            batch.cancel()
+        speed = self._speed(Case("prefill", 1, n_tokens), batch.last_token - start, batch.n_computed)
+        self.prefill_speeds.append(speed)
 
     def _decode(self, case: Case, prompts: list[list[int]]) -> None:
         """Measure the decode speed of a batch; prefill and first tokens are not timed."""
-        n_tokens = self._workload.n_decode + 1
-        sequences = [self._add_sequence(prompt, n_tokens) for prompt in prompts]
+        n_tokens = self._workload.n_decode
+        if self._timings is not None:
+            n_tokens += 1  # computed until the times are cleared
+        batch = _Batch(self._model, prompts, n_tokens + 1)
         try:
-            self._run_until(sequences, 1)
-            self.decode_speeds[case].append(self._timed(case, sequences, n_tokens))
-        finally:
-            for sequence in sequences:
-                self._model.engine.remove(sequence)
+            batch.wait_for_first_tokens()
+            start, n_before = batch.first_token, sum(len(prompt) for prompt in prompts)
+            n_before -= sum(sequence.n_cached or 0 for sequence in batch.sequences)
+            if self._timings is not None:
 
-    def _timed(self, case: Case, sequences: list[Sequence], n_tokens: int) -> float:
-        """Run until every sequence has generated n_tokens tokens; return the tokens computed per second."""
+                def restart(engine: Engine) -> tuple[float, int]:
+                    self._clear_timings()
+                    return time.perf_counter(), batch.n_computed
+
+                start, n_before = self._model.loop.call(restart)
+            batch.wait()
+        finally:
+            batch.cancel()
+        self.decode_speeds[case].append(self._speed(case, batch.last_token - start, batch.n_computed - n_before))
+
+    def _clear_timings(self) -> None:
         if self._timings is not None:
             self._timings.clear()
-        n_before = _n_computed(sequences)
-        start = time.perf_counter()
-        self._run_until(sequences, n_tokens)
-        seconds = time.perf_counter() - start
-        n_computed = _n_computed(sequences) - n_before
+
+    def _speed(self, case: Case, seconds: float, n_tokens: int) -> float:
+        """Return the tokens per second; with phases, also keep the times of the steps."""
         if self._timings is not None:
-            self.phase_samples[case].append(take_sample(self._timings, seconds, n_computed))
-        return n_computed / seconds
-
-    def _add_sequence(self, prompt: list[int], max_tokens: int) -> Sequence:
-        greedy = SamplingParams(temperature=0, repeat_penalty=1)
-        sequence = Sequence(
-            tokens=list(prompt),  # a copy: it grows, and a prompt can be used again
-            max_tokens=max_tokens,
-            sampler=Sampler(greedy, self._model.config.n_vocab),
-            eog_ids=frozenset(),  # no end token: all sequences generate max_tokens
-        )
-        self._model.engine.add(sequence)
-        return sequence
-
-    def _run_until(self, sequences: list[Sequence], n_tokens: int) -> None:
-        """Run engine steps until every sequence has generated n_tokens tokens."""
-        for sequence in sequences:
-            while len(sequence.tokens) - sequence.n_prompt < n_tokens:
-                self._model.engine.step(sequence)
+            self.phase_samples[case].append(take_sample(self._timings, seconds, n_tokens))
+        return n_tokens / seconds

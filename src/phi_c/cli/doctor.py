@@ -20,7 +20,7 @@ from phi_c.cli.output import name_value_table
 from phi_c.engine import prefix_cache
 from phi_c.errors import PhiError
 from phi_c.model import tuning
-from phi_c.params import TIER_VARIABLE, choose_tier
+from phi_c.params import KV_MEMORY_SHARE, TIER_VARIABLE, choose_tier
 from phi_c.storage import cache_dir
 
 _EPILOG = """\b
@@ -104,6 +104,7 @@ def examine() -> tuple[dict[str, Any], list[PhiError]]:
         "memory": {
             "total_bytes": _known(machine.memory_total()),
             "available_bytes": _known(machine.memory_available()),
+            "kv_cache_share": KV_MEMORY_SHARE,
             "read_bytes_per_second": {str(n): read_rate(n) for n in sorted({1, n_threads})},
         },
         "cache": cache,
@@ -144,7 +145,11 @@ def _table(report: Mapping[str, Any]) -> Table:
             f"{cores['physical']} physical, {cores['affinity']} in the CPU affinity, cgroup quota {quota}",
         ),
         ("threads", f"{cores['default_threads']} by default"),
-        ("memory", f"{_size(memory['total_bytes'])}, {_size(memory['available_bytes'])} available"),
+        (
+            "memory",
+            f"{_size(memory['total_bytes'])}, {_size(memory['available_bytes'])} available, "
+            f"of which a KV cache takes up to {memory['kv_cache_share']:.0%}",
+        ),
         ("bandwidth", "; ".join(rates)),
         ("cache", cache["folder"] or "unknown"),
         ("models", "\n".join(models) or "none"),

@@ -26,16 +26,21 @@ def load(model: str, **options: Any) -> "LLM":
         click.echo(f"loaded {loaded.config.name} in {seconds:.1f} s", err=True)
     if is_terminal and loaded.packed_cache is not None:
         click.echo(f"saved packed weights for the next start in {loaded.packed_cache}", err=True)
-    if is_terminal and loaded.kv_bytes >= _NOTICE_KV_BYTES:
+    if is_terminal and _context_bytes(loaded, loaded.kv_type) >= _NOTICE_KV_BYTES:
         click.echo(kv_notice(loaded), err=True)
     return loaded
 
 
 def kv_notice(loaded: "LLM") -> str:
-    """Return a line on the memory of a full KV cache; it is allocated as sequences grow, so none is in use yet."""
-    from phi_c._core import KV_TYPES, PAGE_TOKENS, kv_page_bytes  # noqa: PLC0415
+    """Return a line on the KV cache memory of a whole context; it is allocated as sequences grow."""
+    from phi_c._core import KV_TYPES  # noqa: PLC0415
 
-    kv = loaded.engine.kv
-    gib = {name: kv.n_pages * kv_page_bytes(loaded.config, name) / 2**30 for name in KV_TYPES}
+    gib = {name: _context_bytes(loaded, name) / 2**30 for name in KV_TYPES}
     others = ", ".join(f"{gib[name]:.1f} GiB with --kv-type {name}" for name in KV_TYPES if name != loaded.kv_type)
-    return f"KV cache: up to {gib[loaded.kv_type]:.1f} GiB for {kv.n_pages * PAGE_TOKENS} tokens ({others})"
+    return f"KV cache: up to {gib[loaded.kv_type]:.1f} GiB for {loaded.n_ctx} tokens ({others})"
+
+
+def _context_bytes(loaded: "LLM", kv_type: str) -> int:
+    from phi_c._core import PAGE_TOKENS, kv_page_bytes  # noqa: PLC0415
+
+    return -(-loaded.n_ctx // PAGE_TOKENS) * kv_page_bytes(loaded.config, kv_type)

@@ -182,7 +182,8 @@ def loading_options(*first: Decorator, more: tuple[Decorator, ...] = ()) -> Deco
             "--kv-cache-tokens",
             type=int,
             metavar="N",
-            help="Capacity of the KV cache in tokens, shared by all sequences.  [default: the context size]",
+            help="Capacity of the KV cache in tokens, shared by all sequences.  [default: what fits a quarter of "
+            "the available memory]",
         ),
         cloup.option(
             "--layout",

@@ -1,30 +1,39 @@
-"""The engine step: schedule, forward, sample, emit."""
+"""The engine: one step after another, schedule, forward, sample, commit. It belongs to one thread; see loop.py."""
 
-from collections import deque
+import time
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
-from phi_c._core import ENGINE, ForkLock, KvCache, Model, Timings, forward, lm_head
+from phi_c._core import CancelFlag, KvCache, Model, Timings, forward, lm_head
 from phi_c.engine.kv_pages import PagePool
+from phi_c.engine.outputs import Output
 from phi_c.engine.scheduler import Scheduler, Work, pages_for
 from phi_c.engine.sequence import Finish, Sequence
 from phi_c.errors import Cancelled, ModelClosedError
-from phi_c.sampling.sampler import logprob
+from phi_c.sampling.sampler import TokenLogprob, logprob
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
+Sample = tuple[int, TokenLogprob | None] | Exception
+
+_MIN_PREFILL_TOKENS = 16  # in a step, beside decoding sequences
+_RATE_WEIGHT = 0.25  # of the last step in the moving average of the time per token
 
 
 class Engine:
-    """Runs sequences on one model and one KV cache. Safe to call from several threads.
+    """Runs sequences on one model and one KV cache. Not thread-safe: EngineLoop owns it.
 
     kv_cache_tokens: KV cache capacity in tokens, shared by all sequences.
     n_batch: maximum number of tokens in a step.
     n_ctx_orig, window: see Scheduler.
     kv_type: see KvCache.
+    max_step_seconds: how long prefill may make decoding sequences wait in a step, as far as the speed of earlier steps
+        tells.
 
     timings: set it to collect the times of all forward passes.
+    interrupt: set it, from any thread, to abort the running forward pass; what it computed is lost.
     """
 
     def __init__(
@@ -35,164 +44,118 @@ class Engine:
         n_ctx_orig: int | None = None,
         kv_type: str = "f16",
         window: int | None = None,
+        max_step_seconds: float = 0.25,
     ) -> None:
         self.model = model
         self.kv = KvCache(model, pages_for(kv_cache_tokens), kv_type)
         self.scheduler = Scheduler(PagePool(self.kv.n_pages), n_batch, n_ctx_orig, window)
+        self.max_step_seconds = max_step_seconds
         self.timings: Timings | None = None
-        self._lock = ForkLock(ENGINE)
-        self._removals: deque[Sequence] = deque()  # not applied yet: the lock was held
+        self.interrupt = CancelFlag()
+        self._seconds_per_token: float | None = None  # of steps with prefill
         self._closed = False
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises ModelClosedError."""
-        with self._lock:
-            self._prepare()
-            self.scheduler.add(sequence)
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        """Queue sequences; those that come together start in the same step if there is room."""
+        for sequence in sequences:
+            if self._closed:
+                sequence.outputs.put(Output(sequence, error=ModelClosedError("the model was closed")))
+            else:
+                self.scheduler.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Remove a sequence now, or at the next call if the lock is held. No effect on a sequence that is done.
+        """Remove a sequence without an output. No effect on one that is done."""
+        self.scheduler.remove(sequence)
 
-        Never blocks: the garbage collector closes an abandoned stream in any thread, possibly in the middle of a step
-        and in the thread that holds the lock.
-        """
-        self._removals.append(sequence)
-        if not self._lock.locked():
-            with self._lock:
-                self._apply_removals()
-
-    def step(self, awaited: Sequence) -> None:
-        """Run one step for all sequences, unless the awaited one is done.
-
-        Every thread that waits for a sequence drives all of them. Raises the error of the awaited sequence,
-        ModelClosedError, and KeyboardInterrupt.
-        """
-        with self._lock:
-            self._prepare()
-            if not awaited.is_done:
-                self._step(awaited)
-        if awaited.error is not None:
-            raise awaited.error
+    def step(self) -> None:
+        """Run one step for all sequences and publish what it produced."""
+        self._remove_cancelled()
+        work = self.scheduler.schedule(self._max_prefill_tokens())
+        try:
+            rows = self._forward(work)
+        except Cancelled:
+            return  # the next step removes the cancelled sequences, and repeats the work if there are others
+        except Exception as error:  # no memory, no threads
+            for w in work:
+                self._publish(Output(w.sequence, error=error))
+            return
+        samples = [self._sample(w, row) for w, row in zip(work, rows, strict=True)]
+        for w, sample, row in zip(work, samples, rows, strict=True):
+            self._commit(w, sample, row)
 
     def lm_head(self, hidden_states: Floats) -> Floats:
-        """Return the logits, float32 [n, n_vocab], of hidden states after the final norm, float32 [n, n_embd].
-
-        Other sequences run their steps between two calls: pass a few rows at a time. Raises ModelClosedError.
-        """
-        with self._lock:
-            self._prepare()
-            return lm_head(self.model, self.kv, hidden_states)
+        """Return the logits, float32 [n, n_vocab], of hidden states after the final norm, float32 [n, n_embd]."""
+        return lm_head(self.model, self.kv, hidden_states)
 
     def registered_keys(self) -> list[bytes]:
-        """Return the keys of all registered pages, least recently used first. Raises ModelClosedError."""
-        with self._lock:
-            self._prepare()
-            return self.scheduler.pool.registered_keys()
-
-    @property
-    def n_available_pages(self) -> int:
-        """Pages that no running sequence may still need. Raises ModelClosedError."""
-        with self._lock:
-            self._prepare()
-            return self.scheduler.n_available_pages
+        """Return the keys of all registered pages, least recently used first."""
+        return self.scheduler.pool.registered_keys()
 
     def read_page(self, key: bytes) -> Bytes | None:
         """Return a copy of a key's page, uint8 [page_bytes], or None if it is not registered."""
-        with self._lock:
-            self._prepare()
-            page = self.scheduler.pool.find(key)
-            return None if page is None else self.kv.read_page(page)
+        page = self.scheduler.pool.find(key)
+        return None if page is None else self.kv.read_page(page)
 
     def insert_page(self, key: bytes, data: Bytes) -> bool:
         """Register a page with data from `read_page` as the most recently used one.
 
-        Returns False if running sequences may need all free pages. Raises ModelClosedError.
+        Returns False if running sequences need all free pages.
         """
-        with self._lock:
-            self._prepare()
-            pool = self.scheduler.pool
-            page = pool.find(key)
-            if page is not None:
-                pool.incref(page)
-                pool.decref(page)
-                return True
-            if self.scheduler.n_available_pages <= 0:
-                return False
-            page = pool.allocate()
-            try:
-                self.kv.write_page(page, data)
-                pool.register(page, key)
-            finally:  # also after a KeyboardInterrupt
-                pool.decref(page)
+        pool = self.scheduler.pool
+        page = pool.find(key)
+        if page is not None:
+            pool.incref(page)
+            pool.decref(page)
             return True
+        if self.scheduler.n_available_pages <= 0:
+            return False
+        page = pool.allocate()
+        self.kv.write_page(page, data)
+        pool.register(page, key)
+        pool.decref(page)
+        return True
+
+    def fail_all(self, error: BaseException) -> None:
+        """End all sequences with an error."""
+        for sequence in (*self.scheduler.running, *self.scheduler.waiting):
+            self._publish(Output(sequence, error=error))
+
+    def forget_sequences(self) -> None:
+        """Start with an empty KV cache: in a forked child, where the parent's sequences do not run."""
+        old = self.scheduler
+        pool = PagePool(self.kv.n_pages)
+        self.scheduler = Scheduler(pool, old.n_batch, old.n_ctx_orig, old.window, old.kv_connector)
 
     def close(self) -> None:
         """Close the model; unfinished sequences fail with ModelClosedError."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
-                self._fail(sequence, ModelClosedError("the model was closed"))
+        if self._closed:
+            return
+        self._closed = True
+        self.fail_all(ModelClosedError("the model was closed"))
         self.model.close()
 
-    def _prepare(self) -> None:
-        if self._closed:
-            raise ModelClosedError("the model was closed")
-        self._apply_removals()
+    def _remove_cancelled(self) -> None:
+        for sequence in (*self.scheduler.running, *self.scheduler.waiting):
+            if sequence.cancel.is_set():
+                self._publish(Output(sequence, finish=Finish.CANCELLED))
 
-    def _apply_removals(self) -> None:
-        while self._removals:
-            self.scheduler.remove(self._removals.popleft())
+    def _max_prefill_tokens(self) -> int:
+        """Return how many prefill tokens a step may have beside decoding sequences."""
+        if self._seconds_per_token is None:
+            return _MIN_PREFILL_TOKENS
+        return max(int(self.max_step_seconds / self._seconds_per_token), _MIN_PREFILL_TOKENS)
 
-    def _step(self, awaited: Sequence) -> None:
-        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
-            if sequence.cancel is not None and sequence.cancel.is_set():
-                self._finish(sequence, Finish.CANCELLED)
-        work = self.scheduler.schedule()
+    def _forward(self, work: list[Work]) -> list[Floats]:
+        """Return the output rows of each work: logits [n, n_vocab], or hidden states [n, n_embd]."""
         if not work:
-            return
-        wants_hidden_states = any(w.sequence.output_from is not None for w in work)
-        try:
-            rows = self._forward(work, awaited, wants_hidden_states)
-        except Cancelled:
-            return  # the next step removes the cancelled sequence and repeats the work of the others
-        outputs = dict(zip(work, np.split(rows, np.cumsum([w.n_output_rows for w in work])[:-1]), strict=True))
-        sampled = [w for w in work if w.wants_logits]
-        if wants_hidden_states and sampled:
-            logits = lm_head(self.model, self.kv, np.concatenate([outputs[w] for w in sampled]))
-            outputs.update(zip(sampled, np.split(logits, len(sampled)), strict=True))
-        for w in work:
-            self._deliver(w, outputs[w])
-
-    def _deliver(self, work: Work, outputs: Floats) -> None:
-        """Commit work and pass on its outputs: the logits to sample from, or hidden states.
-
-        Hidden states are stored before the commit. An interrupt in between repeats the work.
-        """
-        sequence = work.sequence
-        if sequence.output_from is None:
-            wants_logits = work.wants_logits
-            self.scheduler.commit(work)
-            if wants_logits:
-                try:
-                    self._emit(sequence, outputs[0])
-                except Exception as error:  # fails this sequence only
-                    self._fail(sequence, error)
-            return
-        if len(outputs):
-            sequence.hidden_states[sequence.n_computed + work.n_tokens - len(outputs)] = outputs
-        self.scheduler.commit(work)
-        if sequence.n_computed == len(sequence.tokens):
-            self._finish(sequence, Finish.OUTPUTS_READY)
-
-    def _forward(self, work: list[Work], awaited: Sequence, hidden_states: bool) -> Floats:
-        """Return the output rows of all work, concatenated: logits [n, n_vocab], or hidden states [n, n_embd]."""
+            return []
         counts = [w.n_tokens for w in work]
         starts = [w.sequence.n_computed for w in work]
         tokens = [w.sequence.tokens[start : start + n] for w, start, n in zip(work, starts, counts, strict=True)]
         ends = np.cumsum(counts)
-        return forward(
+        wants_hidden_states = any(w.sequence.output_from is not None for w in work)
+        start = time.perf_counter()
+        rows = forward(
             self.model,
             self.kv,
             np.concatenate([np.asarray(t, np.int32) for t in tokens]),
@@ -203,31 +166,70 @@ class Engine:
             np.concatenate(
                 [np.arange(end - w.n_output_rows, end, dtype=np.int32) for w, end in zip(work, ends, strict=True)]
             ),
-            awaited.cancel,
+            self.interrupt,
             None,
-            hidden_states,
+            wants_hidden_states,
             self.timings,
+            [w.sequence.cancel for w in work],
         )
+        self._note_speed(int(ends[-1]), time.perf_counter() - start)
+        outputs = np.split(rows, np.cumsum([w.n_output_rows for w in work])[:-1])
+        sampled = [i for i, w in enumerate(work) if w.wants_logits]
+        if wants_hidden_states and sampled:
+            logits = lm_head(self.model, self.kv, np.concatenate([outputs[i] for i in sampled]))
+            for i, row in zip(sampled, np.split(logits, len(sampled)), strict=True):
+                outputs[i] = row
+        return outputs
 
-    def _emit(self, sequence: Sequence, logits: Floats) -> None:
+    def _note_speed(self, n_tokens: int, seconds: float) -> None:
+        if n_tokens >= _MIN_PREFILL_TOKENS:
+            last = seconds / n_tokens
+            before = last if self._seconds_per_token is None else self._seconds_per_token
+            self._seconds_per_token = before + _RATE_WEIGHT * (last - before)
+
+    @staticmethod
+    def _sample(work: Work, rows: Floats) -> Sample | None:
+        """Return the next token of work that wants logits, or the error that ends its sequence."""
+        if not work.wants_logits:
+            return None
+        sequence = work.sequence
         if sequence.sampler is None:
             raise AssertionError("a generation request has no sampler")
-        token = sequence.sampler.sample(logits, sequence.generated)
-        if sequence.n_top_logprobs is not None:
-            sequence.logprobs.append(logprob(logits, token, sequence.n_top_logprobs))
-        sequence.tokens.append(token)
-        if token in sequence.eog_ids or not sequence.accept(token):
-            self._finish(sequence, Finish.STOP)
-        elif len(sequence.tokens) - sequence.n_prompt >= sequence.max_tokens:
-            self._finish(sequence, Finish.LENGTH)
+        try:
+            token = sequence.sampler.sample(rows[0], sequence.generated)
+            n_top = sequence.n_top_logprobs
+            return token, None if n_top is None else logprob(rows[0], token, n_top)
+        except Exception as error:  # ends this sequence only
+            return error
 
-    def _finish(self, sequence: Sequence, finish: Finish) -> None:
-        sequence.finish = finish
-        self.scheduler.remove(sequence)
+    def _commit(self, work: Work, sample: Sample | None, rows: Floats) -> None:
+        """Record work as computed and publish its outputs."""
+        sequence = work.sequence
+        position = sequence.n_computed + work.n_tokens - len(rows)
+        self.scheduler.commit(work)
+        if isinstance(sample, Exception):
+            self._publish(Output(sequence, error=sample))
+        elif sample is not None:
+            token, token_logprob = sample
+            sequence.tokens.append(token)
+            finish = _finish_reason(sequence)
+            self._publish(Output(sequence, token, token_logprob, finish=finish))
+        elif sequence.output_from is not None and len(rows):
+            sequence.n_output = sequence.n_computed
+            finish = Finish.OUTPUTS_READY if sequence.n_left == 0 else None
+            self._publish(Output(sequence, position=position, hidden_states=rows, finish=finish))
 
-    def _fail(self, sequence: Sequence, error: BaseException) -> None:
-        sequence.error = error
-        self.scheduler.remove(sequence)
+    def _publish(self, output: Output) -> None:
+        if output.is_last:
+            self.scheduler.remove(output.sequence)
+        output.sequence.outputs.put(output)
+
+
+def _finish_reason(sequence: Sequence) -> Finish | None:
+    """Return why a sequence ends with its last token; None if it does not."""
+    if sequence.tokens[-1] in sequence.eog_ids:
+        return Finish.STOP
+    return Finish.LENGTH if len(sequence.tokens) - sequence.n_prompt >= sequence.max_tokens else None
 
 
 def _page_table(pages: list[int]) -> npt.NDArray[np.int32]:

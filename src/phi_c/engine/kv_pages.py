@@ -23,6 +23,13 @@ def extend_keys(keys: list[bytes], tokens: Sequence[int], long_rope: bool) -> No
         keys.append(hashlib.sha256(previous + _PAGE.pack(*tokens[start : start + PAGE_TOKENS])).digest())
 
 
+def prefix_keys(tokens: Sequence[int], *, long_rope: bool) -> list[bytes]:
+    """Return the keys of the full pages of tokens."""
+    keys: list[bytes] = []
+    extend_keys(keys, tokens, long_rope)
+    return keys
+
+
 def first_needed(position: int, window: int | None) -> int:
     """Return the index of the first page that a token at `position`, or a later one, attends to."""
     return 0 if window is None else max(position + 1 - window, 0) // PAGE_TOKENS

@@ -14,8 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from phi_c._core import DISK_CACHE, ForkLock, KvCache
+from phi_c._core import KvCache
 from phi_c.engine.engine import Engine
+from phi_c.engine.kv_pages import prefix_keys
+from phi_c.engine.loop import EngineLoop
 from phi_c.engine.page_file import Origin, PageFile, UnreadableError, file_bytes, write_pages
 from phi_c.errors import CacheError, ModelClosedError, OptionError, StateError
 from phi_c.storage import atomic_write, cache_dir, remove_stale_parts
@@ -26,7 +28,9 @@ _SUFFIX = ".pages"
 
 
 class DiskPrefixCache:
-    """The page files of one origin, as the scheduler's KVConnector. Safe to use from several threads.
+    """The page files of one origin, as the scheduler's KVConnector.
+
+    The index of files belongs to the engine's thread; `store` may be called from any thread and writes files only.
 
     folder: contains a folder for each origin.
     limit_bytes: maximum total size of the files of all origins; processes that write at the same time may exceed it
@@ -41,7 +45,6 @@ class DiskPrefixCache:
         self._origin = origin
         self._kv = kv
         self._limit_bytes = limit_bytes
-        self._lock = ForkLock(DISK_CACHE)
         self._keys: dict[str, list[bytes]] = {}  # file name -> keys of its pages
         self._file_of: dict[bytes, str] = {}  # key -> name of a file that has its page
         self._folder_mtime_ns = -1  # at the last listing
@@ -53,7 +56,7 @@ class DiskPrefixCache:
 
     def refresh(self) -> None:
         """Add the files that other processes wrote to the index, and drop those they deleted."""
-        with self._lock, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
             mtime_ns = self.folder.stat().st_mtime_ns
             if mtime_ns == self._folder_mtime_ns:
                 return
@@ -66,38 +69,39 @@ class DiskPrefixCache:
             self._folder_mtime_ns = mtime_ns
 
     def __contains__(self, key: bytes) -> bool:
-        with self._lock:
-            return key in self._file_of
+        return key in self._file_of
 
     def fetch(self, pages: Mapping[bytes, int]) -> bool:
         """Copy the pages of keys into pages of the KV cache; see KVConnector.
 
         After False the index no longer contains the files that are gone or corrupt, so the caller may try again.
         """
-        with self._lock:
-            by_file: dict[str, dict[bytes, int]] = {}
-            for key, page in pages.items():
-                if key not in self._file_of:  # another process has just deleted its file
-                    return False
-                by_file.setdefault(self._file_of[key], {})[key] = page
-            if all(self._copy_pages(name, some) for name, some in by_file.items()):
-                return True
-            self._update_index()
-            return False
+        by_file: dict[str, dict[bytes, int]] = {}
+        for key, page in pages.items():
+            if key not in self._file_of:  # another process has just deleted its file
+                return False
+            by_file.setdefault(self._file_of[key], {})[key] = page
+        if all(self._copy_pages(name, some) for name, some in by_file.items()):
+            return True
+        self._update_index()
+        return False
 
-    def store(self, engine: Engine, keys: Sequence[bytes]) -> None:
+    def store(self, loop: EngineLoop, tokens: Sequence[int]) -> None:
         """Write a file of the pages of a prompt that no file has yet. After a failed write, warn and stop storing."""
         if self._is_disabled:
             return
         with contextlib.suppress(ModelClosedError):  # closed by another thread
-            self._store(engine, keys)
+            self._store(loop, tokens)
 
-    def _store(self, engine: Engine, keys: Sequence[bytes]) -> None:
+    def _keys_to_store(self, engine: Engine, tokens: Sequence[int]) -> list[bytes]:
         self.refresh()
         registered = set(engine.registered_keys())
+        keys = [*prefix_keys(tokens, long_rope=False), *prefix_keys(tokens, long_rope=True)]
+        return [key for key in keys if key in registered and key not in self]
+
+    def _store(self, loop: EngineLoop, tokens: Sequence[int]) -> None:
         # If a prompt exceeds the limit, its beginning is stored.
-        new = [key for key in keys if key in registered and key not in self]
-        new = new[: self._limit_bytes // self._kv.page_bytes]
+        new = loop.call(lambda engine: self._keys_to_store(engine, tokens))[: self._limit_bytes // self._kv.page_bytes]
         n_bytes = file_bytes(self._origin, len(new), self._kv.page_bytes)
         if not new or n_bytes > self._limit_bytes:
             return
@@ -105,7 +109,7 @@ class DiskPrefixCache:
         try:
             self._evict(n_bytes)
             with atomic_write(path, CacheError) as file:
-                write_pages(file, self._origin, new, self._kv.page_bytes, engine.read_page)
+                write_pages(file, self._origin, new, self._kv.page_bytes, loop.read_page)
             self._evict(0)  # others may have used the same room; the last writer sees all files
         except CacheError as error:
             self._is_disabled = True

@@ -1,9 +1,9 @@
 """The scheduler: which tokens of which sequences run in the next step, and on which KV cache pages."""
 
-from collections import deque
+from bisect import insort
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from phi_c._core import PAGE_TOKENS
 from phi_c.engine.kv_pages import FREED, PagePool, extend_keys, first_needed, usable_prefix
@@ -44,14 +44,6 @@ def max_resident_pages(n_tokens: int, n_batch: int, window: int | None) -> int:
     return whole if window is None else min(whole, pages_for(window - 1 + min(n_batch, n_tokens) - 1) + 1)
 
 
-class _Claim(NamedTuple):
-    """A sequence and the pages it has, for counting the pages it may still need."""
-
-    sequence: Sequence
-    n_filled: int  # entries of its page table that need no new page
-    pages: Collection[int]  # pages it holds
-
-
 class KVConnector(Protocol):
     """A second-level cache of KV pages by prefix key."""
 
@@ -68,7 +60,11 @@ class KVConnector(Protocol):
 
 
 class Scheduler:
-    """First come, first served: a sequence is admitted when all the pages that it may need are available.
+    """Decides which tokens run in a step, and on which pages. Sequences take pages as their tokens come.
+
+    A sequence is admitted when there is room for the tokens it has; by priority, then in the order of submission. If
+    no page is free, a running one is preempted: it gives its pages back and is recomputed later. A sequence whose
+    output queue is full is not scheduled, and is the first to be preempted.
 
     n_batch: maximum number of tokens in a step.
     n_ctx_orig: largest sequence length that uses LongRoPE's short factors; None: no LongRoPE. A sequence that grows
@@ -91,28 +87,50 @@ class Scheduler:
         self.n_ctx_orig = n_ctx_orig
         self.window = window
         self.kv_connector = kv_connector
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []  # sorted by _rank
         self.running: list[Sequence] = []
+        self._n_arrivals = 0
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; its `max_resident_pages` must not exceed the size of the pool."""
-        self.waiting.append(sequence)
+        sequence.arrival = self._n_arrivals
+        self._n_arrivals += 1
+        insort(self.waiting, sequence, key=_rank)
 
-    def schedule(self) -> list[Work]:
-        """Return the work of the next step, at most n_batch tokens: first all decoding sequences, then prefill."""
+    @property
+    def is_idle(self) -> bool:
+        """Whether no sequence can run: there are none, or nobody reads their outputs."""
+        return all(sequence.outputs.is_full for sequence in (*self.running, *self.waiting))
+
+    def schedule(self, max_prefill_tokens: int | None = None) -> list[Work]:
+        """Return the work of the next step, at most n_batch tokens: first all decoding sequences, then prefill.
+
+        Prompts are computed one after the other, except that short ones overtake long ones.
+
+        max_prefill_tokens: limit of the prefill tokens beside decoding sequences; None: n_batch.
+        """
         for sequence in list(self.running):
-            self._switch_rope(sequence)
+            if not sequence.long_rope and self.needs_long_rope(len(sequence.tokens)):
+                self._preempt(sequence)  # its pages may be shared, so it needs new ones
         self._admit()
+        work: dict[Sequence, Work] = {}
+        active = sorted((s for s in self.running if not s.outputs.is_full), key=_rank)
+        decoding = [s for s in active if s.n_left == 1]
         budget = self.n_batch
-        work = []
-        for sequence in sorted(self.running, key=lambda s: len(s.tokens) - s.n_computed > 1):
-            n = min(budget, len(sequence.tokens) - sequence.n_computed)
-            if n > 0:
-                while len(sequence.pages) < pages_for(sequence.n_computed + n):
-                    sequence.pages.append(self.pool.allocate())
-                work.append(Work(sequence, n))
+        for sequence in decoding[:budget]:
+            self._add_work(work, sequence, 1)
+        budget -= len(work)
+        if work and max_prefill_tokens is not None:
+            budget = min(budget, max_prefill_tokens)
+        prefilling = [s for s in active if s.n_left > 1]
+        share = budget // max(len(prefilling), 1)
+        # Those that a fair share completes go first, so that a short prompt does not wait for a long one.
+        for sequence in sorted(prefilling, key=lambda s: s.n_left > share):
+            n = min(budget, sequence.n_left)
+            if n > 0 and sequence.status is Status.RUNNING:
+                self._add_work(work, sequence, n)
                 budget -= n
-        return work
+        return list(work.values())
 
     def commit(self, work: Work) -> None:
         """Record work as computed: register the pages it filled, and free those that are now behind the window."""
@@ -130,11 +148,11 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Remove a waiting or running sequence and release its pages; registered ones stay findable."""
-        sequence.status = Status.DONE
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
         if sequence in self.running:
-            self._stop(sequence)
+            self._release_sequence(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        sequence.status = Status.DONE
 
     def needs_long_rope(self, n_tokens: int) -> bool:
         """Whether a sequence of n_tokens uses LongRoPE's long factors."""
@@ -142,41 +160,51 @@ class Scheduler:
 
     @property
     def n_available_pages(self) -> int:
-        """Free pages that no running sequence may still need."""
-        return self._pages_left()
+        """Free pages that no running sequence needs for the tokens it has."""
+        claimed = sum(max(self._n_pages_for(s) - (len(s.pages) - s.n_freed), 0) for s in self.running)
+        return max(self.pool.n_free_pages - claimed, 0)
 
-    def _pages_left(self, *candidates: _Claim) -> int:
-        """Return n_available_pages as if the candidates were running; negative if there is no room for all."""
-        n_needed = 0
-        lasting: set[int] = set()  # pages of sequences that never free any
-        sliding: set[int] = set()  # pages that will be freed behind the window
-        for claim in (*(_Claim(s, len(s.pages), s.pages[s.n_freed :]) for s in self.running), *candidates):
-            max_positions = claim.sequence.max_positions
-            whole, resident = pages_for(max_positions), max_resident_pages(max_positions, self.n_batch, self.window)
-            if resident < whole:
-                n_needed += resident
-                sliding.update(claim.pages)
-            else:
-                n_needed += whole - claim.n_filled
-                lasting.update(claim.pages)
-        # A sliding sequence exchanges the pages it holds for later ones. A page that several of them share becomes free
-        # once, when the last one drops it; a page that a lasting sequence holds as well does not become free.
-        return self.pool.n_free_pages - (n_needed - len(sliding - lasting))
+    def _n_pages_for(self, sequence: Sequence) -> int:
+        """Return the number of pages that a sequence holds at a time until all its tokens are computed."""
+        return max_resident_pages(len(sequence.tokens), self.n_batch, self.window)
+
+    def _may_grow(self, sequence: Sequence) -> bool:
+        """Whether a sequence may need more pages than for the tokens that it has."""
+        return max_resident_pages(sequence.max_positions, self.n_batch, self.window) > self._n_pages_for(sequence)
+
+    def _add_work(self, work: dict[Sequence, Work], sequence: Sequence, n_tokens: int) -> None:
+        """Add n_tokens of a running sequence to the work, unless it or others of the work have to be preempted."""
+        if sequence.status is not Status.RUNNING:  # preempted by one before it
+            return
+        while len(sequence.pages) < pages_for(sequence.n_computed + n_tokens):
+            while self.pool.n_free_pages == 0:
+                victim = max(self.running, key=lambda s: (s.outputs.is_full, _rank(s)))
+                self._preempt(victim)
+                work.pop(victim, None)
+                if victim is sequence:
+                    return
+            sequence.pages.append(self.pool.allocate())
+        work[sequence] = Work(sequence, n_tokens)
 
     def _admit(self) -> None:
-        while self.waiting:
-            sequence = self.waiting[0]
+        """Start waiting sequences as far as there is room; those that nobody reads make room for others."""
+        for sequence in list(self.waiting):
+            if sequence.outputs.is_full:
+                continue
             sequence.long_rope = self.needs_long_rope(len(sequence.tokens))
             extend_keys(sequence.keys, sequence.tokens, sequence.long_rope)
             if self.kv_connector is not None:
                 self.kv_connector.refresh()
             # Positions with an output are computed in any case.
             keys = sequence.keys[: sequence.output_start // PAGE_TOKENS]
-            if not self._allocate_prefix(sequence, keys):
-                return
-            self.waiting.popleft()
+            while not self._allocate_prefix(sequence, keys):
+                unread = [s for s in self.running if s.outputs.is_full]
+                if not unread:
+                    return
+                self._preempt(max(unread, key=_rank))
+            self.waiting.remove(sequence)
             sequence.n_computed = len(sequence.pages) * PAGE_TOKENS
-            if len(sequence.tokens) == sequence.n_prompt:  # else it is recomputed after the LongRoPE switch
+            if sequence.n_cached is None:
                 sequence.n_cached = sequence.n_computed
             sequence.status = Status.RUNNING
             self.running.append(sequence)
@@ -189,7 +217,10 @@ class Scheduler:
             for page in pages.values():
                 self.pool.incref(page)
             missing = [i for i in prefix if i not in pages]
-            if self._pages_left(_Claim(sequence, prefix.stop - len(missing), pages.values())) < 0:
+            n_new = max(self._n_pages_for(sequence) - len(pages), 0)
+            # Others may soon take one more each: without that room, one of them would be preempted.
+            n_growing = sum(self._may_grow(s) for s in self.running)
+            if self.running and self.n_available_pages < n_new + n_growing:
                 self._release(pages.values())
                 return False
             allocated = {i: self.pool.allocate() for i in missing}
@@ -197,7 +228,7 @@ class Scheduler:
             try:
                 if allocated and self.kv_connector is not None:
                     is_complete = self.kv_connector.fetch({keys[i]: page for i, page in allocated.items()})
-            finally:  # also after a KeyboardInterrupt
+            finally:  # also after an exception
                 if not is_complete:
                     self._release([*pages.values(), *allocated.values()])
             if is_complete:
@@ -212,16 +243,14 @@ class Scheduler:
     def _is_cached(self, key: bytes) -> bool:
         return self.pool.find(key) is not None or (self.kv_connector is not None and key in self.kv_connector)
 
-    def _switch_rope(self, sequence: Sequence) -> None:
-        if sequence.long_rope or not self.needs_long_rope(len(sequence.tokens)):
-            return
-        # Its pages may be shared, so it needs new ones: it is admitted again, before all others.
-        self._stop(sequence)
-        sequence.keys = []
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take the pages of a running sequence; it is admitted again, and recomputed."""
+        self._release_sequence(sequence)
+        sequence.keys = []  # with other LongRoPE factors they may differ
         sequence.status = Status.WAITING
-        self.waiting.appendleft(sequence)
+        insort(self.waiting, sequence, key=_rank)
 
-    def _stop(self, sequence: Sequence) -> None:
+    def _release_sequence(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release(sequence.pages[sequence.n_freed :])
         sequence.pages = []
@@ -232,3 +261,8 @@ class Scheduler:
         # From the end, which is evicted first then: more sequences share the beginning of a prefix.
         for page in reversed(list(pages)):
             self.pool.decref(page)
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    """Return the sort key of a sequence: higher priorities first, then in the order of submission."""
+    return -sequence.priority, sequence.arrival

@@ -1,14 +1,11 @@
-"""The state of one request in the engine."""
+"""The state of one sequence in the engine."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-import numpy as np
-import numpy.typing as npt
-
 from phi_c._core import CancelFlag
-from phi_c.sampling.sampler import Sampler, TokenLogprob
+from phi_c.engine.outputs import OutputQueue
+from phi_c.sampling.sampler import Sampler
 
 
 class Finish(Enum):
@@ -17,7 +14,7 @@ class Finish(Enum):
     STOP = "stop"  # an end-of-generation token or a stop string
     LENGTH = "length"  # max_tokens, or the end of the context
     CANCELLED = "cancelled"  # its cancel flag was set
-    OUTPUTS_READY = "outputs_ready"  # a hidden-state request: all hidden states are computed
+    OUTPUTS_READY = "outputs_ready"  # a hidden-state request: all hidden states are published
 
 
 class Status(Enum):
@@ -30,11 +27,12 @@ class Status(Enum):
 
 @dataclass(eq=False)
 class Sequence:
-    """Token ids of a request and how many of them are in the KV cache; tokens[:n_prompt] is the prompt.
+    """Token ids and how many of them are in the KV cache; tokens[:n_prompt] is the prompt.
 
     A generation request has a sampler, which appends tokens. A hidden-state request has output_from instead: the hidden
-    states after the final norm, from that position to the end, are put into `hidden_states`, from where the caller
-    removes them.
+    states after the final norm are published, from that position to the end.
+
+    From the moment it is submitted, a sequence belongs to the engine; the caller reads `outputs` only.
     """
 
     tokens: list[int]
@@ -42,25 +40,26 @@ class Sequence:
     sampler: Sampler | None = None
     eog_ids: frozenset[int] = frozenset()  # end-of-generation tokens
     n_top_logprobs: int | None = None  # most probable tokens to report; None: no log-probabilities
-    cancel: CancelFlag | None = None
-    accept: Callable[[int], bool] = lambda token: True  # called with each generated token; False ends the sequence
+    cancel: CancelFlag = field(default_factory=CancelFlag)
     output_from: int | None = None  # first position of a hidden-state request; None: a generation request
+    priority: int = 0  # larger ones are admitted first
+    outputs: OutputQueue = field(default_factory=OutputQueue)
 
     n_prompt: int = field(init=False)
+    arrival: int = 0  # in the order of submission
     pages: list[int] = field(default_factory=list)  # page table; FREED behind the sliding window
     n_freed: int = 0  # leading entries of `pages` that are FREED
     keys: list[bytes] = field(default_factory=list)  # prefix keys of the full pages, see kv_pages.extend_keys
     n_computed: int = 0  # tokens whose keys and values are in the KV cache
-    n_cached: int = 0  # prompt tokens found in the prefix cache
+    n_output: int = 0  # positions whose hidden states are published, or lie before output_from
+    n_cached: int | None = None  # prompt tokens found in the prefix cache; None before the first admission
     long_rope: bool = False  # rotated with LongRoPE's long factors
     status: Status = Status.WAITING
-    finish: Finish | None = None  # None while running, and after an error
-    error: BaseException | None = None
-    logprobs: list[TokenLogprob] = field(default_factory=list)  # one per generated token
-    hidden_states: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)  # first position -> [n, n_embd]
 
     def __post_init__(self) -> None:
+        self.tokens = list(self.tokens)  # grows
         self.n_prompt = len(self.tokens)
+        self.n_output = self.output_from or 0
 
     @property
     def is_done(self) -> bool:
@@ -73,9 +72,14 @@ class Sequence:
         return self.tokens[self.n_prompt :]
 
     @property
+    def n_left(self) -> int:
+        """Number of tokens that are not computed yet: 1 while decoding."""
+        return len(self.tokens) - self.n_computed
+
+    @property
     def output_start(self) -> int:
-        """The first position with an output (logits or hidden states); pages before it may come from a cache."""
-        return len(self.tokens) - 1 if self.output_from is None else self.output_from
+        """The first position whose output (logits or hidden states) is still needed."""
+        return len(self.tokens) - 1 if self.output_from is None else self.n_output
 
     @property
     def max_positions(self) -> int:

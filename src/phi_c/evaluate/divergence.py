@@ -108,9 +108,9 @@ def _common_ids(a: LLM, b: LLM, text: str) -> list[int]:
 def _compare_window(a: LLM, b: LLM, tokens: list[int], cancel: CancelFlag | None) -> dict[str, npt.NDArray[np.float64]]:
     """Return metrics.token_metrics of a window, float64 [n_tokens], or [n_tokens - 1] for those of the next token."""
     next_tokens = np.asarray(tokens[1:])
-    sequences = [Sequence(list(tokens), output_from=0, cancel=cancel) for _ in (a, b)]
-    states = [hidden_states(llm.engine, sequence) for llm, sequence in zip((a, b), sequences, strict=True)]
-    chunks = (logits_by_chunk(llm.engine, s, rows) for llm, s, rows in zip((a, b), sequences, states, strict=True))
+    flag = CancelFlag(cancel)
+    states = [hidden_states(llm.loop, Sequence(tokens, output_from=0, cancel=flag)) for llm in (a, b)]
+    chunks = (logits_by_chunk(llm.loop, rows, flag) for llm, rows in zip((a, b), states, strict=True))
     with np.errstate(invalid="ignore"):  # checked below
         parts = [token_metrics(p, q, next_tokens[chunk]) for (chunk, p), (_, q) in zip(*chunks, strict=True)]
     if not all(np.isfinite(part["kl"]).all() for part in parts):

@@ -178,7 +178,7 @@ class PhiCLM(LM):  # type: ignore[misc]
         return context[-max_context:], continuation
 
     def _scores(self, pairs: list[Pair], what: str, disable_tqdm: bool) -> list[tuple[float, bool]]:
-        scores = dict(_with_progress(score_pairs(self.llm.engine, pairs), len(pairs), what, disable_tqdm))
+        scores = dict(_with_progress(score_pairs(self.llm.loop, pairs), len(pairs), what, disable_tqdm))
         return [(scores[i].logprob, scores[i].is_greedy) for i in range(len(pairs))]
 
 

@@ -58,7 +58,7 @@ def perplexity(
     sums: list[float] = []
     counts: list[int] = []
     pairs = ((w.tokens[: w.n_context], w.tokens[w.n_context :]) for w in windows)
-    for index, score in score_pairs(llm.engine, pairs, cancel):
+    for index, score in score_pairs(llm.loop, pairs, cancel):
         sums.append(-score.logprob)
         counts.append(windows[index].n_scored)
         if progress is not None:

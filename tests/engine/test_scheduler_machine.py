@@ -1,5 +1,5 @@
-"""The scheduler against an oracle, as a Hypothesis state machine: sequences are added, run, cancelled and cached, and
-each page records the prefix that its content depends on."""
+"""The scheduler against an oracle, as a Hypothesis state machine: sequences are added, run, paused, preempted and
+cancelled, and each page records the prefix that its content depends on."""
 
 from collections.abc import Mapping
 
@@ -51,8 +51,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         n_batch=st.integers(1, 12) | st.integers(1, 100),
         n_pages=st.integers(4, 14),
         n_ctx_orig=st.none() | st.integers(0, 200),
+        max_prefill_tokens=st.none() | st.integers(1, 40),
     )
-    def start(self, window: int | None, n_batch: int, n_pages: int, n_ctx_orig: int | None) -> None:
+    def start(
+        self, window: int | None, n_batch: int, n_pages: int, n_ctx_orig: int | None, max_prefill_tokens: int | None
+    ) -> None:
+        self.max_prefill_tokens = max_prefill_tokens
         self.window, self.n_batch, self.n_ctx_orig = window, n_batch, n_ctx_orig
         self.pool = PagePool(n_pages)
         self.content: list[Slots] = [{} for _ in range(n_pages)]
@@ -61,14 +65,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.all: list[Sequence] = []
         self.earlier: list[list[int]] = []
 
-    @rule(data=st.data(), n_new=st.integers(1, 300), max_tokens=st.integers(1, 120), letter=st.integers(0, 1))
-    def add(self, data: st.DataObject, n_new: int, max_tokens: int, letter: int) -> None:
+    @rule(
+        data=st.data(),
+        n_new=st.integers(1, 300),
+        max_tokens=st.integers(1, 120),
+        letter=st.integers(0, 1),
+        priority=st.integers(-1, 1),
+    )
+    def add(self, data: st.DataObject, n_new: int, max_tokens: int, letter: int, priority: int) -> None:
         """Add a sequence, often one that shares a prefix with an earlier one."""
         tokens: list[int] = []
         if self.earlier and data.draw(st.booleans()):
             earlier = data.draw(st.sampled_from(self.earlier))
             tokens = earlier[: data.draw(st.integers(0, len(earlier)))]
-        sequence = Sequence([*tokens, *[letter] * n_new], max_tokens, SAMPLER, frozenset())
+        sequence = Sequence([*tokens, *[letter] * n_new], max_tokens, SAMPLER, frozenset(), priority=priority)
         if max_resident_pages(sequence.max_positions, self.n_batch, self.window) <= self.pool.n_pages:
             self.scheduler.add(sequence)
             self.all.append(sequence)
@@ -80,11 +90,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.reference_counts_are_exact()
 
     def step(self) -> None:
-        work = self.scheduler.schedule()
+        work = self.scheduler.schedule(self.max_prefill_tokens)
         assert sum(w.n_tokens for w in work) <= self.n_batch
-        if not work:
-            assert not self.scheduler.running
-            assert not self.scheduler.waiting  # a sequence that waits alone has room
+        assert bool(work) is not self.scheduler.is_idle
+        n_decoding = sum(w.sequence.n_left == 1 for w in work)
+        if self.max_prefill_tokens is not None and n_decoding:
+            assert sum(w.n_tokens for w in work) <= n_decoding + self.max_prefill_tokens
+        for w in work:
+            assert not w.sequence.outputs.is_full
         for w in work:
             self.compute(w)
         for w in work:
@@ -122,6 +135,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         s = data.draw(st.sampled_from([*self.scheduler.running, *self.scheduler.waiting]))
         self.earlier.append(s.tokens)
         self.scheduler.remove(s)
+
+    @precondition(lambda self: self.scheduler.running or self.scheduler.waiting)
+    @rule(data=st.data())
+    def pause_or_continue(self, data: st.DataObject) -> None:
+        """Let an output queue become full, or its reader make room."""
+        s = data.draw(st.sampled_from([*self.scheduler.running, *self.scheduler.waiting]))
+        s.outputs.max_unread = 0 if s.outputs.max_unread else 1
 
     @rule()
     def store_pages(self) -> None:
@@ -165,6 +185,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "pool"):
             return
+        for s in self.all:
+            s.outputs.max_unread = 1
         for _ in range(10_000):
             if not (self.scheduler.running or self.scheduler.waiting):
                 break
