@@ -19,7 +19,7 @@ import phi_c
 from phi_c._core import PAGE_TOKENS
 from phi_c.engine import engine as engine_module
 from phi_c.engine.engine import Engine
-from phi_c.engine.outputs import MAX_UNREAD_TOKENS
+from phi_c.engine.outputs import MAX_UNREAD_TOKENS, Output
 from phi_c.engine.sequence import Sequence
 from phi_c.errors import ModelClosedError
 from prompts import GREEDY, run_concurrently, tokens_of
@@ -176,7 +176,12 @@ def test_every_step_has_all_streams(llm: phi_c.LLM, monkeypatch: pytest.MonkeyPa
     """The order of outputs: between two tokens of a stream, every other stream has one."""
     order: list[Sequence] = []
     real = Engine._publish
-    monkeypatch.setattr(Engine, "_publish", lambda self, output: (order.append(output.sequence), real(self, output))[1])
+
+    def publish(self: Engine, outputs: list[Output]) -> None:
+        order.extend(output.sequence for output in outputs)
+        real(self, outputs)
+
+    monkeypatch.setattr(Engine, "_publish", publish)
     bias = no_end(llm)
     run_concurrently(
         *(lambda i=i: list(llm.stream([5, 6, i], max_tokens=60, logit_bias=bias)) for i in range(4))  # type: ignore[misc]

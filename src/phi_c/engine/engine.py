@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Iterable
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
 from phi_c._core import CancelFlag, KvCache, Model, Timings, forward, lm_head
 from phi_c.engine.kv_pages import PagePool
-from phi_c.engine.outputs import Output
+from phi_c.engine.outputs import Output, OutputQueue
 from phi_c.engine.scheduler import Scheduler, Work, pages_for
 from phi_c.engine.sequence import Finish, Sequence
 from phi_c.errors import Cancelled, ModelClosedError
@@ -57,31 +58,31 @@ class Engine:
 
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Queue sequences; those that come together start in the same step if there is room."""
+        if self._closed:
+            self._publish([Output(s, error=ModelClosedError("the model was closed")) for s in sequences])
+            return
         for sequence in sequences:
-            if self._closed:
-                sequence.outputs.put(Output(sequence, error=ModelClosedError("the model was closed")))
-            else:
-                self.scheduler.add(sequence)
+            self.scheduler.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Remove a sequence without an output. No effect on one that is done."""
         self.scheduler.remove(sequence)
 
     def step(self) -> None:
-        """Run one step for all sequences and publish what it produced."""
-        self._remove_cancelled()
+        """Run one step for all sequences; publish what it produced when it is committed."""
+        outputs = self._remove_cancelled()
         work = self.scheduler.schedule(self._max_prefill_tokens())
         try:
             rows = self._forward(work)
-        except Cancelled:
-            return  # the next step removes the cancelled sequences, and repeats the work if there are others
+        except Cancelled:  # the next step removes the cancelled sequences, and repeats the work if there are others
+            self._publish(outputs)
+            return
         except Exception as error:  # no memory, no threads
-            for w in work:
-                self._publish(Output(w.sequence, error=error))
+            self._publish(outputs + [Output(w.sequence, error=error) for w in work])
             return
         samples = [self._sample(w, row) for w, row in zip(work, rows, strict=True)]
-        for w, sample, row in zip(work, samples, rows, strict=True):
-            self._commit(w, sample, row)
+        outputs += self._commit(work, samples, rows)
+        self._publish(outputs)
 
     def lm_head(self, hidden_states: Floats) -> Floats:
         """Return the logits, float32 [n, n_vocab], of hidden states after the final norm, float32 [n, n_embd]."""
@@ -117,8 +118,7 @@ class Engine:
 
     def fail_all(self, error: BaseException) -> None:
         """End all sequences with an error."""
-        for sequence in (*self.scheduler.running, *self.scheduler.waiting):
-            self._publish(Output(sequence, error=error))
+        self._publish([Output(s, error=error) for s in (*self.scheduler.running, *self.scheduler.waiting)])
 
     def forget_sequences(self) -> None:
         """Start with an empty KV cache: in a forked child, where the parent's sequences do not run."""
@@ -134,10 +134,12 @@ class Engine:
         self.fail_all(ModelClosedError("the model was closed"))
         self.model.close()
 
-    def _remove_cancelled(self) -> None:
-        for sequence in (*self.scheduler.running, *self.scheduler.waiting):
-            if sequence.cancel.is_set():
-                self._publish(Output(sequence, finish=Finish.CANCELLED))
+    def _remove_cancelled(self) -> list[Output]:
+        sequences = (*self.scheduler.running, *self.scheduler.waiting)
+        cancelled = [sequence for sequence in sequences if sequence.cancel.is_set()]
+        for sequence in cancelled:
+            self.scheduler.remove(sequence)
+        return [Output(sequence, finish=Finish.CANCELLED) for sequence in cancelled]
 
     def _max_prefill_tokens(self) -> int:
         """Return how many prefill tokens a step may have beside decoding sequences."""
@@ -149,36 +151,33 @@ class Engine:
         """Return the output rows of each work: logits [n, n_vocab], or hidden states [n, n_embd]."""
         if not work:
             return []
-        counts = [w.n_tokens for w in work]
-        starts = [w.sequence.n_computed for w in work]
-        tokens = [w.sequence.tokens[start : start + n] for w, start, n in zip(work, starts, counts, strict=True)]
-        ends = np.cumsum(counts)
-        wants_hidden_states = any(w.sequence.output_from is not None for w in work)
+        batch = [(w.sequence, w.sequence.n_computed, w.n_tokens) for w in work]
+        ends = list(accumulate(n for _, _, n in batch))
+        n_outputs = [w.n_output_rows for w in work]
+        wants_hidden_states = any(sequence.output_from is not None for sequence, _, _ in batch)
         start = time.perf_counter()
         rows = forward(
             self.model,
             self.kv,
-            np.concatenate([np.asarray(t, np.int32) for t in tokens]),
-            np.concatenate([np.arange(s, s + n, dtype=np.int32) for s, n in zip(starts, counts, strict=True)]),
-            np.repeat(np.arange(len(work), dtype=np.int32), counts),
-            [_page_table(w.sequence.pages) for w in work],
-            [w.sequence.long_rope for w in work],
-            np.concatenate(
-                [np.arange(end - w.n_output_rows, end, dtype=np.int32) for w, end in zip(work, ends, strict=True)]
-            ),
+            np.array([token for s, first, n in batch for token in s.tokens[first : first + n]], np.int32),
+            np.array([position for _, first, n in batch for position in range(first, first + n)], np.int32),
+            np.repeat(np.arange(len(batch), dtype=np.int32), [n for _, _, n in batch]),
+            [_page_table(sequence.pages) for sequence, _, _ in batch],
+            [sequence.long_rope for sequence, _, _ in batch],
+            np.array([row for end, n in zip(ends, n_outputs, strict=True) for row in range(end - n, end)], np.int32),
             self.interrupt,
             None,
             wants_hidden_states,
             self.timings,
-            [w.sequence.cancel for w in work],
+            [sequence.cancel for sequence, _, _ in batch],
         )
-        self._note_speed(int(ends[-1]), time.perf_counter() - start)
-        outputs = np.split(rows, np.cumsum([w.n_output_rows for w in work])[:-1])
-        sampled = [i for i, w in enumerate(work) if w.wants_logits]
-        if wants_hidden_states and sampled:
+        self._note_speed(ends[-1], time.perf_counter() - start)
+        outputs = [rows[end - n : end] for end, n in zip(accumulate(n_outputs), n_outputs, strict=True)]
+        sampled = [i for i, w in enumerate(work) if w.wants_logits] if wants_hidden_states else []
+        if sampled:
             logits = lm_head(self.model, self.kv, np.concatenate([outputs[i] for i in sampled]))
-            for i, row in zip(sampled, np.split(logits, len(sampled)), strict=True):
-                outputs[i] = row
+            for k, i in enumerate(sampled):
+                outputs[i] = logits[k : k + 1]
         return outputs
 
     def _note_speed(self, n_tokens: int, seconds: float) -> None:
@@ -202,27 +201,35 @@ class Engine:
         except Exception as error:  # ends this sequence only
             return error
 
-    def _commit(self, work: Work, sample: Sample | None, rows: Floats) -> None:
-        """Record work as computed and publish its outputs."""
-        sequence = work.sequence
-        position = sequence.n_computed + work.n_tokens - len(rows)
-        self.scheduler.commit(work)
-        if isinstance(sample, Exception):
-            self._publish(Output(sequence, error=sample))
-        elif sample is not None:
-            token, token_logprob = sample
-            sequence.tokens.append(token)
-            finish = _finish_reason(sequence)
-            self._publish(Output(sequence, token, token_logprob, finish=finish))
-        elif sequence.output_from is not None and len(rows):
-            sequence.n_output = sequence.n_computed
-            finish = Finish.OUTPUTS_READY if sequence.n_left == 0 else None
-            self._publish(Output(sequence, position=position, hidden_states=rows, finish=finish))
+    def _commit(self, work: list[Work], samples: list[Sample | None], rows: list[Floats]) -> list[Output]:
+        """Record work as computed; return its outputs."""
+        outputs = []
+        for w, sample, states in zip(work, samples, rows, strict=True):
+            sequence = w.sequence
+            self.scheduler.commit(w)
+            if isinstance(sample, Exception):
+                outputs.append(Output(sequence, error=sample))
+            elif sample is not None:
+                token, token_logprob = sample
+                sequence.tokens.append(token)
+                outputs.append(Output(sequence, token, token_logprob, finish=_finish_reason(sequence)))
+            elif sequence.output_from is not None and len(states):
+                position = sequence.n_output = sequence.n_computed
+                finish = Finish.OUTPUTS_READY if sequence.n_left == 0 else None
+                outputs.append(Output(sequence, position=position - len(states), hidden_states=states, finish=finish))
+        return outputs
 
-    def _publish(self, output: Output) -> None:
-        if output.is_last:
-            self.scheduler.remove(output.sequence)
-        output.sequence.outputs.put(output)
+    def _publish(self, outputs: list[Output]) -> None:
+        """Put outputs into the queues of their sequences, and remove the sequences that have ended."""
+        now = time.perf_counter()
+        by_queue: dict[OutputQueue, list[Output]] = {}
+        for output in outputs:
+            output.time = now
+            if output.is_last:
+                self.scheduler.remove(output.sequence)
+            by_queue.setdefault(output.sequence.outputs, []).append(output)
+        for queue, some in by_queue.items():
+            queue.put(some)
 
 
 def _finish_reason(sequence: Sequence) -> Finish | None:

@@ -1,9 +1,8 @@
 """What the engine publishes, and the queue from which a caller reads it."""
 
 import os
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -21,9 +20,9 @@ _WAIT_SECONDS = 0.1  # so that signals are handled on Windows too, and if anothe
 MAX_UNREAD_TOKENS = 64
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Output:
-    """A token or hidden states of a sequence, its end, or both."""
+    """A token or hidden states of a sequence, its end, or both; not modified after it was made."""
 
     sequence: "Sequence"  # to tell the sequences of a queue apart; its state belongs to the engine
     token: int | None = None
@@ -32,7 +31,7 @@ class Output:
     hidden_states: npt.NDArray[np.float32] | None = None  # [n, n_embd]
     finish: "Finish | None" = None  # None while running, and after an error
     error: BaseException | None = None
-    time: float = field(default_factory=time.perf_counter)  # seconds, when it was published
+    time: float = 0.0  # seconds, when it was published
 
     @property
     def is_last(self) -> bool:
@@ -50,16 +49,16 @@ class OutputQueue:
     def __init__(self, max_unread: int = MAX_UNREAD_TOKENS) -> None:
         self.max_unread = max_unread
         self.notify: Callable[[], None] = lambda: None  # called by the reader after the engine found the queue full
-        self._queue: SimpleQueue[Output] = SimpleQueue()
+        self._queue: SimpleQueue[list[Output]] = SimpleQueue()
         self._n_put = 0  # written by the engine only
         self._n_read = 0  # written by the reader only
         self._was_full = False
         self._process = os.getpid()
 
-    def put(self, output: Output) -> None:
-        """Add an output."""
-        self._n_put += 1
-        self._queue.put(output)
+    def put(self, outputs: list[Output]) -> None:
+        """Add outputs that the reader gets together."""
+        self._n_put += len(outputs)
+        self._queue.put(outputs)
 
     @property
     def is_full(self) -> bool:
@@ -75,15 +74,15 @@ class OutputQueue:
 
         Raises what a signal handler raises, and PhiError in a forked child, which does not run its parent's sequences.
         """
-        outputs = [self._wait()]
+        outputs = list(self._wait())
         while not self._queue.empty():
-            outputs.append(self._queue.get_nowait())
+            outputs += self._queue.get_nowait()
         self._n_read += len(outputs)
         if self._was_full:
             self.notify()
         return outputs
 
-    def _wait(self) -> Output:
+    def _wait(self) -> list[Output]:
         while True:
             try:
                 return self._queue.get(timeout=_WAIT_SECONDS)
