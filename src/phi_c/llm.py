@@ -205,7 +205,7 @@ class LLM:
         an unknown option, ModelClosedError.
         """
         options = check_options(max_tokens, stop, logprobs, cancel, sampling)
-        return collect(self._stream(self._encode(prompt, raw, system, parse_special), options))
+        return collect(self._stream(self._encode(prompt, raw, system, parse_special), options, is_whole=True))
 
     def stream(
         self,
@@ -241,7 +241,8 @@ class LLM:
         Other arguments and errors as in `generate`.
         """
         options = check_options(max_tokens, stop, logprobs, cancel, sampling)
-        return collect(self._stream(Prompt(self._encode_chat(messages, parse_special), False), options))
+        prompt = Prompt(self._encode_chat(messages, parse_special), False)
+        return collect(self._stream(prompt, options, is_whole=True))
 
     def chat_stream(
         self,
@@ -384,7 +385,7 @@ class LLM:
     def _encode_chat(self, messages: Sequence[Message], parse_special: bool) -> list[int]:
         return encode_messages(messages, self.tokenizer, self.template, self.path.name, parse_special=parse_special)
 
-    def _stream(self, prompt: Prompt, options: GenerationOptions) -> Iterator[Chunk]:
+    def _stream(self, prompt: Prompt, options: GenerationOptions, *, is_whole: bool = False) -> Iterator[Chunk]:
         check_fits(len(prompt.ids), self.n_ctx, self.config)
         return stream_chunks(
             self.loop,
@@ -394,6 +395,7 @@ class LLM:
             n_ctx=self.n_ctx,
             n_vocab=self.config.n_vocab,
             prefix_cache=self._prefix_cache,
+            is_whole=is_whole,
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from phi_c._core import CancelFlag
 from phi_c.engine.loop import EngineLoop
-from phi_c.engine.outputs import Output
+from phi_c.engine.outputs import MAX_UNREAD_TOKENS, Output, OutputQueue
 from phi_c.engine.prefix_cache import DiskPrefixCache
 from phi_c.engine.sequence import Finish
 from phi_c.engine.sequence import Sequence as EngineSequence
@@ -57,11 +57,13 @@ def stream_chunks(
     n_ctx: int,
     n_vocab: int,
     prefix_cache: DiskPrefixCache | None,
+    is_whole: bool,
 ) -> Iterator[Chunk]:
     """Return an iterator over a call's output; its first `next` submits the sequence.
 
     The prompt must fit n_ctx. n_vocab: rows of the model's output matrix. prefix_cache: stores the prompt's pages
-    before the last chunk. Raises OptionError at once for a logit bias outside the vocabulary.
+    before the last chunk. is_whole: the caller needs the text at its end only. Raises OptionError at once for a logit
+    bias outside the vocabulary.
     """
     # The last generated token is never computed, so one token more than the context can be generated.
     n_remaining = n_ctx - len(prompt.ids) + 1
@@ -72,6 +74,8 @@ def stream_chunks(
         eog_ids=tokenizer.eog_ids,
         n_top_logprobs=options.logprobs,
         cancel=CancelFlag(options.cancel),
+        # A stop string is found when the tokens are read.
+        outputs=OutputQueue(None if is_whole and not options.stop else MAX_UNREAD_TOKENS),
     )
     text = _TextOfOutputs(StreamDecoder(tokenizer, options.stop, continues=prompt.is_raw), tokenizer.n_vocab)
     return _run(loop, sequence, text, prefix_cache)

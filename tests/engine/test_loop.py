@@ -222,18 +222,19 @@ def test_short_request_does_not_wait_for_a_long_prompt(path: Path, monkeypatch: 
 def test_cancelled_call_keeps_the_step_of_others(llm: phi_c.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     flag = phi_c.CancelFlag()
     options: dict[str, Any] = {"logit_bias": no_end(llm), **GREEDY}
-    expected = llm.generate([5, 6, 7], max_tokens=30, **options).tokens
+    expected = llm.generate([5, 6, 7], max_tokens=300, **options).tokens
     in_step = threading.Event()
 
     def cancel_in_step() -> None:
         if len(steps) > 5 and len(steps[-1]) == 2:
             flag.set()
             in_step.set()
+        time.sleep(0.0005)
 
     steps = record_steps(monkeypatch, cancel_in_step)
     results: list[phi_c.Completion] = []
     run_concurrently(
-        lambda: results.append(llm.generate([5, 6, 7], max_tokens=30, **options)),
+        lambda: results.append(llm.generate([5, 6, 7], max_tokens=300, **options)),
         lambda: results.append(llm.generate([9, 8], max_tokens=400, cancel=flag, **options)),
     )
     completed = next(r for r in results if r.finish_reason == "length")

@@ -43,11 +43,13 @@ class OutputQueue:
     """Outputs of one or more sequences of a caller, in the order in which they were computed.
 
     The engine's thread puts, one thread of the caller reads. A sequence is not scheduled while its queue is full, that
-    is, has max_unread outputs that nobody has read.
+    is, has max_unread outputs that nobody has read; None: never full, and the reader gets all outputs of a sequence
+    together when it ends, so that it does not wake for each token.
     """
 
-    def __init__(self, max_unread: int = MAX_UNREAD_TOKENS) -> None:
+    def __init__(self, max_unread: int | None = MAX_UNREAD_TOKENS) -> None:
         self.max_unread = max_unread
+        self._held: list[Output] = []
         self.notify: Callable[[], None] = lambda: None  # called by the reader after the engine found the queue full
         self._queue: SimpleQueue[list[Output]] = SimpleQueue()
         self._n_put = 0  # written by the engine only
@@ -58,12 +60,17 @@ class OutputQueue:
     def put(self, outputs: list[Output]) -> None:
         """Add outputs that the reader gets together."""
         self._n_put += len(outputs)
+        if self.max_unread is None:
+            self._held += outputs
+            if not outputs[-1].is_last:
+                return
+            outputs, self._held = self._held, []
         self._queue.put(outputs)
 
     @property
     def is_full(self) -> bool:
         """Whether max_unread outputs are unread; if so, the next `read` calls `notify`."""
-        if self._n_put - self._n_read < self.max_unread:
+        if self.max_unread is None or self._n_put - self._n_read < self.max_unread:
             self._was_full = False
             return False
         self._was_full = True
