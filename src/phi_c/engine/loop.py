@@ -41,6 +41,8 @@ class EngineLoop:
 
     def submit(self, *sequences: Sequence) -> None:
         """Queue sequences together. The caller then reads their outputs. Raises ModelClosedError, MemoryError."""
+        if not sequences:
+            return
         wake = _waker(self._inbox)
         for sequence in sequences:
             sequence.outputs.notify = wake
@@ -100,14 +102,15 @@ class EngineLoop:
 
     def _start(self) -> None:
         thread = threading.Thread(target=_run, args=(self._engine, self._inbox), name="phi-c engine", daemon=True)
+        # The thread has no reference to this object: a model that nobody refers to ends it.
+        self._finalizer = weakref.finalize(self, _end, self._engine, self._inbox)
         self._thread = thread
         try:
             thread.start()
         except RuntimeError:
+            self._finalizer.detach()
             self._thread = None
             raise MemoryError("cannot start the thread of the model: the limit of threads is reached") from None
-        # The thread has no reference to this object: a model that nobody refers to ends it.
-        self._finalizer = weakref.finalize(self, _end, self._engine, self._inbox)
 
     def after_fork_in_child(self) -> None:
         """Forget the parent's thread, commands and sequences."""
@@ -151,23 +154,29 @@ def _run(engine: Engine, inbox: _Inbox) -> None:
     """Run commands, and steps while there is something to compute, until a command is None."""
     if hasattr(signal, "pthread_sigmask"):  # Ctrl-C and timers are for the threads that wait
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _FAULTS)
-    command: _Command | None
-    while True:
-        try:
-            command = inbox.get(block=engine.scheduler.is_idle)
-        except Empty:
-            command = Engine.step
-        if command is None:
-            break
-        try:
-            command(engine)
-        except BaseException as error:  # a bug: the callers get it, instead of waiting forever
-            engine.fail_all(error)
+    is_open = True
+    while is_open:
+        # Those that are there: more that come meanwhile must not keep the sequences waiting.
+        for _ in range(inbox.qsize() or int(engine.scheduler.is_idle)):
+            command = inbox.get()
+            if command is None:
+                is_open = False
+            else:
+                _try(engine, command)
+        if is_open and not engine.scheduler.is_idle:
+            _try(engine, Engine.step)
     engine.close()
-    while not inbox.empty():  # they were sent before the end
+    while not inbox.empty():  # sent before the end
         command = inbox.get()
         if command is not None:
-            command(engine)
+            _try(engine, command)
+
+
+def _try(engine: Engine, command: _Command) -> None:
+    try:
+        command(engine)
+    except BaseException as error:  # a bug: the callers get it, instead of waiting forever
+        engine.fail_all(error)
 
 
 def _end(engine: Engine, inbox: _Inbox) -> None:

@@ -34,6 +34,7 @@ def stream_hidden_states(loop: EngineLoop, groups: Iterable[Group[Sequence]]) ->
     outputs = OutputQueue(_MAX_UNREAD)
     try:
         while True:
+            new: list[Sequence] = []
             while len(active) < _MAX_ACTIVE_SEQUENCES:
                 # Followers first, before other sequences evict the pages that they share.
                 group: Group[Sequence] = (followers.popleft(),) if followers else next(upcoming, ())
@@ -41,9 +42,10 @@ def stream_hidden_states(loop: EngineLoop, groups: Iterable[Group[Sequence]]) ->
                     break
                 active[group[0]] = group[1:]
                 group[0].outputs = outputs
-                loop.submit(group[0])
+                new.append(group[0])
             if not active:
                 return
+            loop.submit(*new)
             for output in outputs.read():
                 if output.error is not None:
                     raise output.error
