@@ -8,6 +8,7 @@ from phi_c._core import PAGE_TOKENS
 from phi_c.engine.kv_pages import FREED, PagePool, extend_keys
 from phi_c.engine.scheduler import Scheduler, pages_for
 from phi_c.engine.sequence import Sequence, Status
+from phi_c.errors import ContextLengthError
 from phi_c.sampling.params import SamplingParams
 from phi_c.sampling.sampler import Sampler
 
@@ -92,9 +93,19 @@ def test_pages_come_with_the_tokens_and_the_youngest_is_preempted() -> None:
     assert scheduler.n_available_pages == 6
 
 
+def test_sequence_that_never_fits_is_an_error() -> None:
+    scheduler = Scheduler(PagePool(2), n_batch=512)
+    with pytest.raises(
+        ContextLengthError, match="a sequence of 65 tokens needs 96 tokens of KV cache, more than its 64"
+    ):
+        scheduler.add(sequence(60, 6))
+    scheduler.add(sequence(60, 5))
+    assert scheduler.schedule()
+
+
 def test_higher_priority_is_admitted_first_and_preempted_last() -> None:
     scheduler = Scheduler(PagePool(4), n_batch=512)
-    blocking = sequence(4 * PAGE_TOKENS - 1)
+    blocking = sequence(4 * PAGE_TOKENS - 1, 2)
     low, high = sequence(5, 100, first=100), sequence(5, 100, first=200)
     low.priority, high.priority = -1, 1
     for s in (blocking, low, high):

@@ -12,7 +12,7 @@ from phi_c.engine.kv_pages import PagePool
 from phi_c.engine.outputs import Output, OutputQueue
 from phi_c.engine.scheduler import Scheduler, Work, pages_for
 from phi_c.engine.sequence import Finish, Sequence
-from phi_c.errors import Cancelled, ModelClosedError
+from phi_c.errors import Cancelled, ContextLengthError, ModelClosedError
 from phi_c.sampling.sampler import TokenLogprob, logprob
 
 Floats = npt.NDArray[np.float32]
@@ -62,7 +62,10 @@ class Engine:
             self._publish([Output(s, error=ModelClosedError("the model was closed")) for s in sequences])
             return
         for sequence in sequences:
-            self.scheduler.add(sequence)
+            try:
+                self.scheduler.add(sequence)
+            except ContextLengthError as error:
+                self._publish([Output(sequence, error=error)])
 
     def remove(self, sequence: Sequence) -> None:
         """Remove a sequence without an output. No effect on one that is done."""

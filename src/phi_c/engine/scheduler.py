@@ -8,6 +8,7 @@ from typing import Protocol
 from phi_c._core import PAGE_TOKENS
 from phi_c.engine.kv_pages import FREED, PagePool, extend_keys, first_needed, usable_prefix
 from phi_c.engine.sequence import Sequence, Status
+from phi_c.errors import ContextLengthError
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,13 @@ class Scheduler:
         self._n_arrivals = 0
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; its `max_resident_pages` must not exceed the size of the pool."""
+        """Queue a sequence. Raises ContextLengthError if the pool is too small for it alone."""
+        n_pages = max_resident_pages(sequence.max_positions, self.n_batch, self.window)
+        if n_pages > self.pool.n_pages:  # it would be preempted forever
+            raise ContextLengthError(
+                f"a sequence of {sequence.max_positions} tokens needs {n_pages * PAGE_TOKENS} tokens of KV cache, "
+                f"more than its {self.pool.n_pages * PAGE_TOKENS}"
+            )
         sequence.arrival = self._n_arrivals
         self._n_arrivals += 1
         insort(self.waiting, sequence, key=_rank)
