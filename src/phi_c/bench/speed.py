@@ -151,10 +151,9 @@ def _decode_case(batch_size: int, context: int = 0) -> Case:
 
 
 class _Batch:
-    """Sequences that run together, and the times of their tokens."""
+    """Sequences that run together."""
 
     def __init__(self, model: llm.LLM, prompts: list[list[int]], max_tokens: int) -> None:
-        self.first_token = self.last_token = 0.0  # seconds: when all sequences had it
         self._loop = model.loop
         self._outputs = OutputQueue(len(prompts) * max_tokens + 1)
         greedy = SamplingParams(temperature=0, repeat_penalty=1)
@@ -168,39 +167,44 @@ class _Batch:
             )
             for prompt in prompts
         ]
-        self._running = set(self.sequences)
-        self._starting = set(self.sequences)
-        self._loop.submit(*self.sequences)
 
-    def wait_for_first_tokens(self) -> None:
-        """Wait until every sequence has a token."""
-        while self._starting:
-            self._read()
+    def start(self, prepare: Callable[[], None], *, with_first_tokens: bool) -> tuple[float, int]:
+        """Submit the sequences; return the time in seconds and the number of tokens computed until then.
 
-    def wait(self) -> None:
-        """Wait until every sequence is done."""
-        while self._running:
-            self._read()
+        with_first_tokens: after the step that gives the last of them its first token. prepare: called just before.
+        """
+
+        def run(engine: Engine) -> tuple[float, int]:
+            engine.add(self.sequences)
+            while with_first_tokens and not engine.interrupt.is_set():
+                if all(len(s.tokens) > s.n_prompt or s.is_done for s in self.sequences):
+                    break
+                engine.step()
+            prepare()
+            return time.perf_counter(), self.n_computed
+
+        return self._loop.call(run)
+
+    def wait(self) -> float:
+        """Wait until every sequence is done; return the time in seconds of the last output."""
+        n_running = len(self.sequences)
+        last = 0.0
+        while n_running:
+            for output in self._outputs.read():
+                if output.error is not None:
+                    raise output.error
+                n_running -= output.is_last
+                last = output.time
+        return last
 
     def cancel(self) -> None:
         """Remove sequences that are not done."""
-        self._loop.cancel(self._running)
+        self._loop.cancel(self.sequences)
 
     @property
     def n_computed(self) -> int:
-        """Number of tokens computed so far; the last generated token is never computed. In the engine's thread."""
+        """Number of tokens computed so far; the last generated token is never computed."""
         return sum((len(s.tokens) - 1 if s.is_done else s.n_computed) - (s.n_cached or 0) for s in self.sequences)
-
-    def _read(self) -> None:
-        for output in self._outputs.read():
-            if output.error is not None:
-                raise output.error
-            if output.sequence in self._starting:
-                self._starting.remove(output.sequence)
-                self.first_token = output.time
-            if output.finish is not None:
-                self._running.remove(output.sequence)
-                self.last_token = output.time
 
 
 class _Runner:
@@ -254,45 +258,27 @@ class _Runner:
 
     def _prefill(self) -> None:
         n_tokens = self._workload.n_prefill
-        if self._timings is not None:
-            self._model.loop.call(lambda engine: self._clear_timings())
-        start = time.perf_counter()
         batch = _Batch(self._model, [self.random_ids(n_tokens)], max_tokens=1)
-        try:
-            batch.wait()
-        finally:
-            batch.cancel()
-        speed = self._speed(Case("prefill", 1, n_tokens), batch.last_token - start, batch.n_computed)
+        speed = self._run_batch(Case("prefill", 1, n_tokens), batch, with_first_tokens=False)
         self.prefill_speeds.append(speed)
 
     def _decode(self, case: Case, prompts: list[list[int]]) -> None:
         """Measure the decode speed of a batch; prefill and first tokens are not timed."""
-        n_tokens = self._workload.n_decode
-        if self._timings is not None:
-            n_tokens += 1  # computed until the times are cleared
-        batch = _Batch(self._model, prompts, n_tokens + 1)
+        batch = _Batch(self._model, prompts, self._workload.n_decode + 1)
+        self.decode_speeds[case].append(self._run_batch(case, batch, with_first_tokens=True))
+
+    def _run_batch(self, case: Case, batch: _Batch, *, with_first_tokens: bool) -> float:
+        """Run a batch to its end; return the tokens computed per second. With phases, also keep the times of steps."""
         try:
-            batch.wait_for_first_tokens()
-            start, n_before = batch.first_token, sum(len(prompt) for prompt in prompts)
-            n_before -= sum(sequence.n_cached or 0 for sequence in batch.sequences)
-            if self._timings is not None:
-
-                def restart(engine: Engine) -> tuple[float, int]:
-                    self._clear_timings()
-                    return time.perf_counter(), batch.n_computed
-
-                start, n_before = self._model.loop.call(restart)
-            batch.wait()
+            start, n_before = batch.start(self._clear_timings, with_first_tokens=with_first_tokens)
+            seconds = batch.wait() - start
         finally:
             batch.cancel()
-        self.decode_speeds[case].append(self._speed(case, batch.last_token - start, batch.n_computed - n_before))
+        n_tokens = batch.n_computed - n_before
+        if self._timings is not None:
+            self.phase_samples[case].append(take_sample(self._timings, seconds, n_tokens))
+        return n_tokens / seconds
 
     def _clear_timings(self) -> None:
         if self._timings is not None:
             self._timings.clear()
-
-    def _speed(self, case: Case, seconds: float, n_tokens: int) -> float:
-        """Return the tokens per second; with phases, also keep the times of the steps."""
-        if self._timings is not None:
-            self.phase_samples[case].append(take_sample(self._timings, seconds, n_tokens))
-        return n_tokens / seconds
