@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from phi_c import hub, machine
 from phi_c._core import KV_PAGE_VERSION, CancelFlag, Model, prefault
+from phi_c.arguments import check_integer, check_token_ids
 from phi_c.engine.engine import Engine
 from phi_c.engine.loop import EngineLoop
 from phi_c.engine.page_file import Origin
@@ -38,7 +39,7 @@ from phi_c.results import Chunk, Completion, Score, collect
 from phi_c.scoring import all_logits, embed_inputs, encode_pairs, score_pairs
 from phi_c.streaming import GenerationOptions, check_options, stream_chunks
 from phi_c.text.chat_template import ChatTemplate, Message, load_chat_template
-from phi_c.text.request import Prompt, check_ids, encode_messages, encode_prompt, encode_raw
+from phi_c.text.request import Prompt, encode_messages, encode_prompt, encode_raw
 from phi_c.text.tokenizer import Tokenizer, load_tokenizer
 
 LAYOUTS = ("packed", "packed-cache", "mmap")
@@ -120,8 +121,8 @@ class LLM:
         prefix_cache: bool | str | os.PathLike[str] = False,
         tokenizer_json: Path | None = None,
     ) -> None:
-        check_count("n_threads", n_threads, 1, 1024)
-        check_count("n_batch", n_batch, 1, 1 << 16)
+        n_threads = check_count("n_threads", n_threads, 1, 1024)
+        n_batch = check_integer("n_batch", n_batch, 1, 1 << 16)
         if layout not in LAYOUTS:
             raise OptionError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
         tier = choose_tier(tier)
@@ -183,7 +184,7 @@ class LLM:
         raw: bool = False,
         system: str | None = None,
         max_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         logprobs: int | None = None,
         parse_special: bool = False,
         cancel: CancelFlag | None = None,
@@ -214,7 +215,7 @@ class LLM:
         raw: bool = False,
         system: str | None = None,
         max_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         logprobs: int | None = None,
         parse_special: bool = False,
         cancel: CancelFlag | None = None,
@@ -229,7 +230,7 @@ class LLM:
         messages: Sequence[Message],
         *,
         max_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         logprobs: int | None = None,
         parse_special: bool = False,
         cancel: CancelFlag | None = None,
@@ -249,7 +250,7 @@ class LLM:
         messages: Sequence[Message],
         *,
         max_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         logprobs: int | None = None,
         parse_special: bool = False,
         cancel: CancelFlag | None = None,
@@ -315,7 +316,7 @@ class LLM:
 
         Raises ContextLengthError, OptionError, ModelClosedError.
         """
-        ids = check_ids(tokens, self.config.n_vocab)
+        ids = check_token_ids(tokens, self.config.n_vocab)
         check_fits(len(ids), self.n_ctx, self.config)
         return all_logits(self.loop, ids, self.config.n_vocab)
 
@@ -341,7 +342,7 @@ class LLM:
         if messages is not None and tokens is not None:
             raise OptionError("save_state accepts messages or tokens, not both")
         ids = self._encode_chat(messages, False) if messages is not None else tokens
-        ids = check_ids(ids, self.config.n_vocab) if ids is not None else None
+        ids = check_token_ids(ids, self.config.n_vocab) if ids is not None else None
         return save_state(self.loop, self._origin(), Path(path), ids)
 
     def load_state(self, path: str | os.PathLike[str]) -> StateSummary:

@@ -4,6 +4,7 @@ import os
 
 from phi_c import machine
 from phi_c._core import PAGE_TOKENS, cpu_features, kv_page_bytes, tiers
+from phi_c.arguments import check_integer, is_integer
 from phi_c.engine.scheduler import max_resident_pages, pages_for
 from phi_c.errors import ContextLengthError, MemoryLimitError, OptionError
 from phi_c.model.config import ModelConfig
@@ -18,14 +19,9 @@ KV_MEMORY_SHARE = 0.25  # of the memory that is available beside the weights, fo
 _MAX_DEFAULT_CONTEXTS = 64  # in the default KV cache
 
 
-def check_count(name: str, value: int | None, minimum: int, maximum: int | None) -> None:
-    """Raise OptionError unless a value is None or an integer from minimum to maximum (None: no limit)."""
-    if value is None:
-        return
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if not is_integer or value < minimum or (maximum is not None and value > maximum):
-        limits = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-        raise OptionError(f"{name} is {value!r}, expected an integer {limits}")
+def check_count(name: str, value: int | None, minimum: int, maximum: int | None) -> int | None:
+    """Return a value as int or None. Raises OptionError unless it is None or an integer in the range."""
+    return None if value is None else check_integer(name, value, minimum, maximum)
 
 
 def check_fits(n_tokens: int, n_ctx: int, config: ModelConfig, what: str = "the prompt") -> None:
@@ -64,11 +60,11 @@ def choose_n_ctx(n_ctx: int | None, config: ModelConfig) -> int:
     """Return the context size in tokens. Raises OptionError for one larger than the model's own."""
     if n_ctx is None:
         return min(config.n_ctx_train, DEFAULT_N_CTX)
-    if isinstance(n_ctx, bool) or not isinstance(n_ctx, int) or not 0 <= n_ctx <= config.n_ctx_train:
+    if not is_integer(n_ctx) or not 0 <= n_ctx <= config.n_ctx_train:
         raise OptionError(
             f"n_ctx is {n_ctx!r}, expected 1 to {config.n_ctx_train}, or 0 for the model's own context size"
         )
-    return n_ctx or config.n_ctx_train
+    return int(n_ctx) or config.n_ctx_train
 
 
 def default_kv_cache_tokens(n_ctx: int, page_bytes: int, weight_bytes: int) -> int:
@@ -82,7 +78,7 @@ def choose_kv_cache_tokens(
 ) -> int:
     """Return the KV cache capacity in tokens. Raises OptionError if one sequence of n_ctx tokens does not fit it."""
     minimum = max_resident_pages(n_ctx, n_batch, config.window) * PAGE_TOKENS
-    check_count("kv_cache_tokens", kv_cache_tokens, 1, _MAX_KV_CACHE_TOKENS)
+    kv_cache_tokens = check_count("kv_cache_tokens", kv_cache_tokens, 1, _MAX_KV_CACHE_TOKENS)
     if kv_cache_tokens is not None and pages_for(kv_cache_tokens) * PAGE_TOKENS < minimum:
         raise OptionError(
             f"kv_cache_tokens is {kv_cache_tokens}, expected at least {minimum}: "

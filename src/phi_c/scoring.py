@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from phi_c._core import CancelFlag
+from phi_c.arguments import check_token_ids
 from phi_c.engine.loop import EngineLoop
 from phi_c.engine.prompt_outputs import logits_by_chunk, stream_hidden_states
 from phi_c.engine.sequence import Sequence as EngineSequence
@@ -15,7 +16,7 @@ from phi_c.errors import OptionError, PhiError
 from phi_c.model.config import ModelConfig
 from phi_c.params import check_fits
 from phi_c.results import Score
-from phi_c.text.request import check_ids, encode_raw
+from phi_c.text.request import encode_raw
 from phi_c.text.tokenizer import Tokenizer
 
 Floats = npt.NDArray[np.float32]
@@ -92,7 +93,7 @@ def _encode_either(
         context = prefix_ids(tokenizer)
     if isinstance(continuation, str):
         return context, tokenizer.encode(continuation, add_bos=False, parse_special=parse_special)
-    return context, check_ids(continuation, n_vocab) if len(continuation) else []
+    return context, check_token_ids(continuation, n_vocab) if len(continuation) else []
 
 
 def score_pairs(

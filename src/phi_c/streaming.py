@@ -1,7 +1,7 @@
 """Generation calls: options are checked, and an engine sequence becomes a stream of chunks in the caller's thread."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,18 +34,27 @@ class GenerationOptions:
 
 def check_options(
     max_tokens: int | None,
-    stop: str | Sequence[str],
+    stop: str | Sequence[str] | None,
     logprobs: int | None,
     cancel: CancelFlag | None,
     sampling: dict[str, Any],
 ) -> GenerationOptions:
     """Return the options as a dataclass. Raises OptionError, and TypeError for an unknown sampling option."""
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(s, str) and s for s in stops):
+    max_tokens = check_count("max_tokens", max_tokens, 1, None)
+    logprobs = check_count("logprobs", logprobs, 0, None)
+    if cancel is not None and not isinstance(cancel, CancelFlag):
+        raise OptionError(f"cancel is {cancel!r:.60}, expected a phi_c.CancelFlag")
+    return GenerationOptions(max_tokens, _check_stop(stop), logprobs, cancel, SamplingParams(**sampling))
+
+
+def _check_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    if stop is None:
+        return ()
+    is_iterable = isinstance(stop, Iterable) and not isinstance(stop, bytes)
+    stops = (stop,) if isinstance(stop, str) else tuple(stop) if is_iterable else ()
+    if not is_iterable or not all(isinstance(s, str) and s for s in stops):
         raise OptionError(f"stop is {stop!r:.60}, expected non-empty strings")
-    check_count("max_tokens", max_tokens, 1, None)
-    check_count("logprobs", logprobs, 0, None)
-    return GenerationOptions(max_tokens, stops, logprobs, cancel, SamplingParams(**sampling))
+    return stops
 
 
 def stream_chunks(

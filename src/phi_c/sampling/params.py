@@ -3,7 +3,9 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from phi_c.arguments import check_integer, check_number
 from phi_c.errors import OptionError
 
 
@@ -40,27 +42,30 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise OptionError(f"{name} is {value!r}, expected a finite number")
+        checked: dict[str, Any] = {name: check_number(name, getattr(self, name)) for name in _NUMBERS}
         if not 0 <= self.min_p <= 1:
             raise OptionError(f"min_p is {self.min_p}, expected 0 to 1")
         if self.repeat_penalty <= 0:
             raise OptionError(f"repeat_penalty is {self.repeat_penalty}, expected more than 0")
-        _check_integer("top_k", self.top_k, 0)
-        _check_integer("repeat_last_n", self.repeat_last_n, -1)
+        checked["top_k"] = check_integer("top_k", self.top_k, 0)
+        checked["repeat_last_n"] = check_integer("repeat_last_n", self.repeat_last_n, -1)
         if self.seed is not None:
-            _check_integer("seed", self.seed, 0)
+            checked["seed"] = check_integer("seed", self.seed, 0)
         if not isinstance(self.logit_bias, Mapping):
             raise OptionError(f"logit_bias is {self.logit_bias!r:.60}, expected a mapping of token ids to numbers")
-        for token, bias in self.logit_bias.items():
-            _check_integer("a token id in logit_bias", token, 0)
-            is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
-            if not is_number or math.isnan(bias) or bias == math.inf:
-                raise OptionError(f"logit_bias of token {token} is {bias!r}, expected a finite number or -inf")
+        checked["logit_bias"] = {
+            check_integer("a token id in logit_bias", token, 0): _check_bias(token, bias)
+            for token, bias in self.logit_bias.items()
+        }
+        for name, value in checked.items():  # as Python's own types
+            object.__setattr__(self, name, value)
 
 
-def _check_integer(name: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise OptionError(f"{name} is {value!r}, expected an integer of at least {minimum}")
+_NUMBERS = ("temperature", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty")
+
+
+def _check_bias(token: int, bias: Any) -> float:
+    try:
+        return -math.inf if bias == -math.inf else check_number("bias", bias)
+    except (OptionError, ValueError):  # ValueError: an array
+        raise OptionError(f"logit_bias of token {token} is {bias!r:.60}, expected a finite number or -inf") from None

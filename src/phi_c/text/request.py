@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from phi_c.arguments import check_token_ids
 from phi_c.errors import ChatTemplateError, OptionError
 from phi_c.text.chat_template import ChatTemplate, Message, encode_chat
 from phi_c.text.tokenizer import Tokenizer
@@ -15,24 +16,13 @@ class Prompt(NamedTuple):
     is_raw: bool  # not rendered with the chat template: the output continues its text
 
 
-def check_ids(tokens: Sequence[int], n_vocab: int) -> list[int]:
-    """Return token ids as a list of int. Raises OptionError if there are none or one is outside the vocabulary."""
-    ids = [int(token) for token in tokens]
-    if not ids:
-        raise OptionError("the prompt is empty")
-    for token in ids:
-        if not 0 <= token < n_vocab:
-            raise OptionError(f"token id {token} is outside the vocabulary, expected 0 to {n_vocab - 1}")
-    return ids
-
-
 def encode_raw(prompt: str | Sequence[int], tokenizer: Tokenizer, n_vocab: int, *, parse_special: bool) -> list[int]:
     """Return the ids of a prompt without the chat template; token ids are checked and returned unchanged.
 
     Raises OptionError for an empty prompt or an id outside the vocabulary.
     """
     if not isinstance(prompt, str):
-        return check_ids(prompt, n_vocab)
+        return check_token_ids(prompt, n_vocab)
     if not prompt:
         raise OptionError("the prompt is empty")
     return tokenizer.encode(prompt, parse_special=parse_special)
