@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from phi_c.quantize.calibration import collect_imatrix
     from phi_c.quantize.run import quantize_model
     from phi_c.results import Chunk, Completion, Score, Usage
+    from phi_c.sampling.params import SamplingParams
+    from phi_c.sampling.sampler import TokenLogprob
 
 __all__ = [
     "LLM",
@@ -24,8 +26,10 @@ __all__ = [
     "Chunk",
     "Completion",
     "PhiError",
+    "SamplingParams",
     "Score",
     "StateSummary",
+    "TokenLogprob",
     "Usage",
     "collect_imatrix",
     "compare",
@@ -43,7 +47,9 @@ _MODULES = {
     "Completion": "phi_c.results",
     "Chunk": "phi_c.results",
     "Score": "phi_c.results",
+    "SamplingParams": "phi_c.sampling.params",
     "StateSummary": "phi_c.engine.saved_state",
+    "TokenLogprob": "phi_c.sampling.sampler",
     "Usage": "phi_c.results",
     "quantize_model": "phi_c.quantize.run",
 }

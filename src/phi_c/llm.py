@@ -2,12 +2,12 @@
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,7 @@ from phi_c.params import (
     choose_tier,
 )
 from phi_c.results import Chunk, Completion, Score, collect
+from phi_c.sampling.params import choose_sampling
 from phi_c.scoring import all_logits, embed_inputs, encode_pairs, score_pairs
 from phi_c.streaming import GenerationOptions, check_options, stream_chunks
 from phi_c.text.chat_template import ChatTemplate, Message, load_chat_template
@@ -188,7 +189,16 @@ class LLM:
         logprobs: int | None = None,
         parse_special: bool = False,
         cancel: CancelFlag | None = None,
-        **sampling: Any,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repeat_penalty: float | None = None,
+        repeat_last_n: int | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        seed: int | None = None,
     ) -> Completion:
         """Generate a completion of a prompt.
 
@@ -200,11 +210,23 @@ class LLM:
         logprobs: also return the log-probability of each generated token and of this many most probable tokens.
         parse_special: encode special tokens that the prompt spells out, such as `<|end|>`, as special tokens.
         cancel: a flag that ends the call from another thread; the output so far is returned.
-        sampling: the fields of phi_c.sampling.params.SamplingParams.
+        temperature ... seed: see phi_c.SamplingParams, which also has the defaults for None.
 
-        Raises ContextLengthError for a prompt longer than the context, OptionError, ChatTemplateError, TypeError for
-        an unknown option, ModelClosedError.
+        Raises ContextLengthError for a prompt longer than the context, OptionError, ChatTemplateError,
+        ModelClosedError.
         """
+        sampling = choose_sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repeat_penalty=repeat_penalty,
+            repeat_last_n=repeat_last_n,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+            seed=seed,
+        )
         options = check_options(max_tokens, stop, logprobs, cancel, sampling)
         return collect(self._stream(self._encode(prompt, raw, system, parse_special), options, is_whole=True))
 
@@ -219,9 +241,30 @@ class LLM:
         logprobs: int | None = None,
         parse_special: bool = False,
         cancel: CancelFlag | None = None,
-        **sampling: Any,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repeat_penalty: float | None = None,
+        repeat_last_n: int | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        seed: int | None = None,
     ) -> Iterator[Chunk]:
         """Yield a completion in chunks as it is generated; arguments and errors as in `generate`."""
+        sampling = choose_sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repeat_penalty=repeat_penalty,
+            repeat_last_n=repeat_last_n,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+            seed=seed,
+        )
         options = check_options(max_tokens, stop, logprobs, cancel, sampling)
         return self._stream(self._encode(prompt, raw, system, parse_special), options)
 
@@ -234,13 +277,34 @@ class LLM:
         logprobs: int | None = None,
         parse_special: bool = False,
         cancel: CancelFlag | None = None,
-        **sampling: Any,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repeat_penalty: float | None = None,
+        repeat_last_n: int | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        seed: int | None = None,
     ) -> Completion:
         """Generate the assistant's next message of a conversation.
 
         messages: mappings with "role" and "content". Turns that earlier calls computed are served from the KV cache.
         Other arguments and errors as in `generate`.
         """
+        sampling = choose_sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repeat_penalty=repeat_penalty,
+            repeat_last_n=repeat_last_n,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+            seed=seed,
+        )
         options = check_options(max_tokens, stop, logprobs, cancel, sampling)
         prompt = Prompt(self._encode_chat(messages, parse_special), False)
         return collect(self._stream(prompt, options, is_whole=True))
@@ -254,9 +318,30 @@ class LLM:
         logprobs: int | None = None,
         parse_special: bool = False,
         cancel: CancelFlag | None = None,
-        **sampling: Any,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repeat_penalty: float | None = None,
+        repeat_last_n: int | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        seed: int | None = None,
     ) -> Iterator[Chunk]:
         """Yield the assistant's next message in chunks as it is generated; arguments and errors as in `chat`."""
+        sampling = choose_sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repeat_penalty=repeat_penalty,
+            repeat_last_n=repeat_last_n,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+            seed=seed,
+        )
         options = check_options(max_tokens, stop, logprobs, cancel, sampling)
         return self._stream(Prompt(self._encode_chat(messages, parse_special), False), options)
 

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from phi_c._core import CancelFlag
 from phi_c.engine.loop import EngineLoop
@@ -37,14 +36,14 @@ def check_options(
     stop: str | Sequence[str] | None,
     logprobs: int | None,
     cancel: CancelFlag | None,
-    sampling: dict[str, Any],
+    sampling: SamplingParams,
 ) -> GenerationOptions:
-    """Return the options as a dataclass. Raises OptionError, and TypeError for an unknown sampling option."""
+    """Return the options as a dataclass. Raises OptionError."""
     max_tokens = check_count("max_tokens", max_tokens, 1, None)
     logprobs = check_count("logprobs", logprobs, 0, None)
     if cancel is not None and not isinstance(cancel, CancelFlag):
         raise OptionError(f"cancel is {cancel!r:.60}, expected a phi_c.CancelFlag")
-    return GenerationOptions(max_tokens, _check_stop(stop), logprobs, cancel, SamplingParams(**sampling))
+    return GenerationOptions(max_tokens, _check_stop(stop), logprobs, cancel, sampling)
 
 
 def _check_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -61,6 +61,11 @@ class SamplingParams:
             object.__setattr__(self, name, value)
 
 
+def choose_sampling(**options: Any) -> SamplingParams:
+    """Return SamplingParams with the options that are not None, and the defaults. Raises OptionError."""
+    return SamplingParams(**{name: value for name, value in options.items() if value is not None})
+
+
 _NUMBERS = ("temperature", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty")
 
 
