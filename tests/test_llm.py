@@ -417,3 +417,13 @@ def test_interrupt_while_the_model_is_measured(path: Path, monkeypatch: pytest.M
     with pytest.raises(KeyboardInterrupt):
         phi_c.load(path)
     assert threading.active_count() == n_threads
+
+
+def test_random_seed_is_reported_and_repeats_the_call(llm: phi_c.LLM) -> None:
+    first = llm.generate("the", raw=True, max_tokens=20, temperature=1.0)
+    again = llm.generate("the", raw=True, max_tokens=20, temperature=1.0, seed=first.seed)
+    assert (again.tokens, again.seed) == (first.tokens, first.seed)
+    assert llm.generate("the", raw=True, max_tokens=1).seed != first.seed
+    *chunks, last = llm.stream("the", raw=True, max_tokens=5, seed=7)
+    assert last.seed == 7
+    assert all(chunk.seed is None for chunk in chunks)

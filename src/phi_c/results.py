@@ -36,6 +36,7 @@ class Chunk:
     logprobs: list[TokenLogprob] | None = None  # one per token; None unless requested
     finish_reason: str | None = None  # as in Completion; None except in the last chunk
     usage: Usage | None = None  # None except in the last chunk
+    seed: int | None = None  # as in Completion; None except in the last chunk
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Completion:
     tokens: list[int]  # generated token ids, an end token included
     finish_reason: str  # "stop": end token or stop string; "length": max_tokens or end of context; "cancelled"
     usage: Usage
+    seed: int  # with which the call can be repeated; chosen at random unless it was given
     logprobs: list[TokenLogprob] | None = None  # one per token; None unless requested
 
 
@@ -74,7 +76,7 @@ def collect(chunks: Iterator[Chunk]) -> Completion:
         total.text += chunk.text
         total.tokens += chunk.tokens
         total.logprobs += chunk.logprobs or []
-    if chunk.finish_reason is None or chunk.usage is None:
-        raise AssertionError("the last chunk has no finish_reason or no usage")
+    if chunk.finish_reason is None or chunk.usage is None or chunk.seed is None:
+        raise AssertionError("the last chunk has no finish_reason, no usage or no seed")
     logprobs = None if chunk.logprobs is None else total.logprobs
-    return Completion(total.text, total.tokens, chunk.finish_reason, chunk.usage, logprobs)
+    return Completion(total.text, total.tokens, chunk.finish_reason, chunk.usage, chunk.seed, logprobs)

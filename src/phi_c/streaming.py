@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from phi_c._core import CancelFlag
 from phi_c.engine.loop import EngineLoop
@@ -123,7 +123,9 @@ def _run(
             yield _make_chunk(tokens, text.take(), has_logprobs)
             tokens = []
         prefix_cache.store(loop, sequence.tokens[: sequence.n_prompt])
-    yield _make_chunk(tokens, text.take() + text.finish(), has_logprobs, finish, usage)
+    last = _make_chunk(tokens, text.take() + text.finish(), has_logprobs)
+    seed = None if sequence.sampler is None else sequence.sampler.seed
+    yield replace(last, finish_reason=finish.value, usage=usage, seed=seed)
 
 
 class _TextOfOutputs:
@@ -160,13 +162,9 @@ class _TextOfOutputs:
         return self._decoder.finish()
 
 
-def _make_chunk(
-    outputs: list[Output], text: str, has_logprobs: bool, finish: Finish | None = None, usage: Usage | None = None
-) -> Chunk:
+def _make_chunk(outputs: list[Output], text: str, has_logprobs: bool) -> Chunk:
     return Chunk(
         text=text,
         tokens=[output.token for output in outputs if output.token is not None],
         logprobs=[output.logprob for output in outputs if output.logprob is not None] if has_logprobs else None,
-        finish_reason=finish.value if finish else None,
-        usage=usage,
     )

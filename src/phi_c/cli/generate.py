@@ -105,7 +105,7 @@ def _json_result(llm: "LLM", chunks: list["Chunk"], options: dict[str, Any]) -> 
         "text": "".join(chunk.text for chunk in chunks),
         "tokens": [token for chunk in chunks for token in chunk.tokens],
         "finish_reason": (chunks[-1].finish_reason if chunks else None) or "cancelled",
-        "seed": options["seed"],
+        "seed": chunks[-1].seed if chunks else options["seed"],
         "usage": _json_usage(usage) if usage is not None else None,
     }
     if options["logprobs"] is not None:

@@ -1,6 +1,7 @@
 """Chooses the next token of one sequence from its logits, and computes log-probabilities."""
 
 import math
+import secrets
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +31,10 @@ class TokenLogprob:
 
 
 class Sampler:
-    """Samples the tokens of one sequence. Random numbers depend only on the seed and the number of earlier draws."""
+    """Samples the tokens of one sequence. Random numbers depend only on the seed and the number of earlier draws.
+
+    seed: that of the parameters, or the random one that was chosen.
+    """
 
     def __init__(self, params: SamplingParams, n_vocab: int) -> None:
         self.params = params
@@ -39,7 +43,9 @@ class Sampler:
             raise OptionError(f"logit_bias names token {out_of_range[0]}, expected ids of 0 to {n_vocab - 1}")
         # Reused by every call: zeroing the pages of a fresh array costs more than the computation.
         self._buffer = np.empty(n_vocab, np.float32)
-        self._random = np.random.Generator(np.random.PCG64(params.seed))
+        # 53 bits: exact in JSON, whose readers may have floats only.
+        self.seed = secrets.randbits(53) if params.seed is None else params.seed
+        self._random = np.random.Generator(np.random.PCG64(self.seed))
 
     def sample(self, logits: Floats, generated: Sequence[int]) -> int:
         """Return the id of the next token.
