@@ -134,8 +134,9 @@ SIGNALS = """
         os.kill(os.getpid(), signal.SIGUSR1)
         return real(*arguments)
 
-    def generate():
-        return llm.generate([5, 6, 7], max_tokens=4, temperature=0).tokens
+    def generate(n=4):
+        ban = dict.fromkeys(llm.tokenizer.eog_ids, float("-inf"))
+        return llm.generate([5, 6, 7], max_tokens=n, temperature=0, logit_bias=ban).tokens
 
     results, forking = [], []
     with phi_c.load(sys.argv[1], n_threads=2) as idle, phi_c.load(sys.argv[1], n_threads=2) as llm:
@@ -150,7 +151,7 @@ SIGNALS = """
         # The child returns from the handler to a call whose sequence only its parent runs.
         signal.signal(signal.SIGUSR1, continue_in_child)
         try:
-            assert generate() == expected
+            assert len(generate(1000)) == 1000  # far from complete when the first step forks
         except phi_c.PhiError as error:
             assert results == [0]
             engine.forward = real
@@ -181,7 +182,7 @@ SIGNALS = """
         leave.set()
         holder.join()
         assert generate() == expected
-        assert idle.generate([5, 6, 7], max_tokens=4, temperature=0).tokens == expected
+        assert idle.generate([5, 6, 7], max_tokens=1, temperature=0).tokens == expected[:1]
 """
 
 
