@@ -54,7 +54,7 @@ WRONG_OPTIONS: list[tuple[str, Any]] = [
     *(("logit_bias", value) for value in ([(5, 1)], {"5": 1}, {5: "x"}, {5: None}, {5: float("nan")})),
     *(("logit_bias", value) for value in ({5: 10**400}, {5: float("inf")}, {5: np.zeros(2)})),
     *(("logprobs", value) for value in (True, -1, 1.5)),
-    *(("cancel", value) for value in (True, "x")),
+    *(("cancel", value) for value in (True, "x", phi_c.CancelFlag(phi_c.CancelFlag()))),
 ]
 
 

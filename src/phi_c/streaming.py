@@ -43,6 +43,8 @@ def check_options(
     logprobs = check_count("logprobs", logprobs, 0, None)
     if cancel is not None and not isinstance(cancel, CancelFlag):
         raise OptionError(f"cancel is {cancel!r:.60}, expected a phi_c.CancelFlag")
+    if cancel is not None and cancel.parent is not None:
+        raise OptionError("cancel is a CancelFlag with a parent, expected one without")
     return GenerationOptions(max_tokens, _check_stop(stop), logprobs, cancel, sampling)
 
 
@@ -97,8 +99,8 @@ def _run(
     start = time.perf_counter()
     first_token: float | None = None
     n_generated = 0
-    loop.submit(sequence)
     try:
+        loop.submit(sequence)
         while True:
             outputs, finish = text.add(sequence.outputs.read())
             tokens = [output for output in outputs if output.token is not None]
