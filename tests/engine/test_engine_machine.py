@@ -6,7 +6,7 @@ wrong page, position or order changes the output.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 )
 
 import phi_c
-from phi_c._core import PAGE_TOKENS, CancelFlag, Model
+from phi_c._core import PAGE_TOKENS, Model
 from phi_c.engine import engine as engine_module
 from phi_c.engine.engine import Engine
 from phi_c.engine.outputs import Output, OutputQueue
@@ -97,6 +97,7 @@ class Caller:
         self.sequence = sequence
         self.outputs: list[Output] = []
         self.is_removed = False
+        self.is_attentive = True  # reads after each step
 
     @property
     def is_done(self) -> bool:
@@ -125,77 +126,108 @@ class Caller:
                 assert len(values) == len(prompt) - sequence.output_from
 
 
+class Request(NamedTuple):
+    """What a sequence is made from."""
+
+    n_prompt: int
+    letter: int
+    max_tokens: int
+    output_from: int | None
+    priority: int
+    max_unread: int | None
+
+
+REQUESTS = st.builds(
+    Request,
+    n_prompt=st.integers(1, 90),
+    letter=st.integers(0, 9),
+    max_tokens=st.integers(20, 100),
+    output_from=st.none() | st.integers(0, 89),
+    priority=st.integers(-1, 1),
+    max_unread=st.sampled_from([MAX_UNREAD, None]),
+)
+
+
+def make_sequence(request: Request) -> Sequence:
+    is_hidden = request.output_from is not None
+    return Sequence(
+        [request.letter] * request.n_prompt,
+        0 if is_hidden else request.max_tokens,
+        None if is_hidden else Sampler(SamplingParams(temperature=0), N_VOCAB),
+        output_from=None if request.output_from is None else min(request.output_from, request.n_prompt - 1),
+        priority=request.priority,
+        outputs=OutputQueue(request.max_unread),
+    )
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Runs an engine in one thread; see the module."""
 
     model: Model  # only its page size matters
     stub: Stub
 
-    @initialize(n_pages=st.integers(4, 12), n_batch=st.integers(1, 80), window=st.none() | st.integers(2, 70))
+    @initialize(n_pages=st.integers(4, 6), n_batch=st.integers(1, 60), window=st.none() | st.integers(2, 70))
     def start(self, n_pages: int, n_batch: int, window: int | None) -> None:
         self.engine = Engine(self.model, n_pages * PAGE_TOKENS, n_batch, window=window, max_step_seconds=0.0)
         self.stub.slots.clear()
         self.stub.fails = False
         self.callers: list[Caller] = []
 
-    @rule(
-        n_prompt=st.integers(1, 120),
-        max_tokens=st.integers(1, 60),
-        letter=st.integers(0, 1),
-        priority=st.integers(-1, 1),
-        data=st.data(),
-    )
-    def submit(self, n_prompt: int, max_tokens: int, letter: int, priority: int, data: st.DataObject) -> None:
-        is_hidden = data.draw(st.booleans())
-        sequence = Sequence(
-            [letter] * n_prompt,
-            0 if is_hidden else max_tokens,
-            None if is_hidden else Sampler(SamplingParams(temperature=0), N_VOCAB),
-            cancel=CancelFlag(),
-            output_from=data.draw(st.integers(0, n_prompt - 1)) if is_hidden else None,
-            priority=priority,
-            outputs=OutputQueue(data.draw(st.sampled_from([MAX_UNREAD, None]))),
-        )
+    @rule(requests=st.lists(REQUESTS, min_size=1, max_size=6))
+    def submit(self, requests: list[Request]) -> None:
+        """Submit sequences together; those that can never fit are refused."""
+        callers = [Caller(make_sequence(request)) for request in requests]
         scheduler = self.engine.scheduler
-        fits = max_resident_pages(sequence.max_positions, scheduler.n_batch, scheduler.window) <= scheduler.pool.n_pages
-        self.engine.add([sequence])
-        caller = Caller(sequence)
-        caller.read()
-        assert caller.is_done is not fits
-        if fits:
-            self.callers.append(caller)
+        self.engine.add([caller.sequence for caller in callers])
+        for caller in callers:
+            n_pages = max_resident_pages(caller.sequence.max_positions, scheduler.n_batch, scheduler.window)
+            caller.read()
+            assert caller.is_done is (n_pages > scheduler.pool.n_pages)
+        self.callers += [caller for caller in callers if not caller.is_done]
 
-    @rule(n=st.integers(1, 30))
+    @rule(n=st.integers(1, 60))
     def steps(self, n: int) -> None:
         for _ in range(n):
             self.engine.step()
+            for caller in self.callers:
+                if caller.is_attentive:
+                    caller.read()
 
     @precondition(lambda self: self.callers)
     @rule(data=st.data())
-    def read(self, data: st.DataObject) -> None:
-        data.draw(st.sampled_from(self.callers)).read()
+    def pause_or_continue(self, data: st.DataObject) -> None:
+        caller = data.draw(st.sampled_from(self.callers))
+        caller.is_attentive = not caller.is_attentive
 
     @precondition(lambda self: self.callers)
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), is_rare=st.integers(0, 3))
+    def cancel(self, data: st.DataObject, is_rare: int) -> None:
+        if is_rare:
+            return
         data.draw(st.sampled_from(self.callers)).sequence.cancel.set()
 
     @precondition(lambda self: self.callers)
-    @rule(data=st.data())
-    def remove(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), is_rare=st.integers(0, 3))
+    def remove(self, data: st.DataObject, is_rare: int) -> None:
+        if is_rare:
+            return
         caller = data.draw(st.sampled_from(self.callers))
         self.engine.remove(caller.sequence)
         caller.is_removed = True
 
-    @rule()
-    def failing_step(self) -> None:
+    @rule(is_rare=st.integers(0, 7))
+    def failing_step(self, is_rare: int) -> None:
+        if is_rare:
+            return
         self.stub.fails = True
         self.engine.step()
         self.stub.fails = False
 
-    @rule()
-    def forget(self) -> None:
+    @rule(is_rare=st.integers(0, 7))
+    def forget(self, is_rare: int) -> None:
         """As in a forked child."""
+        if is_rare:
+            return
         self.engine.forget_sequences()
         self.callers.clear()
 
@@ -242,7 +274,7 @@ def run(path: Path, monkeypatch: pytest.MonkeyPatch, max_examples: int, n_rules:
 
 
 def test_engine(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(path, monkeypatch, 60, 30)
+    run(path, monkeypatch, 100, 40)
 
 
 @pytest.mark.exhaustive

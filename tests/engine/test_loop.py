@@ -117,7 +117,7 @@ def test_unread_stream_makes_room_for_others(path: Path) -> None:
 def test_texts_are_equal_under_contention(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many streams in a KV cache of little more than one context, some cancelled, some left: preempted all the time."""
     before = sys.getswitchinterval()
-    with phi_c.load(path, n_ctx=192, kv_cache_tokens=256, n_batch=32) as llm:
+    with phi_c.load(path, n_ctx=192, kv_cache_tokens=192, n_batch=32) as llm:
         bias = no_end(llm)
         n_jobs = 24
         prompts = [tokens_of(10 + 5 * (i % 7), i % 5) for i in range(n_jobs)]
@@ -196,27 +196,41 @@ def test_every_step_has_all_streams(llm: phi_c.LLM, monkeypatch: pytest.MonkeyPa
 
 def test_short_request_does_not_wait_for_a_long_prompt(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside a decoding stream, a long prompt is computed in chunks, and a short one starts in the next step."""
+    submitted: dict[int, int] = {}  # length of the prompt -> number of steps before it was submitted
+    first_token: dict[int, int] = {}  # the same, number of steps until its first token
+    real_add, real_publish = Engine.add, Engine._publish
+
+    def add(self: Engine, sequences: tuple[Sequence, ...]) -> None:
+        submitted.update((sequence.n_prompt, len(steps)) for sequence in sequences)
+        real_add(self, sequences)
+
+    def publish(self: Engine, outputs: list[Output]) -> None:
+        for output in outputs:
+            first_token.setdefault(output.sequence.n_prompt, len(steps))
+        real_publish(self, outputs)
+
+    monkeypatch.setattr(Engine, "add", add)
+    monkeypatch.setattr(Engine, "_publish", publish)
     with phi_c.load(path, n_ctx=2048, n_threads=1) as llm:
         llm.engine.max_step_seconds = 0.0  # the smallest chunks
-        bias = no_end(llm)
         steps = record_steps(monkeypatch, lambda: time.sleep(0.001))
         flag = phi_c.CancelFlag()
-        stream = llm.stream([5, 6, 7], logit_bias=bias, cancel=flag)
+        stream = llm.stream([5, 6, 7], logit_bias=no_end(llm), cancel=flag)
         next(stream)
         reader = threading.Thread(target=lambda: list(stream))
+        long = threading.Thread(target=lambda: llm.generate(tokens_of(1900), max_tokens=1))
         reader.start()
-        long = threading.Thread(target=lambda: llm.generate(tokens_of(1500), max_tokens=1))
-        n_before = len(steps)
         long.start()
-        while not any(sum(step) > 10 for step in steps[n_before:]):
+        deadline = time.monotonic() + SECONDS
+        while 1900 not in submitted and time.monotonic() < deadline:
             time.sleep(0.001)
-        submitted = len(steps)
-        llm.generate([9, 9, 9], max_tokens=1)
-        assert len(steps) - submitted <= 4  # 1500 tokens in chunks of 16 take 94 steps
+        llm.generate([9, 9, 9, 9], max_tokens=1)
         flag.set()
         long.join()
         reader.join()
-        assert max(sum(step) for step in steps[n_before:submitted]) <= 16 + 1
+    assert submitted[4] - submitted[1900] < 110  # it came while the long one was computed, in 119 steps
+    assert first_token[4] - submitted[4] <= 2
+    assert max(sum(step) for step in steps[submitted[1900] : submitted[4]]) <= 16 + 1
 
 
 def test_cancelled_call_keeps_the_step_of_others(llm: phi_c.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +407,7 @@ INTERRUPTED = """
         assert not any(thread.is_alive() for thread in others), "a call hangs"
         held.close()
         pages = llm.loop.call(lambda engine: engine.scheduler.n_available_pages)
-        print(n_caught > 20, min(counts) > 3, wrong[:3], pages == llm.engine.kv.n_pages)
+        print(n_caught > 5, min(counts) > 0, wrong[:3], pages == llm.engine.kv.n_pages)
 """
 
 
