@@ -279,4 +279,4 @@ def test_engine(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.exhaustive
 def test_engine_at_length(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(path, monkeypatch, 3000, 60)
+    run(path, monkeypatch, 500, 60)
