@@ -22,7 +22,7 @@ cdef class ForkLock:
     cdef readonly long long number  # of creation: the order in which a fork acquires locks
     cdef long owner  # thread identifier; 0: unlocked
 
-    def __init__(self):
+    def __cinit__(self):
         self.lock = threading.Lock()
         self.number = next(_lock_numbers)
         _fork_locks.append(weakref.ref(self, _fork_locks.remove))
