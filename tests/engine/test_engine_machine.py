@@ -113,6 +113,7 @@ class Caller:
         sequence = self.sequence
         prompt = sequence.tokens[: sequence.n_prompt]
         assert not any(output.is_last for output in self.outputs[:-1])
+        assert all(str(output.error) == "the step failed" for output in self.outputs if output.error is not None)
         if sequence.output_from is None:
             tokens = [output.token for output in self.outputs if output.token is not None]
             assert tokens == expected_tokens(prompt, len(tokens))
